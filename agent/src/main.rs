@@ -1,0 +1,1 @@
+fn main() { println!("{}", include_bytes!(env!("PLUMB_EBPF_OBJECT")).len()); }

@@ -1,0 +1,97 @@
+//! What travels through the ring: one `Header`, then the fields of its kind.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{limits::COMM_LEN, task::ProcKey};
+
+pub const KIND_CLONE: u32 = 1;
+pub const KIND_EXEC: u32 = 2;
+pub const KIND_RENAME: u32 = 3;
+pub const KIND_EXIT: u32 = 4;
+pub const KIND_FD: u32 = 5;
+
+/// The beginning of every event.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Header {
+    /// `KIND_*`.
+    pub kind: u32,
+    /// Thread that did it.
+    pub tid: u32,
+    /// When, nanoseconds since boot (`bpf_ktime_get_boot_ns`, since 5.8).
+    pub time: u64,
+    /// Process that did it.
+    pub process: ProcKey,
+    /// Name of the thread; for a rename and an exec the new one.
+    pub comm: [u8; COMM_LEN],
+}
+
+/// A thread or process came to be. The header is its creator.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Clone {
+    pub header: Header,
+    /// The new task's process; equal to the creator's for a thread.
+    pub child: ProcKey,
+    /// `CLONE_*` of sched.h.
+    pub flags: u64,
+    pub child_tid: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// A process runs a new image; close-on-exec has happened.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Exec {
+    pub header: Header,
+    /// Thread that called exec; it has since become the leader.
+    pub old_tid: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// A thread changed its name.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Rename {
+    pub header: Header,
+}
+
+/// A thread is exiting. Its fd table is still there: it goes with its last user.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Exit {
+    pub header: Header,
+    /// As wait(2) reports it: exit code in bits 8 to 15, killing signal in bits 0 to 6.
+    pub code: u32,
+    /// 1 when no thread of the process is left. Two threads that exit at once may both say so.
+    pub group_dead: u32,
+}
+
+/// A new fd, verified against its slot.
+pub const FD_OPENED: u32 = 1;
+/// dup2 or dup3: like opened, and whatever was open at that number has been closed.
+pub const FD_REPLACED: u32 = 2;
+/// `fd` to `fd_last` are closed; what was not open in between stayed so.
+pub const FD_CLOSED: u32 = 3;
+/// `fd` to `fd_last` will be closed at the next exec.
+pub const FD_CLOSE_ON_EXEC: u32 = 4;
+
+/// The only fd event, whatever hook saw it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct FdChange {
+    pub header: Header,
+    /// Address of the `files_struct` the change was made in.
+    pub files: u64,
+    /// Address of the `struct file` found in the slot; 0 for a removal.
+    pub file: u64,
+    pub fd: u32,
+    /// Last fd of a range, else equal to `fd`.
+    pub fd_last: u32,
+    /// `FD_*`.
+    pub change: u32,
+    /// Index into `syscalls::TABLE`.
+    pub how: u32,
+}

@@ -1,0 +1,18 @@
+//! Sizes that both sides must agree on, and the bounds of the work done in the kernel.
+
+/// Length of `task_struct.comm` in bytes, with its terminating NUL (`TASK_COMM_LEN`, since 2.6).
+pub const COMM_LEN: usize = 16;
+
+/// Bytes kept of a file's last path component or of an anonymous inode's name.
+pub const NAME_LEN: usize = 32;
+
+/// Default size of the event ring in bytes; a power of two and a multiple of the page size.
+/// Its pages are mapped twice and so count twice in the agent's resident memory.
+pub const RING_BYTES: u32 = 2 << 20;
+
+/// Words of an `open_fds` bitmap that one call of the verified counting function reads.
+pub const BITMAP_WORDS: u32 = 256;
+
+/// Calls of that function per table. 256 x 256 words hold 4,194,304 fds; what lies beyond is not
+/// counted and the record says so (`task::FLAG_FDS_TRUNCATED`).
+pub const BITMAP_CALLS: u32 = 256;

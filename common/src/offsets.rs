@@ -1,0 +1,76 @@
+//! Kernel struct fields that the programs read, named once.
+//!
+//! rustc emits no CO-RE relocations, so the agent resolves each path in the kernel's own BTF and passes
+//! the byte offsets to the programs as one read-only array before they are loaded. A field that this
+//! kernel does not have is `MISSING`; the verifier removes the code that would read it.
+
+/// The kernel has no such field.
+pub const MISSING: u32 = u32::MAX;
+
+macro_rules! offsets {
+    ($($name:ident = $path:literal,)+) => {
+        #[allow(non_camel_case_types, clippy::upper_case_acronyms, reason = "names become constants below")]
+        enum Index { $($name,)+ LEN }
+        $(
+            #[doc = concat!("Index of `", $path, "`.")]
+            pub const $name: usize = Index::$name as usize;
+        )+
+        /// Number of fields.
+        pub const LEN: usize = Index::LEN as usize;
+        /// `struct.field[.field]` of each, by index. `[]` at the end is the size of one array element.
+        pub const PATHS: [&str; LEN] = [$($path,)+];
+    };
+}
+
+offsets! {
+    TASK_PID = "task_struct.pid",
+    TASK_TGID = "task_struct.tgid",
+    TASK_COMM = "task_struct.comm",
+    TASK_FLAGS = "task_struct.flags",
+    TASK_STATE = "task_struct.__state",
+    TASK_STATE_BEFORE_5_14 = "task_struct.state",
+    TASK_EXIT_STATE = "task_struct.exit_state",
+    TASK_EXIT_CODE = "task_struct.exit_code",
+    TASK_EXEC_ID = "task_struct.self_exec_id",
+    TASK_START_BOOTTIME = "task_struct.start_boottime",
+    TASK_GROUP_LEADER = "task_struct.group_leader",
+    TASK_REAL_PARENT = "task_struct.real_parent",
+    TASK_FILES = "task_struct.files",
+    TASK_SIGNAL = "task_struct.signal",
+    TASK_MM = "task_struct.mm",
+    TASK_CRED = "task_struct.cred",
+    TASK_CSS_SET = "task_struct.cgroups",
+    TASK_THREAD_STATUS = "task_struct.thread_info.status",
+    CRED_UID = "cred.uid",
+    SIGNAL_NR_THREADS = "signal_struct.nr_threads",
+    SIGNAL_LIVE = "signal_struct.live",
+    SIGNAL_RLIM = "signal_struct.rlim",
+    MM_RSS_STAT = "mm_struct.rss_stat",
+    MM_RSS_STAT_STRIDE = "mm_struct.rss_stat[]",
+    MM_RSS_STAT_COUNT = "mm_struct.rss_stat.count",
+    FILES_FDT = "files_struct.fdt",
+    FDT_MAX_FDS = "fdtable.max_fds",
+    FDT_FD = "fdtable.fd",
+    FDT_OPEN_FDS = "fdtable.open_fds",
+    FILE_INODE = "file.f_inode",
+    FILE_FLAGS = "file.f_flags",
+    FILE_POS = "file.f_pos",
+    FILE_DENTRY = "file.f_path.dentry",
+    FILE_PRIVATE_DATA = "file.private_data",
+    DENTRY_NAME = "dentry.d_name.name",
+    INODE_MODE = "inode.i_mode",
+    INODE_INO = "inode.i_ino",
+    INODE_SB = "inode.i_sb",
+    SB_MAGIC = "super_block.s_magic",
+    SB_DEV = "super_block.s_dev",
+    SOCKET_TYPE = "socket.type",
+    SOCKET_SK = "socket.sk",
+    SOCK_FAMILY = "sock_common.skc_family",
+    SOCK_STATE = "sock_common.skc_state",
+    SOCK_NUM = "sock_common.skc_num",
+    SOCK_DPORT = "sock_common.skc_dport",
+    SOCK_LOCAL4 = "sock_common.skc_rcv_saddr",
+    SOCK_REMOTE4 = "sock_common.skc_daddr",
+    SOCK_LOCAL6 = "sock_common.skc_v6_rcv_saddr",
+    SOCK_REMOTE6 = "sock_common.skc_v6_daddr",
+}

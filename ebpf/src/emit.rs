@@ -1,0 +1,105 @@
+//! The only writer of the ring, and of the ledger beside it.
+
+use aya_ebpf::{
+    helpers::{
+        bpf_get_current_comm, bpf_get_current_pid_tgid,
+        generated::{bpf_ktime_get_boot_ns},
+    },
+};
+use bytemuck::Pod;
+use plumb_common::{counts, event::Header, limits::COMM_LEN, offsets, task::ProcKey};
+
+use crate::{kernel, maps};
+
+/// `BPF_RB_NO_WAKEUP`, `BPF_RB_FORCE_WAKEUP` (linux/bpf.h, since 5.8).
+const NO_WAKEUP: u64 = 1;
+const FORCE_WAKEUP: u64 = 2;
+/// `BPF_RB_AVAIL_DATA`, `BPF_RB_RING_SIZE`.
+const AVAILABLE: u64 = 0;
+const SIZE: u64 = 1;
+
+/// Adds one to a counter of the ledger.
+#[inline(always)]
+pub(crate) fn count(source: u32, outcome: u32) {
+    if let Some(counter) = maps::COUNTS.get_ptr_mut(counts::index(source, outcome)) {
+        // SAFETY: a per-CPU value; the tracepoint programs that write it do not nest.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// Nanoseconds since boot.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// Writes one event, or counts why not. The reader is woken when an eighth of the ring is full; below
+/// that its own tick finds the event.
+#[inline(always)]
+pub(crate) fn send<T: Pod>(source: u32, event: T) {
+    let Some(mut entry) = maps::EVENTS.reserve::<T>(0) else {
+        return count(source, counts::RING_FULL);
+    };
+    entry.write(event);
+    let wake = maps::EVENTS.query(AVAILABLE) >= maps::EVENTS.query(SIZE) / 8;
+    entry.submit(if wake { FORCE_WAKEUP } else { NO_WAKEUP });
+    count(source, counts::SENT);
+}
+
+/// The header of an event that the running task caused; `None`, counted, when nobody asked for it or the
+/// task cannot be read.
+#[inline(always)]
+pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
+    let ids = bpf_get_current_pid_tgid();
+    let tgid = (ids >> 32) as u32;
+    let leader = kernel::read::<u64>(kernel::current(), offsets::TASK_GROUP_LEADER);
+    let start = leader.and_then(|leader| kernel::read::<u64>(leader, offsets::TASK_START_BOOTTIME));
+    let (Some(leader), Some(start), Ok(comm)) = (leader, start, bpf_get_current_comm()) else {
+        count(source, counts::FAULT);
+        return None;
+    };
+    if !wanted(tgid, leader) {
+        count(source, counts::FILTERED);
+        return None;
+    }
+    Some(Header { kind, tid: ids as u32, time: now(), process: ProcKey::new(tgid, start), comm })
+}
+
+/// The header of an event about `task`, which need not be the running one.
+///
+/// # Safety
+/// `task` is a non-null typed pointer to a `task_struct`.
+#[inline(always)]
+pub(crate) unsafe fn about(source: u32, kind: u32, task: kernel::Typed, comm: [u8; COMM_LEN]) -> Option<Header> {
+    // SAFETY: forwarded.
+    let found = unsafe {
+        (
+            kernel::process_of(task),
+            kernel::load::<u32>(task, offsets::TASK_PID),
+            kernel::load::<u64>(task, offsets::TASK_GROUP_LEADER),
+        )
+    };
+    let (Some(process), Some(tid), Some(leader)) = found else {
+        count(source, counts::FAULT);
+        return None;
+    };
+    if !wanted(process.tgid, leader) {
+        count(source, counts::FILTERED);
+        return None;
+    }
+    Some(Header { kind, tid, time: now(), process, comm })
+}
+
+#[inline(always)]
+fn wanted(tgid: u32, leader: u64) -> bool {
+    let only = maps::filter_tgid();
+    if only != 0 && only != tgid {
+        return false;
+    }
+    let comm = maps::filter_comm();
+    if comm[0] == 0 {
+        return true;
+    }
+    kernel::read::<[u64; COMM_LEN / 8]>(leader, offsets::TASK_COMM) == Some(comm)
+}

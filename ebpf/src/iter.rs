@@ -1,0 +1,325 @@
+//! The iterators: what is there now. One record per process, per thread of a process, per fd of a process.
+//!
+//! Iterators exist since 5.8. Their context is a pair of pointers (`struct bpf_iter__task`,
+//! `bpf_iter__task_file`): meta data first, whose first field is the output, then the object.
+
+use aya_ebpf::{
+    cty::c_void,
+    helpers::generated::{bpf_probe_read_kernel, bpf_seq_write},
+};
+use bytemuck::{Pod, Zeroable};
+use plumb_common::{
+    file::{FdRecord, SOCKFS_MAGIC, SocketRecord},
+    limits::{BITMAP_CALLS, BITMAP_WORDS},
+    offsets,
+    task::{
+        FLAG_FDS_TRUNCATED, FLAG_FDS_UNKNOWN, FLAG_KERNEL_THREAD, FLAG_STAND_IN, TaskRecord,
+        ThreadRecord,
+    },
+};
+
+use crate::{
+    emit,
+    kernel::{self, Typed, follow, load},
+    maps,
+};
+
+/// linux/sched.h.
+const PF_KTHREAD: u32 = 0x0020_0000;
+/// `enum` in linux/mm_types_task.h: MM_FILEPAGES, MM_ANONPAGES, MM_SHMEMPAGES (2 is swap).
+const RESIDENT: [usize; 3] = [0, 1, 3];
+/// asm-generic/resource.h.
+const RLIMIT_NPROC: usize = 6;
+const RLIMIT_NOFILE: usize = 7;
+/// Size of `struct rlimit`: soft, then hard.
+const RLIMIT_SIZE: usize = 16;
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+
+/// A word of the iterator's context.
+///
+/// # Safety
+/// `ctx` is the context of an iterator with at least `index + 1` words.
+#[inline(always)]
+unsafe fn word(ctx: *const c_void, index: usize) -> Typed {
+    // SAFETY: as required; volatile keeps each access a plain 8-byte load, as the verifier wants it.
+    unsafe { core::ptr::read_volatile(ctx.cast::<Typed>().add(index)) }
+}
+
+/// Appends a record to the pass. When the buffer is full the kernel calls again for the same object.
+///
+/// # Safety
+/// `ctx` is the context of an iterator.
+#[inline(always)]
+unsafe fn write<T: Pod>(ctx: *const c_void, record: &T) {
+    // SAFETY: meta and its seq_file are valid during the call; the record is plain bytes.
+    unsafe {
+        let seq = core::ptr::read_volatile(word(ctx, 0).cast::<*mut _>());
+        bpf_seq_write(seq, (&raw const *record).cast(), size_of::<T>() as u32);
+    }
+}
+
+/// One record per process: from its leader or, once that has exited, from any thread that still has the
+/// fd table.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task")]
+extern "C" fn processes(ctx: *const c_void) -> i32 {
+    // SAFETY: the context of iter/task.
+    let task = unsafe { word(ctx, 1) };
+    if !task.is_null() {
+        // SAFETY: the verifier tracks both.
+        unsafe { process(ctx, task) };
+    }
+    0
+}
+
+#[inline(always)]
+unsafe fn process(ctx: *const c_void, task: Typed) -> Option<()> {
+    // SAFETY: every pointer comes from the iterator or from a checked load through it.
+    unsafe {
+        let tgid: u32 = load(task, offsets::TASK_TGID)?;
+        let mut flags = 0;
+        if load::<u32>(task, offsets::TASK_PID)? != tgid {
+            let leader = follow(task, offsets::TASK_GROUP_LEADER)?;
+            if load::<u64>(leader, offsets::TASK_FILES)? != 0 || load::<u64>(task, offsets::TASK_FILES)? == 0 {
+                return None;
+            }
+            flags |= FLAG_STAND_IN;
+        }
+        if load::<u32>(task, offsets::TASK_FLAGS)? & PF_KTHREAD != 0 {
+            flags |= FLAG_KERNEL_THREAD;
+        }
+        let mut record = TaskRecord::zeroed();
+        record.key = kernel::process_of(task)?;
+        record.time = emit::now();
+        record.css_set = load(task, offsets::TASK_CSS_SET).unwrap_or(0);
+        record.exec_id = load(task, offsets::TASK_EXEC_ID).unwrap_or(0);
+        record.state = state(task);
+        record.exit_state = load(task, offsets::TASK_EXIT_STATE).unwrap_or(0);
+        record.comm = load(task, offsets::TASK_COMM)?;
+        if let Some(parent) = follow(task, offsets::TASK_REAL_PARENT) {
+            record.ppid = load(parent, offsets::TASK_TGID)?;
+        }
+        if let Some(cred) = follow(task, offsets::TASK_CRED) {
+            record.uid = load(cred, offsets::CRED_UID)?;
+        }
+        let signal = follow(task, offsets::TASK_SIGNAL)?;
+        record.threads = load(signal, offsets::SIGNAL_NR_THREADS)?;
+        let limits = maps::offset(offsets::SIGNAL_RLIM)?;
+        record.fd_limit = core::ptr::read_volatile(signal.add(limits + RLIMIT_NOFILE * RLIMIT_SIZE).cast());
+        record.nproc_limit = core::ptr::read_volatile(signal.add(limits + RLIMIT_NPROC * RLIMIT_SIZE).cast());
+        record.rss_pages = resident(task).unwrap_or(0);
+        if let Some(files) = follow(task, offsets::TASK_FILES) {
+            record.files = load(task, offsets::TASK_FILES)?;
+            match count_fds(files) {
+                Some((fds, truncated)) => {
+                    record.fds = fds;
+                    flags |= truncated;
+                }
+                None => flags |= FLAG_FDS_UNKNOWN,
+            }
+        }
+        record.flags = flags;
+        write(ctx, &record);
+    }
+    Some(())
+}
+
+/// The threads of the process in `ITER_TGID`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task")]
+extern "C" fn threads(ctx: *const c_void) -> i32 {
+    // SAFETY: the context of iter/task.
+    let task = unsafe { word(ctx, 1) };
+    if !task.is_null() {
+        // SAFETY: the verifier tracks both.
+        unsafe { thread(ctx, task) };
+    }
+    0
+}
+
+#[inline(always)]
+unsafe fn thread(ctx: *const c_void, task: Typed) -> Option<()> {
+    // SAFETY: every pointer comes from the iterator.
+    unsafe {
+        let tgid: u32 = load(task, offsets::TASK_TGID)?;
+        if tgid != maps::iter_tgid() {
+            return None;
+        }
+        let record = ThreadRecord {
+            start_boottime: load(task, offsets::TASK_START_BOOTTIME)?,
+            tid: load(task, offsets::TASK_PID)?,
+            tgid,
+            state: state(task),
+            exit_state: load(task, offsets::TASK_EXIT_STATE).unwrap_or(0),
+            comm: load(task, offsets::TASK_COMM)?,
+        };
+        write(ctx, &record);
+    }
+    Some(())
+}
+
+/// The open files of the process in `ITER_TGID`. The kernel skips threads that share the leader's table;
+/// a thread that has unshared it is left out, as in /proc/PID/fd.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+extern "C" fn files(ctx: *const c_void) -> i32 {
+    // SAFETY: the context of iter/task_file: meta, task, fd (32 bits), file.
+    let (task, fd, file) = unsafe {
+        let fd = core::ptr::read_volatile(ctx.cast::<u8>().add(16).cast::<u32>());
+        (word(ctx, 1), fd, word(ctx, 3))
+    };
+    if !task.is_null() && !file.is_null() {
+        // SAFETY: the verifier tracks all three.
+        unsafe { open_file(ctx, task, fd, file) };
+    }
+    0
+}
+
+#[inline(always)]
+unsafe fn open_file(ctx: *const c_void, task: Typed, fd: u32, file: Typed) -> Option<()> {
+    // SAFETY: every pointer comes from the iterator or from a checked load through it.
+    unsafe {
+        let tgid: u32 = load(task, offsets::TASK_TGID)?;
+        if tgid != maps::iter_tgid() {
+            return None;
+        }
+        let leader = follow(task, offsets::TASK_GROUP_LEADER)?;
+        let table: u64 = load(leader, offsets::TASK_FILES)?;
+        if table != 0 && table != load::<u64>(task, offsets::TASK_FILES)? {
+            return None;
+        }
+        let mut record = FdRecord::zeroed();
+        record.file = file as u64;
+        record.tgid = tgid;
+        record.fd = fd;
+        record.flags = load(file, offsets::FILE_FLAGS)?;
+        record.pos = load(file, offsets::FILE_POS)?;
+        if let Some(dentry) = follow(file, offsets::FILE_DENTRY) {
+            let name: u64 = load(dentry, offsets::DENTRY_NAME)?;
+            kernel::read_str(name, &mut record.name);
+        }
+        if let Some(inode) = follow(file, offsets::FILE_INODE) {
+            record.inode = load(inode, offsets::INODE_INO)?;
+            record.mode = u32::from(load::<u16>(inode, offsets::INODE_MODE)?);
+            if let Some(sb) = follow(inode, offsets::INODE_SB) {
+                record.dev = load(sb, offsets::SB_DEV)?;
+                if load::<u64>(sb, offsets::SB_MAGIC)? == SOCKFS_MAGIC {
+                    let socket: u64 = load(file, offsets::FILE_PRIVATE_DATA)?;
+                    record.is_socket = u32::from(addresses(socket, &mut record.socket).is_some());
+                }
+            }
+        }
+        write(ctx, &record);
+    }
+    Some(())
+}
+
+/// Fills in what a `struct socket` says of itself. `struct sock` begins with its `sock_common`.
+#[inline(always)]
+fn addresses(socket: u64, to: &mut SocketRecord) -> Option<()> {
+    to.kind = kernel::read::<u16>(socket, offsets::SOCKET_TYPE)?;
+    let sk = kernel::read::<u64>(socket, offsets::SOCKET_SK)?;
+    to.family = kernel::read::<u16>(sk, offsets::SOCK_FAMILY)?;
+    to.state = u32::from(kernel::read::<u8>(sk, offsets::SOCK_STATE)?);
+    if to.family == AF_INET || to.family == AF_INET6 {
+        to.local_port = kernel::read::<u16>(sk, offsets::SOCK_NUM)?;
+        to.remote_port = u16::from_be(kernel::read::<u16>(sk, offsets::SOCK_DPORT)?);
+    }
+    if to.family == AF_INET {
+        to.local[..4].copy_from_slice(&kernel::read::<[u8; 4]>(sk, offsets::SOCK_LOCAL4)?);
+        to.remote[..4].copy_from_slice(&kernel::read::<[u8; 4]>(sk, offsets::SOCK_REMOTE4)?);
+    }
+    if to.family == AF_INET6 {
+        to.local = kernel::read::<[u8; 16]>(sk, offsets::SOCK_LOCAL6)?;
+        to.remote = kernel::read::<[u8; 16]>(sk, offsets::SOCK_REMOTE6)?;
+    }
+    Some(())
+}
+
+/// Scheduler state; the field was renamed in 5.14.
+///
+/// # Safety
+/// `task` is a non-null typed task.
+#[inline(always)]
+unsafe fn state(task: Typed) -> u32 {
+    // SAFETY: as required.
+    unsafe { load::<u32>(task, offsets::TASK_STATE).or_else(|| load(task, offsets::TASK_STATE_BEFORE_5_14)) }
+        .unwrap_or(0)
+}
+
+/// Resident pages of the task's memory: an array of atomics before 6.2, of per-CPU counters since.
+///
+/// # Safety
+/// `task` is a non-null typed task.
+#[inline(always)]
+unsafe fn resident(task: Typed) -> Option<u64> {
+    // SAFETY: `mm` is checked for null; the stride and the offsets come from the type of the array.
+    unsafe {
+        let mm = follow(task, offsets::TASK_MM)?;
+        let base = maps::offset(offsets::MM_RSS_STAT)? + maps::offset(offsets::MM_RSS_STAT_COUNT)?;
+        let stride = maps::offset(offsets::MM_RSS_STAT_STRIDE)?;
+        let mut pages = 0i64;
+        for kind in RESIDENT {
+            pages += core::ptr::read_volatile(mm.add(base + kind * stride).cast::<i64>()).max(0);
+        }
+        Some(pages as u64)
+    }
+}
+
+/// Set bits of the table's `open_fds`, and `FLAG_FDS_TRUNCATED` if it is larger than the bound.
+///
+/// # Safety
+/// `files` is a non-null typed `files_struct`.
+#[inline(always)]
+unsafe fn count_fds(files: Typed) -> Option<(u32, u32)> {
+    // SAFETY: `fdt` is never null; the iterator holds the RCU read lock that keeps it.
+    let (max_fds, bitmap) = unsafe {
+        let fdt = follow(files, offsets::FILES_FDT)?;
+        (load::<u32>(fdt, offsets::FDT_MAX_FDS)?, load::<u64>(fdt, offsets::FDT_OPEN_FDS)?)
+    };
+    let words = u64::from(max_fds) / 64;
+    let mut fds = 0;
+    let mut done = 0;
+    for _ in 0..BITMAP_CALLS {
+        if done >= words {
+            return Some((fds as u32, 0));
+        }
+        let piece = (words - done).min(u64::from(BITMAP_WORDS));
+        let bits = plumb_count_bits(bitmap + done * 8, piece);
+        if bits == FAULT {
+            return None;
+        }
+        fds += bits;
+        done += piece;
+    }
+    Some((fds as u32, if done < words { FLAG_FDS_TRUNCATED } else { 0 }))
+}
+
+const FAULT: u64 = u64::MAX;
+
+/// Set bits among `words` words at a kernel address, `FAULT` if they cannot be read. A global function is
+/// verified once and then called, where a single loop over a large table would exhaust the verifier.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn plumb_count_bits(address: u64, words: u64) -> u64 {
+    if words > u64::from(BITMAP_WORDS) {
+        return FAULT;
+    }
+    let Some(scratch) = maps::SCRATCH.get_ptr_mut(0) else { return FAULT };
+    let scratch = scratch.cast::<u64>();
+    // SAFETY: `words` fit into the scratch value.
+    let status = unsafe { bpf_probe_read_kernel(scratch.cast(), (words * 8) as u32, address as *const _) };
+    if status != 0 {
+        return FAULT;
+    }
+    let mut bits = 0;
+    for i in 0..BITMAP_WORDS as usize {
+        if i as u64 >= words {
+            break;
+        }
+        // SAFETY: `i` is below the number of words.
+        bits += u64::from(unsafe { core::ptr::read_volatile(scratch.add(i)) }.count_ones());
+    }
+    bits
+}

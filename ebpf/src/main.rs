@@ -1,0 +1,25 @@
+//! plumb's kernel programs. They count, verify and hand on; what a number means is decided in the agent.
+//!
+//! `task` follows clone, exec, rename and exit; `fd` turns every hook into one `FdChange`; `iter` answers
+//! "what is there now". `emit` is the only writer of the ring, `kernel` the only reader of kernel structs.
+#![no_std]
+#![no_main]
+
+mod emit;
+mod fd;
+mod iter;
+mod kernel;
+mod maps;
+mod regs;
+mod task;
+
+/// Unreachable: the verifier refuses a program that could get here.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel lends `bpf_probe_read_kernel` and others to GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

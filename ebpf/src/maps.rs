@@ -1,0 +1,68 @@
+//! Every map and every read-only global the agent sets before load.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, PerCpuArray, RingBuf},
+};
+use plumb_common::{
+    counts,
+    limits::{BITMAP_WORDS, COMM_LEN, RING_BYTES},
+    offsets,
+};
+
+/// Lifecycle and fd events, in the order of their reservation.
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
+
+/// The ledger, indexed by `counts::index`. Per CPU, so each entry has one writer at a time.
+#[map]
+pub(crate) static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counts::LEN, 0);
+
+/// Where one piece of an `open_fds` bitmap is copied to before its bits are counted. The agent runs one
+/// pass at a time, so nobody else writes here.
+#[map]
+pub(crate) static SCRATCH: PerCpuArray<[u64; BITMAP_WORDS as usize]> = PerCpuArray::with_max_entries(1, 0);
+
+/// The process whose threads or files the next pass is about; 0 for all.
+#[map]
+pub(crate) static ITER_TGID: Array<u32> = Array::with_max_entries(1, 0);
+
+/// Byte offsets of kernel fields, by `plumb_common::offsets` index.
+#[unsafe(no_mangle)]
+static OFFSETS: [u32; offsets::LEN] = [offsets::MISSING; offsets::LEN];
+
+/// Only events of this process reach the ring; 0 for all.
+#[unsafe(no_mangle)]
+static FILTER_TGID: u32 = 0;
+
+/// Only events of processes whose leader has this name reach the ring; all zero for any.
+#[unsafe(no_mangle)]
+static FILTER_COMM: [u8; COMM_LEN] = [0; COMM_LEN];
+
+/// Offset of a kernel field, `None` when this kernel has no such field. `index` is a constant, so the
+/// verifier knows the value and removes the branch that is not taken.
+#[inline(always)]
+pub(crate) fn offset(index: usize) -> Option<usize> {
+    // SAFETY: `index` is one of the constants of `plumb_common::offsets`; volatile because the agent
+    // replaces the value after compilation.
+    let offset = unsafe { core::ptr::read_volatile((&raw const OFFSETS).cast::<u32>().add(index)) };
+    if offset == offsets::MISSING { None } else { Some(offset as usize) }
+}
+
+#[inline(always)]
+pub(crate) fn filter_tgid() -> u32 {
+    // SAFETY: a plain read of a static the agent may have replaced before load.
+    unsafe { core::ptr::read_volatile(&raw const FILTER_TGID) }
+}
+
+#[inline(always)]
+pub(crate) fn filter_comm() -> [u64; COMM_LEN / 8] {
+    // SAFETY: as above; the array has the same size and any bit pattern is a u64.
+    unsafe { core::ptr::read_volatile((&raw const FILTER_COMM).cast::<[u64; COMM_LEN / 8]>()) }
+}
+
+/// The process the running iterator is asked about; 0 for all.
+#[inline(always)]
+pub(crate) fn iter_tgid() -> u32 {
+    ITER_TGID.get(0).copied().unwrap_or(0)
+}

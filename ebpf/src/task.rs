@@ -1,0 +1,81 @@
+//! Clone, exec, rename and exit. Their hooks cost nothing to whoever does none of it, so they are always
+//! attached.
+
+use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
+use plumb_common::{
+    counts,
+    event::{self, KIND_CLONE, KIND_EXEC, KIND_EXIT, KIND_RENAME},
+    limits::COMM_LEN,
+    offsets,
+};
+
+use crate::{
+    emit,
+    kernel::{self, Typed},
+};
+
+/// `void task_newtask(struct task_struct *task, unsigned long clone_flags)`, since 3.8. Runs in the
+/// creator, after the child can be seen. Unlike `sched_process_fork` it has the flags.
+#[btf_tracepoint(function = "task_newtask")]
+pub(crate) fn task_newtask(ctx: BtfTracePointContext) -> i32 {
+    let child: Typed = ctx.arg(0);
+    let flags: u64 = ctx.arg(1);
+    let Some(header) = emit::by_current(counts::CLONE, KIND_CLONE) else { return 0 };
+    // SAFETY: the tracepoint's argument is a live task.
+    let (process, tid) = unsafe { (kernel::process_of(child), kernel::load(child, offsets::TASK_PID)) };
+    let (Some(process), Some(child_tid)) = (process, tid) else {
+        emit::count(counts::CLONE, counts::FAULT);
+        return 0;
+    };
+    emit::send(counts::CLONE, event::Clone { header, child: process, flags, child_tid, reserved: 0 });
+    0
+}
+
+/// `void sched_process_exec(struct task_struct *p, pid_t old_pid, struct linux_binprm *bprm)`, since 3.4.
+/// Runs in the new image, which is the leader by now, after close-on-exec.
+#[btf_tracepoint(function = "sched_process_exec")]
+pub(crate) fn sched_process_exec(ctx: BtfTracePointContext) -> i32 {
+    let old_tid: u32 = ctx.arg(1);
+    if let Some(header) = emit::by_current(counts::EXEC, KIND_EXEC) {
+        emit::send(counts::EXEC, event::Exec { header, old_tid, reserved: 0 });
+    }
+    0
+}
+
+/// `void task_rename(struct task_struct *task, const char *comm)`, since 3.8; 6.14 adds an argument. The
+/// task may be another thread of the writer's process (/proc/PID/task/TID/comm).
+#[btf_tracepoint(function = "task_rename")]
+pub(crate) fn task_rename(ctx: BtfTracePointContext) -> i32 {
+    let task: Typed = ctx.arg(0);
+    let new: u64 = ctx.arg(1);
+    let mut comm = [0; COMM_LEN];
+    kernel::read_str(new, &mut comm);
+    // SAFETY: the tracepoint's argument is a live task.
+    if let Some(header) = unsafe { emit::about(counts::RENAME, KIND_RENAME, task, comm) } {
+        emit::send(counts::RENAME, event::Rename { header });
+    }
+    0
+}
+
+/// `void sched_process_exit(struct task_struct *p)`, since 2.6.24; 6.15 adds `bool group_dead`, which older
+/// kernels tell by `signal->live == 0`: it was decremented before. Runs in the exiting thread, before its
+/// fd table is released.
+#[btf_tracepoint(function = "sched_process_exit")]
+pub(crate) fn sched_process_exit(ctx: BtfTracePointContext) -> i32 {
+    let task: Typed = ctx.arg(0);
+    let Some(header) = emit::by_current(counts::EXIT, KIND_EXIT) else { return 0 };
+    // SAFETY: the tracepoint's argument is a live task; its signal struct outlives it.
+    let (live, code) = unsafe {
+        let signal = kernel::follow(task, offsets::TASK_SIGNAL);
+        (
+            signal.and_then(|signal| kernel::load::<u32>(signal, offsets::SIGNAL_LIVE)),
+            kernel::load::<u32>(task, offsets::TASK_EXIT_CODE),
+        )
+    };
+    let (Some(live), Some(code)) = (live, code) else {
+        emit::count(counts::EXIT, counts::FAULT);
+        return 0;
+    };
+    emit::send(counts::EXIT, event::Exit { header, code, group_dead: u32::from(live == 0) });
+    0
+}

@@ -1,0 +1,64 @@
+//! `cargo xtask`: the development loop.
+
+mod bpf_toolchain;
+mod cmd;
+mod setup;
+
+use std::{path::Path, process::{Command, ExitCode}};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::cmd::run;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The development loop of plumb")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build the release binary, kernel programs inside, at target/release/plumb
+    Build,
+    /// Build, then run the agent in the foreground (as root)
+    Run {
+        /// Arguments for `plumb agent`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().task.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Task {
+    fn run(self) -> Result<()> {
+        match self {
+            Self::Build => build("build"),
+            Self::Run { arguments } => {
+                setup::require_root("run")?;
+                build("run")?;
+                run(Command::new(workspace().join("target/release/plumb")).arg("agent").args(arguments))
+            }
+        }
+    }
+}
+
+fn build(_subcommand: &str) -> Result<()> {
+    setup::for_build()?;
+    run(Command::new(env!("CARGO")).current_dir(workspace()).args(["build", "--release", "--package", "plumb"]))
+}
+
+/// The folder that holds agent/, common/, ebpf/ and xtask/.
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask/ lies in the workspace")
+}
