@@ -14,17 +14,17 @@ use std::{
 /// Debian's compiler, whatever is first on PATH.
 const RUSTC: &str = "/usr/bin/rustc";
 const TARGET: &str = "bpfel-unknown-none";
-pub const LINKER_VERSION: &str = "0.13.0";
+pub(crate) const LINKER_VERSION: &str = "0.13.0";
 
 /// A compiler that can build for BPF.
-pub struct Compiler {
+pub(crate) struct Compiler {
     /// Major version of its LLVM; the linker must have the same.
-    pub llvm: u32,
+    pub(crate) llvm: u32,
 }
 
 impl Compiler {
     /// Looks for Debian's compiler and its `core` for BPF. `None` when either is missing.
-    pub fn find() -> Option<Self> {
+    pub(crate) fn find() -> Option<Self> {
         let sysroot = stdout(Command::new(RUSTC).args(["--print", "sysroot"]))?;
         if !Path::new(sysroot.trim()).join("lib/rustlib").join(TARGET).is_dir() {
             return None;
@@ -36,20 +36,22 @@ impl Compiler {
 }
 
 /// Where `cargo xtask` installs the linker.
-pub fn tools(workspace: &Path) -> PathBuf {
+pub(crate) fn tools(workspace: &Path) -> PathBuf {
     workspace.join("target/tools")
 }
 
 /// The linker that `cargo xtask` has installed, if it is there.
-pub fn linker(workspace: &Path) -> Option<PathBuf> {
+pub(crate) fn linker(workspace: &Path) -> Option<PathBuf> {
     let linker = tools(workspace).join("bin/bpf-linker");
     linker.is_file().then_some(linker)
 }
 
 /// Builds the kernel programs in release mode below `out` and returns the path of the object.
-pub fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
+pub(crate) fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
     let missing = |what: &str| {
-        format!("{what} is not installed: the kernel programs cannot be built. Run `cargo xtask build` once, as root")
+        format!(
+            "{what} is not installed: the kernel programs cannot be built. Run `cargo xtask build` once, as root"
+        )
     };
     Compiler::find().ok_or_else(|| missing("the compiler for BPF"))?;
     let linker = linker(workspace).ok_or_else(|| missing("bpf-linker"))?;
@@ -63,7 +65,16 @@ pub fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
     cargo
         .current_dir(workspace)
-        .args(["build", "--locked", "--release", "--package", "plumb-ebpf", "--target", TARGET, "--target-dir"])
+        .args([
+            "build",
+            "--locked",
+            "--release",
+            "--package",
+            "plumb-ebpf",
+            "--target",
+            TARGET,
+            "--target-dir",
+        ])
         .arg(out)
         .env("RUSTC", RUSTC)
         // Lets a stable compiler use the unstable features that aya-ebpf needs.

@@ -4,7 +4,10 @@ mod bpf_toolchain;
 mod cmd;
 mod setup;
 
-use std::{path::Path, process::{Command, ExitCode}};
+use std::{
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -55,7 +58,12 @@ impl Task {
 
 fn build(_subcommand: &str) -> Result<()> {
     setup::for_build()?;
-    run(Command::new(env!("CARGO")).current_dir(workspace()).args(["build", "--release", "--package", "plumb"]))
+    run(Command::new(env!("CARGO")).current_dir(workspace()).args([
+        "build",
+        "--release",
+        "--package",
+        "plumb",
+    ]))
 }
 
 /// The folder that holds agent/, common/, ebpf/ and xtask/.

@@ -26,7 +26,11 @@ pub(crate) fn for_build() -> Result<()> {
     if Compiler::find().is_none() {
         install(&[
             package("rustc-web", "/usr/bin/rustc", "a compiler that knows BPF"),
-            package("libstd-rust-web-dev-bpf", "/usr/lib/rustlib/bpfel-unknown-none", "its core library for BPF"),
+            package(
+                "libstd-rust-web-dev-bpf",
+                "/usr/lib/rustlib/bpfel-unknown-none",
+                "its core library for BPF",
+            ),
         ])?;
     }
     if bpf_toolchain::linker(workspace()).is_some() {
@@ -46,7 +50,9 @@ pub(crate) fn for_build() -> Result<()> {
             "a part of that LLVM which Debian packages apart",
         ),
     ])?;
-    eprintln!("xtask: builds bpf-linker {LINKER_VERSION} into target/tools: the linker for BPF (about a minute)");
+    eprintln!(
+        "xtask: builds bpf-linker {LINKER_VERSION} into target/tools: the linker for BPF (about a minute)"
+    );
     run(Command::new(env!("CARGO"))
         .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"))
         .args(["install", "--quiet", "bpf-linker", "--version", LINKER_VERSION])
