@@ -1,1 +1,7 @@
-fn main() { println!("{}", include_bytes!(env!("PLUMB_EBPF_OBJECT")).len()); }
+//! The `plumb` binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    plumb::cli::main()
+}

@@ -2,7 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::{limits::COMM_LEN, task::ProcKey};
+use crate::{
+    limits::{COMM_LEN, NAME_LEN},
+    task::ProcKey,
+};
 
 pub const KIND_CLONE: u32 = 1;
 pub const KIND_EXEC: u32 = 2;
@@ -94,4 +97,10 @@ pub struct FdChange {
     pub change: u32,
     /// Index into `syscalls::TABLE`.
     pub how: u32,
+    /// As in `file::FdRecord`; 0 for a removal.
+    pub mode: u32,
+    /// Always 0.
+    pub reserved: u32,
+    /// As in `file::FdRecord`; empty for a removal.
+    pub name: [u8; NAME_LEN],
 }

@@ -45,7 +45,6 @@ offsets! {
     SIGNAL_NR_THREADS = "signal_struct.nr_threads",
     SIGNAL_LIVE = "signal_struct.live",
     SIGNAL_RLIM = "signal_struct.rlim",
-    MM_RSS_STAT = "mm_struct.rss_stat",
     MM_RSS_STAT_STRIDE = "mm_struct.rss_stat[]",
     MM_RSS_STAT_COUNT = "mm_struct.rss_stat.count",
     FILES_FDT = "files_struct.fdt",

@@ -4,9 +4,10 @@
 //! nothing (a seccomp listener may forge it), so a new fd is sent only when its slot holds a file.
 
 use aya_ebpf::{helpers::bpf_probe_read_user, macros::btf_tracepoint, programs::BtfTracePointContext};
+use bytemuck::Zeroable;
 use plumb_common::{
     counts,
-    event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED, FdChange, Header, KIND_FD},
+    event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED, FdChange, KIND_FD},
     offsets, syscalls,
 };
 
@@ -83,25 +84,32 @@ fn pair(task: u64, address: u64, how: u32) {
 #[inline(never)]
 fn added(task: u64, fd: u32, change: u32, how: u32) {
     let Some(header) = emit::by_current(counts::FD, KIND_FD) else { return };
-    match slot(task, fd) {
-        None => emit::count(counts::FD, counts::FAULT),
-        Some((_, 0)) => emit::count(counts::FD, counts::FORGED),
-        Some((files, file)) => send(header, files, file, [fd, fd], change, how),
+    let (files, file) = match slot(task, fd) {
+        None => return emit::count(counts::FD, counts::FAULT),
+        Some((_, 0)) => return emit::count(counts::FD, counts::FORGED),
+        Some(found) => found,
+    };
+    let mut event = FdChange { header, files, file, fd, fd_last: fd, change, how, ..FdChange::zeroed() };
+    if let Some(inode) = kernel::read::<u64>(file, offsets::FILE_INODE) {
+        event.mode = u32::from(kernel::read::<u16>(inode, offsets::INODE_MODE).unwrap_or(0));
     }
+    let dentry = kernel::read::<u64>(file, offsets::FILE_DENTRY);
+    if let Some(name) = dentry.and_then(|dentry| kernel::read::<u64>(dentry, offsets::DENTRY_NAME)) {
+        kernel::read_str(name, &mut event.name);
+    }
+    emit::send(counts::FD, event);
 }
 
 #[inline(never)]
-fn removed(task: u64, range: [u32; 2], change: u32, how: u32) {
+fn removed(task: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
     let Some(header) = emit::by_current(counts::FD, KIND_FD) else { return };
     match kernel::read::<u64>(task, offsets::TASK_FILES) {
         None => emit::count(counts::FD, counts::FAULT),
-        Some(files) => send(header, files, 0, range, change, how),
+        Some(files) => {
+            let event = FdChange { header, files, fd, fd_last, change, how, ..FdChange::zeroed() };
+            emit::send(counts::FD, event);
+        }
     }
-}
-
-#[inline(always)]
-fn send(header: Header, files: u64, file: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
-    emit::send(counts::FD, FdChange { header, files, file, fd, fd_last, change, how });
 }
 
 /// The fd table of a task and the file in one slot of it; file 0 when the slot is empty or beyond the

@@ -257,8 +257,8 @@ unsafe fn resident(task: Typed) -> Option<u64> {
     // SAFETY: `mm` is checked for null; the stride and the offsets come from the type of the array.
     unsafe {
         let mm = follow(task, offsets::TASK_MM)?;
-        let base = maps::offset(offsets::MM_RSS_STAT)? + maps::offset(offsets::MM_RSS_STAT_COUNT)?;
-        let stride = maps::offset(offsets::MM_RSS_STAT_STRIDE)?;
+        let base = maps::offset(offsets::MM_RSS_STAT_COUNT)?;
+        let stride = maps::offset(offsets::MM_RSS_STAT_STRIDE).unwrap_or(size_of::<i64>());
         let mut pages = 0i64;
         for kind in RESIDENT {
             pages += core::ptr::read_volatile(mm.add(base + kind * stride).cast::<i64>()).max(0);
@@ -274,32 +274,47 @@ unsafe fn resident(task: Typed) -> Option<u64> {
 #[inline(always)]
 unsafe fn count_fds(files: Typed) -> Option<(u32, u32)> {
     // SAFETY: `fdt` is never null; the iterator holds the RCU read lock that keeps it.
-    let (max_fds, bitmap) = unsafe {
-        let fdt = follow(files, offsets::FILES_FDT)?;
-        (load::<u32>(fdt, offsets::FDT_MAX_FDS)?, load::<u64>(fdt, offsets::FDT_OPEN_FDS)?)
-    };
+    let fdt = unsafe { follow(files, offsets::FILES_FDT)? };
+    // SAFETY: as above.
+    let max_fds = unsafe { load::<u32>(fdt, offsets::FDT_MAX_FDS)? };
+    // Not a plain load: since 6.17 that yields a pointer, which a global function does not take.
+    let bitmap = kernel::read::<u64>(fdt as u64, offsets::FDT_OPEN_FDS)?;
     let words = u64::from(max_fds) / 64;
+    let fds = plumb_count_table(bitmap, words);
+    if fds == FAULT {
+        return None;
+    }
+    let bound = u64::from(BITMAP_CALLS * BITMAP_WORDS);
+    Some((fds as u32, if words > bound { FLAG_FDS_TRUNCATED } else { 0 }))
+}
+
+/// Set bits of a bitmap at a kernel address, as far as the bound goes; `FAULT` if it cannot be read.
+///
+/// Like the function it calls it is global: verified once, for any arguments. Inlined, its loop would be
+/// verified anew for each way the caller's branches can lead to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn plumb_count_table(bitmap: u64, words: u64) -> u64 {
     let mut fds = 0;
     let mut done = 0;
     for _ in 0..BITMAP_CALLS {
         if done >= words {
-            return Some((fds as u32, 0));
+            break;
         }
         let piece = (words - done).min(u64::from(BITMAP_WORDS));
         let bits = plumb_count_bits(bitmap + done * 8, piece);
         if bits == FAULT {
-            return None;
+            return FAULT;
         }
         fds += bits;
         done += piece;
     }
-    Some((fds as u32, if done < words { FLAG_FDS_TRUNCATED } else { 0 }))
+    fds
 }
 
 const FAULT: u64 = u64::MAX;
 
-/// Set bits among `words` words at a kernel address, `FAULT` if they cannot be read. A global function is
-/// verified once and then called, where a single loop over a large table would exhaust the verifier.
+/// Set bits among at most `BITMAP_WORDS` words at a kernel address, `FAULT` if they cannot be read.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn plumb_count_bits(address: u64, words: u64) -> u64 {

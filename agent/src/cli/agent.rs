@@ -1,0 +1,67 @@
+//! `plumb agent`: the daemon, in the foreground.
+
+use std::io::{self, IsTerminal};
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use super::Outcome;
+use crate::{
+    config::{Config, Given, LogFormat},
+    daemon,
+    failure::{Exit, Failure},
+};
+
+#[derive(Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    given: Given,
+}
+
+pub(super) fn run(arguments: Arguments) -> Outcome {
+    let config = Config::resolve(arguments.given)?;
+    log(config.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut asked = async || {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        let (first, again) = tokio::sync::oneshot::channel();
+        let signals = async {
+            asked().await;
+            // The daemon is gone only when it has failed by itself.
+            let _ = first.send(());
+            asked().await;
+        };
+        let shutdown = async {
+            let _ = again.await;
+        };
+        tokio::select! {
+            done = daemon::run(config, shutdown) => done.map(|()| Exit::Ok),
+            () = signals => {
+                Err(Failure::new(Exit::Interrupted, "stopped at once by a second signal", "nothing stays attached"))
+            }
+        }
+    });
+    // A thread that does not stop must not hold up the end of the process.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("PLUMB_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    match format {
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+            builder.with_ansi(colour).init();
+        }
+    }
+}

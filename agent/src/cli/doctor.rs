@@ -1,0 +1,109 @@
+//! `plumb doctor`: what this kernel lets plumb see.
+
+use std::{fs, path::Path};
+
+use clap::Args;
+
+use super::{
+    Outcome,
+    output::{self, Format, Output},
+};
+use crate::{
+    document::{Check, Doctor},
+    failure::Exit,
+    kernel::{self, Intent, Kernel, LoadError, Plan, Verdict},
+};
+
+#[derive(Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    output: Output,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Outcome {
+    let mut checks = vec![kernel_release(), types(), pid_namespace()];
+    let privilege = kernel::require_capabilities();
+    checks.push(Check {
+        name: "capabilities",
+        ok: privilege.is_ok(),
+        detail: privilege.as_ref().map_or_else(ToString::to_string, |()| "CAP_BPF and CAP_PERFMON".to_owned()),
+    });
+    let loaded = Kernel::load(Plan::DOCTOR);
+    let programs = loaded.as_ref().map(Kernel::programs).unwrap_or_default();
+    let mut exit = match &loaded {
+        Ok(_) => Exit::Ok,
+        Err(LoadError::MissingCapability) => Exit::MissingPrivilege,
+        Err(error) => {
+            checks.push(Check { name: "load", ok: false, detail: error.to_string() });
+            Exit::KernelCannot
+        }
+    };
+    for status in programs.iter().filter(|s| !s.is_attached() && s.program.intent == Intent::Required) {
+        let refused = matches!(status.verdict, Verdict::Refused { .. });
+        exit = if refused { Exit::MissingPrivilege } else { Exit::KernelCannot };
+    }
+    let document = Doctor::new(checks, programs);
+    if arguments.output.format == Format::Table {
+        output::data(&text(&document, exit))?;
+    } else {
+        output::data(&(output::json(&document)? + "\n"))?;
+    }
+    Ok(exit)
+}
+
+fn text(document: &Doctor, exit: Exit) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for check in &document.checks {
+        lines.push(format!("{} {}: {}", mark(check.ok), check.name, check.detail));
+    }
+    for program in &document.programs {
+        let attached = program.verdict == Verdict::Attached.word();
+        let mut line = format!("{} program {}: {}", mark(attached), program.name, program.verdict);
+        if !attached {
+            line += &format!(" ({}); without it there is no {}", program.detail, program.gives);
+        }
+        lines.push(line);
+    }
+    lines.push(
+        match exit {
+            Exit::Ok => "plumb can run here.",
+            Exit::MissingPrivilege => "plumb cannot run here without more privilege: run it with sudo.",
+            _ => "plumb cannot run on this kernel: see the lines marked NO.",
+        }
+        .to_owned(),
+    );
+    lines.join("\n") + "\n"
+}
+
+fn mark(ok: bool) -> &'static str {
+    if ok { "ok" } else { "NO" }
+}
+
+fn kernel_release() -> Check {
+    let name = rustix::system::uname();
+    Check { name: "kernel", ok: true, detail: name.release().to_string_lossy().into_owned() }
+}
+
+fn types() -> Check {
+    let path = Path::new(kernel::KERNEL_BTF);
+    let ok = path.exists();
+    let detail = if ok {
+        path.display().to_string()
+    } else {
+        format!("{} is missing; use a kernel built with CONFIG_DEBUG_INFO_BTF=y", path.display())
+    };
+    Check { name: "kernel types (BTF)", ok, detail }
+}
+
+/// The initial pid namespace has a fixed inode (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
+fn pid_namespace() -> Check {
+    const INITIAL: &str = "pid:[4026531836]";
+    let link = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let ok = link == Path::new(INITIAL);
+    let detail = if ok {
+        "the host's".to_owned()
+    } else {
+        "not the host's: the pids that the kernel reports are not those seen here; run with hostPID".to_owned()
+    };
+    Check { name: "pid namespace", ok, detail }
+}

@@ -1,0 +1,90 @@
+//! The command line: data on stdout, messages on stderr, one exit code per kind of outcome.
+
+mod agent;
+mod doctor;
+mod fds;
+mod leaks;
+mod output;
+mod ps;
+mod threads;
+mod watch;
+
+use std::{io, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::{Exit, Failure};
+
+const EXAMPLES: &str = "\
+Examples:
+  plumb agent                     follow every process and report leaks, in the foreground
+  plumb leaks                     what leaks now
+  plumb ps                        every process with its fds, limit and threads
+  plumb fds --pid 4242            what a process has open
+  plumb watch --comm nginx        fd, thread and process events as they happen
+  plumb doctor                    what this kernel lets plumb see";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0 ok   1 error   2 usage   4 missing privilege   5 kernel cannot   6 agent unreachable   130 interrupted
+
+Documentation: README.md and ARCHITECTURE.md of the source";
+
+/// Finds fd and thread leaks in unmodified processes of a Linux host
+#[derive(Parser)]
+#[command(name = "plumb", version, before_help = EXAMPLES, after_help = EXIT_CODES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Follow every process of this host, report leaks, serve metrics
+    Agent(agent::Arguments),
+    /// List every process with its fds, limit, threads and memory
+    Ps(ps::Arguments),
+    /// List what a process has open
+    Fds(fds::Arguments),
+    /// List the threads of a process
+    Threads(threads::Arguments),
+    /// List what the running agent has found
+    Leaks(leaks::Arguments),
+    /// Print process, thread and fd events as they happen
+    Watch(watch::Arguments),
+    /// Say what this kernel lets plumb see, and what to do about the rest
+    Doctor(doctor::Arguments),
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Agent(arguments) => agent::run(arguments),
+        Command::Ps(arguments) => ps::run(&arguments),
+        Command::Fds(arguments) => fds::run(&arguments),
+        Command::Threads(arguments) => threads::run(&arguments),
+        Command::Leaks(arguments) => leaks::run(arguments),
+        Command::Watch(arguments) => watch::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+    };
+    let exit = done.unwrap_or_else(|failure| {
+        output::message(&format!("plumb: {failure}"));
+        failure.exit
+    });
+    ExitCode::from(exit as u8)
+}
+
+/// The outcome of a subcommand.
+type Outcome = Result<Exit, Failure>;
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::new(Exit::Error, error.to_string(), "`plumb doctor` may know why")
+    }
+}
+
+/// The process that the user named is not there.
+fn no_such_process(pid: u32) -> Failure {
+    Failure::new(Exit::Error, format!("there is no process {pid}"), "`plumb ps` lists them all")
+}

@@ -1,0 +1,116 @@
+//! Where data and messages go, and in what form.
+
+use std::io::{self, IsTerminal, Write};
+
+use clap::{Args, ValueEnum};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
+
+use crate::failure::{Exit, Failure};
+
+/// Form of the data on stdout.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// Aligned columns, for people
+    #[default]
+    Table,
+    /// One document
+    Json,
+    /// One object per line
+    Jsonl,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Output {
+    /// Form of the output
+    #[arg(short = 'o', long = "output", value_enum, default_value_t, value_name = "FORMAT")]
+    pub(super) format: Format,
+}
+
+/// A column's heading and whether it holds numbers.
+pub(super) type Column = (&'static str, bool);
+
+impl Output {
+    /// Prints a document in the form that was asked for; `items` are its lines in `jsonl`, `rows` in a table.
+    pub(super) fn print<D: Serialize, I: Serialize>(
+        &self,
+        document: &D,
+        items: &[I],
+        columns: &[Column],
+        row: impl Fn(&I) -> Vec<String>,
+    ) -> Result<(), Failure> {
+        let text = match self.format {
+            Format::Json => json(document)? + "\n",
+            Format::Jsonl => items.iter().map(|item| Ok(json(item)? + "\n")).collect::<Result<_, Failure>>()?,
+            Format::Table => table(columns, items.iter().map(row)),
+        };
+        data(&text)
+    }
+}
+
+/// A value as one line of JSON.
+pub(super) fn json<T: Serialize>(value: &T) -> Result<String, Failure> {
+    serde_json::to_string(value)
+        .map_err(|error| Failure::new(Exit::Error, format!("cannot write JSON: {error}"), "this is a bug of plumb"))
+}
+
+/// Writes data to stdout. A reader that has gone away, as in `plumb ps | head`, is no error.
+pub(super) fn data(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Exit::Error, format!("cannot write to stdout: {error}"), "check where it leads"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line to stderr.
+pub(super) fn message(line: &str) {
+    // Nobody is left to be told.
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+fn table(columns: &[Column], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    // Wrapped to the terminal; in a pipe every row stays one line.
+    let arrangement =
+        if io::stdout().is_terminal() { ContentArrangement::Dynamic } else { ContentArrangement::Disabled };
+    table.set_content_arrangement(arrangement);
+    table.set_header(columns.iter().map(|(heading, _)| *heading));
+    for row in rows {
+        table.add_row(row);
+    }
+    for (column, (_, is_number)) in table.column_iter_mut().zip(columns) {
+        column.set_padding((0, 2));
+        if *is_number {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let mut text: String = table.lines().flat_map(|line| [line.trim_end().to_owned(), "\n".to_owned()]).collect();
+    text.shrink_to_fit();
+    text
+}
+
+/// Bytes with a binary unit, three figures: `12.3M`.
+pub(super) fn bytes(value: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "K", "M", "G", "T", "P"];
+    let mut scaled = value as f64;
+    let mut unit = 0;
+    while scaled >= 1024.0 && unit + 1 < UNITS.len() {
+        scaled /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 || scaled >= 100.0 { format!("{scaled:.0}{}", UNITS[unit]) } else { format!("{scaled:.1}{}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_three_figures() {
+        assert_eq!([0, 1023, 1536, 123_456_789].map(bytes), ["0B", "1023B", "1.5K", "118M"]);
+    }
+}

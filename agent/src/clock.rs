@@ -1,0 +1,46 @@
+//! The two clocks: since boot, which the kernel stamps with, and the calendar, which people read.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`).
+#[must_use]
+pub fn boottime() -> u64 {
+    nanos(ClockId::Boottime)
+}
+
+/// Turns times since boot into calendar times; holds for as long as nobody sets the clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Calendar {
+    boot: Duration,
+}
+
+impl Calendar {
+    #[must_use]
+    pub fn now() -> Self {
+        Self { boot: Duration::from_nanos(nanos(ClockId::Realtime).saturating_sub(boottime())) }
+    }
+
+    /// RFC 3339 in UTC, to the second.
+    #[must_use]
+    pub fn format(self, since_boot: u64) -> String {
+        humantime::format_rfc3339_seconds(self.at(since_boot)).to_string()
+    }
+
+    fn at(self, since_boot: u64) -> SystemTime {
+        UNIX_EPOCH + self.boot + Duration::from_nanos(since_boot)
+    }
+
+    /// RFC 3339 in UTC, to the millisecond.
+    #[must_use]
+    pub fn format_millis(self, since_boot: u64) -> String {
+        humantime::format_rfc3339_millis(self.at(since_boot)).to_string()
+    }
+}
+
+fn nanos(clock: ClockId) -> u64 {
+    let time = clock_gettime(clock);
+    // Neither clock is negative on a running system.
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}

@@ -1,0 +1,133 @@
+//! The agent's settings: flag before environment before file before default.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::failure::{Exit, Failure};
+
+/// Read when it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "/etc/plumb/plumb.toml";
+/// Holds the lock and the control socket.
+pub const DEFAULT_RUN_DIR: &str = "/run/plumb";
+const DEFAULT_LISTEN: &str = "127.0.0.1:9469";
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// The settings as given on the command line and in the environment.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Given {
+    /// Settings file [default: /etc/plumb/plumb.toml, if it exists]
+    #[arg(long, env = "PLUMB_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Address of /metrics, /healthz and /readyz [default: 127.0.0.1:9469]
+    #[arg(long, env = "PLUMB_LISTEN", value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// Folder of the lock and the control socket [default: /run/plumb]
+    #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER")]
+    run_dir: Option<PathBuf>,
+    /// Form of the log on stderr [default: text]
+    #[arg(long, env = "PLUMB_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+/// The settings as written in the file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    listen: Option<SocketAddr>,
+    run_dir: Option<PathBuf>,
+    log_format: Option<LogFormat>,
+}
+
+/// The settings as meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub run_dir: PathBuf,
+    pub log_format: LogFormat,
+}
+
+impl Config {
+    /// Reads the file and puts what was given before it.
+    pub fn resolve(given: Given) -> Result<Self, Failure> {
+        let written = match &given.config {
+            Some(path) => read(path)?,
+            None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
+            None => Written::default(),
+        };
+        let listen = given.listen.or(written.listen);
+        Ok(Self {
+            listen: match listen {
+                Some(listen) => listen,
+                None => DEFAULT_LISTEN.parse().expect("the default is an address"),
+            },
+            run_dir: given.run_dir.or(written.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
+            log_format: given.log_format.or(written.log_format).unwrap_or_default(),
+        })
+    }
+}
+
+/// The control socket below a run folder.
+#[must_use]
+pub fn socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("plumb.sock")
+}
+
+fn read(path: &Path) -> Result<Written, Failure> {
+    let text = fs::read_to_string(path).map_err(|error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::NotFound => "create it, or leave out --config to use the defaults",
+            io::ErrorKind::PermissionDenied => "make it readable for the user that plumb runs as",
+            _ => "it must be a text file",
+        };
+        Failure::new(Exit::Error, format!("cannot read settings from {}: {error}", path.display()), remedy)
+    })?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
+        let message = error.message().replace('\n', " ");
+        let known = "known keys are listen, run_dir and log_format";
+        Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), known)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(text: &str, given: Given) -> Result<Config, Failure> {
+        let file = std::env::temp_dir().join(format!("plumb-config-{}-{}", std::process::id(), text.len()));
+        fs::write(&file, text).unwrap();
+        let config = Config::resolve(Given { config: Some(file.clone()), ..given });
+        fs::remove_file(file).unwrap();
+        config
+    }
+
+    #[test]
+    fn what_is_given_comes_before_what_is_written_and_the_rest_is_default() {
+        let given = Given { listen: Some(([127, 0, 0, 1], 1).into()), ..Given::default() };
+        let config = resolved("listen = '127.0.0.1:2'\nlog_format = 'json'\n", given).unwrap();
+        assert_eq!(config.listen.port(), 1);
+        assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!(config.run_dir, Path::new(DEFAULT_RUN_DIR));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let failure = resolved("log_format = 'text'\nlisten_addr = 'x'\n", Given::default()).unwrap_err();
+        assert!(failure.cause.contains(":2: unknown field `listen_addr`"), "{failure}");
+        assert_eq!(failure.exit, Exit::Error);
+    }
+}

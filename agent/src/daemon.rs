@@ -1,0 +1,182 @@
+//! The agent, put together: the only place that knows both the kernel side and the exporters.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    time::Duration,
+};
+
+use rustix::fs::FlockOperation;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::{Mutex as AsyncMutex, mpsc::channel, watch},
+};
+
+use crate::{
+    api,
+    config::{self, Config},
+    detect::HostLimits,
+    export::prometheus::Own,
+    failure::{Exit, Failure},
+    host::Host,
+    kernel::{self, Kernel, Plan},
+    observe,
+    report,
+    supervisor::{Supervisor, on_thread},
+    table::HostView,
+};
+
+/// Observations under way between the observer and the table's owner; beyond it the observer waits.
+const QUEUE: usize = 64;
+/// Time the workers have to stop.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Runs the agent until `shutdown`. What it attached goes with it.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
+    kernel::require_capabilities()?;
+    let lock = lock(&config.run_dir)?;
+    let tcp = listen(&config).await?;
+    let unix = listen_control(&config)?;
+    let kernel = Kernel::load_required(Plan::AGENT)?;
+    for status in kernel.programs().iter().filter(|status| !status.is_attached()) {
+        tracing::warn!(
+            program = status.program.name,
+            verdict = status.verdict.word(),
+            "no {}: {}",
+            status.program.gives,
+            status.verdict.explain()
+        );
+    }
+
+    let own = Own::new().map_err(|error| Failure::new(Exit::Error, error.to_string(), "this is a bug of plumb"))?;
+    let (views, view) = watch::channel(Arc::new(HostView::default()));
+    let (inputs, observed) = channel(QUEUE);
+    let (ask, requests) = mpsc::channel();
+    let mut supervisor = Supervisor::default();
+
+    // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
+    let first = Arc::new(Mutex::new(Some(kernel)));
+    let requests = Arc::new(Mutex::new(requests));
+    supervisor.spawn("observer", move |stop| {
+        let (first, requests, inputs) = (Arc::clone(&first), Arc::clone(&requests), inputs.clone());
+        on_thread("observer", move || {
+            let loaded = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let kernel = match loaded {
+                Some(kernel) => kernel,
+                None => Kernel::load_required(Plan::AGENT)?,
+            };
+            let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
+            observe::run(kernel, &requests, &inputs, &stop)
+        })
+    });
+
+    let observed = Arc::new(AsyncMutex::new(observed));
+    let (limits, format, counted) = (host_limits(), config.log_format, own.clone());
+    supervisor.spawn("table", move |stop| {
+        let counted = counted.clone();
+        let report = Box::new(move |finding: &_| {
+            counted.reported(finding);
+            report::log(finding, format);
+        });
+        let host = Host::new(limits, ask.clone(), views.clone(), report);
+        let observed = Arc::clone(&observed);
+        async move {
+            host.run(&mut *observed.lock().await, stop).await;
+            Ok(())
+        }
+    });
+
+    let mut ready = view.clone();
+    let shared = api::Shared { views: view, workers: supervisor.workers(), own };
+    let (tcp, unix) = (Arc::new(tcp), Arc::new(unix));
+    let public = api::public(shared.clone());
+    supervisor.spawn("metrics", move |stop| {
+        let (listener, router) = (Arc::clone(&tcp), public.clone());
+        async move { Ok(api::serve(api::Tcp(listener), router, stop).await?) }
+    });
+    let control = api::control(shared);
+    supervisor.spawn("control", move |stop| {
+        let (listener, router) = (Arc::clone(&unix), control.clone());
+        async move { Ok(api::serve(api::Unix(listener), router, stop).await?) }
+    });
+
+    tokio::pin!(shutdown);
+    let first_pass = async {
+        if ready.changed().await.is_ok() {
+            let view = ready.borrow();
+            tracing::info!(
+                "follows {} processes; metrics on http://{}/metrics; stop with ctrl-c",
+                view.rows.len(),
+                config.listen
+            );
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = &mut shutdown => {}
+        () = first_pass => {}
+    }
+    tracing::info!("stops");
+    let late = supervisor.stop(STOP_DEADLINE).await;
+    let _ = fs::remove_file(config::socket(&config.run_dir));
+    drop(lock);
+    if late.is_empty() {
+        return Ok(());
+    }
+    let cause = format!("workers did not stop within {} s: {}", STOP_DEADLINE.as_secs(), late.join(", "));
+    Err(Failure::new(Exit::Error, cause, "the process ends all the same, and its probes with it"))
+}
+
+/// Takes the lock that makes this agent the only one with this run folder.
+fn lock(run_dir: &Path) -> Result<File, Failure> {
+    let failure = |error: io::Error| {
+        let cause = format!("cannot use the run folder {}: {error}", run_dir.display());
+        Failure::new(Exit::Error, cause, "name a writable folder with --run-dir")
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(failure)?;
+    let path = run_dir.join("agent.lock");
+    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failure)?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut pid = String::new();
+        let _ = (&file).take(16).read_to_string(&mut pid);
+        let cause = format!("another agent is running (pid {})", pid.trim());
+        return Err(Failure::new(Exit::Error, cause, "use that one, or stop it first"));
+    }
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failure)?;
+    Ok(file)
+}
+
+async fn listen(config: &Config) -> Result<TcpListener, Failure> {
+    TcpListener::bind(config.listen).await.map_err(|error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::AddrInUse => "stop what listens there, or choose another address with --listen",
+            _ => "choose an address of this host with --listen",
+        };
+        Failure::new(Exit::Error, format!("cannot listen on {}: {error}", config.listen), remedy)
+    })
+}
+
+/// Binds the control socket; the folder's lock is held, so one that is there is left over.
+fn listen_control(config: &Config) -> Result<UnixListener, Failure> {
+    let path = config::socket(&config.run_dir);
+    let _ = fs::remove_file(&path);
+    UnixListener::bind(&path)
+        .and_then(|listener| {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+            Ok(listener)
+        })
+        .map_err(|error| {
+            let cause = format!("cannot create the control socket {}: {error}", path.display());
+            Failure::new(Exit::Error, cause, "name another folder with --run-dir")
+        })
+}
+
+/// Limits that hold for the whole host. They can be changed at run time, which nobody does.
+fn host_limits() -> HostLimits {
+    let read = |name| fs::read_to_string(name).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let limits = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].into_iter().filter_map(read);
+    HostLimits { threads: limits.min().unwrap_or(u64::MAX) }
+}

@@ -1,0 +1,134 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const SECOND: u64 = 1_000_000_000;
+const LIMITS: HostLimits = HostLimits { threads: 32_768 };
+
+fn row(fds: u32, threads: u32) -> Row {
+    Row {
+        key: ProcKey::new(42, 7),
+        exec_id: 1,
+        fd_limit: 1024,
+        nproc_limit: u64::MAX,
+        rss_bytes: 0,
+        ppid: 1,
+        uid: 0,
+        fds,
+        threads,
+        state: 0,
+        flags: 0,
+        exited: false,
+        info: Arc::new(ProcStatic { comm: "test".into(), exe: None, group: "test".into() }),
+    }
+}
+
+/// Feeds one reading a second and returns the first second of each state.
+fn first_times(series: impl IntoIterator<Item = u32>) -> (Detector, Option<u64>, Option<u64>) {
+    let mut detector = Detector::new(LIMITS);
+    let (mut suspect, mut leaking) = (None, None);
+    for (second, fds) in series.into_iter().enumerate() {
+        for change in detector.observe(&[row(fds, 1)], second as u64 * SECOND) {
+            match change {
+                Change::Suspect(..) => suspect = suspect.or(Some(second as u64)),
+                Change::Leaking(..) => leaking = leaking.or(Some(second as u64)),
+                Change::Quiet(..) => {}
+            }
+        }
+    }
+    (detector, suspect, leaking)
+}
+
+#[test]
+fn a_leak_of_one_per_second_is_suspect_in_30_s_and_leaking_in_70_s_with_its_rate() {
+    let (detector, suspect, leaking) = first_times((0..80).map(|second| 5 + second));
+    assert_eq!((suspect, leaking), (Some(30), Some(60)));
+    let finding = &detector.findings()[0];
+    assert_eq!(finding.state, State::Leaking);
+    assert!((55.0..=65.0).contains(&finding.growth_per_minute), "{}", finding.growth_per_minute);
+    let seconds = finding.seconds_to_exhaustion().unwrap();
+    let exact = f64::from(1024 - finding.live);
+    assert!((seconds - exact).abs() < exact * 0.1, "{seconds} s instead of {exact} s");
+}
+
+#[test]
+fn the_floor_of_a_noisy_leak_rises_too() {
+    let (_, _, leaking) = first_times((0..100).map(|second| 50 + second + [0, 30, 7, 19][second as usize % 4]));
+    assert!(leaking.is_some_and(|second| second <= 80), "{leaking:?}");
+}
+
+#[test]
+fn a_slow_leak_is_found_late_but_found() {
+    let (_, _, leaking) = first_times((0..1_000).map(|second| 10 + second / 30));
+    assert!(leaking.is_some_and(|second| second <= 660), "{leaking:?}");
+}
+
+#[test]
+fn a_warm_up_a_burst_and_noise_are_not_leaks() {
+    let warm_up = (0..600).map(|second: u32| 5 + (second * 10).min(200));
+    assert_eq!(first_times(warm_up).2, None);
+    let bursts = (0..600).map(|second: u32| if second % 60 < 25 { 300 } else { 12 });
+    assert_eq!(first_times(bursts).2, None);
+    let noise = (0..2_000).map(|second: u32| 40 + second.wrapping_mul(2_654_435_761) % 30);
+    assert_eq!(first_times(noise).2, None);
+}
+
+#[test]
+fn high_use_alone_is_suspect_and_with_growth_leaking() {
+    let (detector, suspect, leaking) = first_times((0..60).map(|_| 900));
+    assert_eq!((suspect, leaking), (Some(10), None));
+    assert_eq!(detector.findings()[0].growth_per_minute, 0.0);
+    let (_, _, leaking) = first_times((0..60).map(|second| 850 + second));
+    assert_eq!(leaking, Some(30));
+}
+
+#[test]
+fn what_is_given_back_ends_the_finding_and_so_does_a_long_rest() {
+    let leak = || (0..100).map(|second| 5 + second);
+    let (detector, _, leaking) = first_times(leak().chain(std::iter::repeat_n(8, 30)));
+    assert!(leaking.is_some() && detector.findings().is_empty());
+    let (detector, ..) = first_times(leak().chain(std::iter::repeat_n(104, 200)));
+    assert_eq!(detector.findings().len(), 1, "it may go on after a rest");
+    let (detector, ..) = first_times(leak().chain(std::iter::repeat_n(104, 330)));
+    assert!(detector.findings().is_empty());
+}
+
+#[test]
+fn a_new_image_starts_afresh_and_an_exit_ends_the_finding() {
+    let (mut detector, ..) = first_times((0..80).map(|second| 5 + second));
+    let replaced = Row { exec_id: 2, ..row(90, 1) };
+    assert_eq!(detector.observe(&[replaced], 80 * SECOND), [Change::Quiet(row(0, 0).key, Resource::Fd)]);
+    let (mut detector, ..) = first_times((0..80).map(|second| 5 + second));
+    assert_eq!(detector.observe(&[], 80 * SECOND), [Change::Quiet(row(0, 0).key, Resource::Fd)]);
+    assert!(detector.histories.is_empty());
+}
+
+#[test]
+fn threads_are_judged_by_their_own_limit() {
+    let mut detector = Detector::new(LIMITS);
+    let changes: Vec<_> = (0..80)
+        .flat_map(|second| detector.observe(&[row(5, 1 + second)], u64::from(second) * SECOND))
+        .collect();
+    let key = row(0, 0).key;
+    assert_eq!(changes, [Change::Suspect(key, Resource::Thread), Change::Leaking(key, Resource::Thread)]);
+    assert_eq!(detector.findings()[0].limit, Some(32_768));
+    let user = Row { uid: 1000, nproc_limit: 500, ..row(5, 5) };
+    assert_eq!(usage(&user, Resource::Thread, LIMITS).1, Some(500));
+}
+
+#[test]
+fn the_history_of_a_process_stays_within_its_budget() {
+    let bytes = size_of::<(ProcKey, History)>();
+    // With the row (128 B) and the slack of two hash tables this stays below 512 B per process.
+    assert!(bytes <= 176, "{bytes} bytes");
+}
+
+proptest! {
+    #[test]
+    fn whatever_the_series_a_leak_has_grown(series in proptest::collection::vec(0u32..800, 0..600)) {
+        let (_, suspect, leaking) = first_times(series.iter().copied());
+        let spread = series.iter().max().zip(series.iter().min()).map_or(0, |(max, min)| max - min);
+        prop_assert!(suspect.is_none() || spread >= 8, "suspect within {spread}");
+        prop_assert!(leaking.is_none() || spread >= 20, "leaking within {spread}");
+    }
+}

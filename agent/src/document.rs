@@ -1,0 +1,254 @@
+//! The JSON that plumb prints and serves. Names here are promises.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    clock::Calendar,
+    detect::{Finding, Resource, State},
+    evidence::Example,
+    files::OpenFile,
+    kernel::Status,
+    table::Row,
+    text,
+};
+use plumb_common::task::ThreadRecord;
+
+/// The promise that every document carries.
+pub const SCHEMA: &str = "plumb/v1";
+
+/// `plumb ps`.
+#[derive(Debug, Serialize)]
+pub struct Processes {
+    schema: &'static str,
+    pub processes: Vec<Process>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Process {
+    pub pid: u32,
+    pub ppid: u32,
+    pub comm: String,
+    pub exe: Option<String>,
+    pub group: String,
+    /// `null` when it could not be counted.
+    pub fds: Option<u32>,
+    /// `null` is unlimited.
+    pub fd_limit: Option<u64>,
+    pub threads: u32,
+    pub rss_bytes: u64,
+    pub start_time: String,
+    /// As in /proc/PID/stat.
+    pub state: char,
+    pub uid: u32,
+    pub kernel_thread: bool,
+}
+
+impl Processes {
+    #[must_use]
+    pub fn new(rows: &[Row], calendar: Calendar) -> Self {
+        Self { schema: SCHEMA, processes: rows.iter().map(|row| Process::new(row, calendar)).collect() }
+    }
+}
+
+impl Process {
+    fn new(row: &Row, calendar: Calendar) -> Self {
+        Self {
+            pid: row.key.tgid,
+            ppid: row.ppid,
+            comm: row.info.comm.to_string(),
+            exe: row.info.exe.as_deref().map(str::to_owned),
+            group: row.info.group.to_string(),
+            fds: row.fds_exact().then_some(row.fds),
+            fd_limit: (row.fd_limit != u64::MAX).then_some(row.fd_limit),
+            threads: row.threads,
+            rss_bytes: row.rss_bytes,
+            start_time: calendar.format(row.key.start_boottime),
+            state: state_letter(row.state, if row.exited { EXIT_ZOMBIE } else { 0 }),
+            uid: row.uid,
+            kernel_thread: row.is_kernel_thread(),
+        }
+    }
+}
+
+const EXIT_DEAD: u32 = 16;
+const EXIT_ZOMBIE: u32 = 32;
+
+/// Scheduler and exit state as /proc shows it (include/linux/sched.h, fs/proc/array.c).
+#[must_use]
+pub fn state_letter(state: u32, exit_state: u32) -> char {
+    match (exit_state, state) {
+        (EXIT_ZOMBIE.., _) => 'Z',
+        (EXIT_DEAD.., _) => 'X',
+        (_, 0) => 'R',
+        // TASK_IDLE: uninterruptible without counting as load.
+        (_, state) if state & 0x402 == 0x402 => 'I',
+        (_, state) if state & 0x1 != 0 => 'S',
+        (_, state) if state & 0x2 != 0 => 'D',
+        (_, state) if state & 0x4 != 0 => 'T',
+        (_, state) if state & 0x8 != 0 => 't',
+        (_, state) if state & 0x40 != 0 => 'P',
+        _ => 'D',
+    }
+}
+
+/// `plumb fds`.
+#[derive(Debug, Serialize)]
+pub struct Files {
+    schema: &'static str,
+    pid: u32,
+    comm: String,
+    pub fds: Vec<File>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct File {
+    pub fd: u32,
+    pub kind: String,
+    pub target: String,
+}
+
+impl Files {
+    #[must_use]
+    pub fn new(pid: u32, comm: String, files: Vec<OpenFile>) -> Self {
+        let files = files.into_iter().map(|OpenFile { fd, kind, target }| File { fd, kind, target });
+        Self { schema: SCHEMA, pid, comm, fds: files.collect() }
+    }
+}
+
+/// `plumb threads`.
+#[derive(Debug, Serialize)]
+pub struct Threads {
+    schema: &'static str,
+    pid: u32,
+    comm: String,
+    pub threads: Vec<Thread>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Thread {
+    pub tid: u32,
+    pub name: String,
+    pub state: char,
+    pub start_time: String,
+}
+
+impl Threads {
+    #[must_use]
+    pub fn new(pid: u32, comm: String, records: &[ThreadRecord], calendar: Calendar) -> Self {
+        let thread = |record: &ThreadRecord| Thread {
+            tid: record.tid,
+            name: text::terminated(&record.comm),
+            state: state_letter(record.state, record.exit_state),
+            start_time: calendar.format(record.start_boottime),
+        };
+        Self { schema: SCHEMA, pid, comm, threads: records.iter().map(thread).collect() }
+    }
+}
+
+/// `plumb leaks`, and GET /v1/leaks of the control socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Leaks {
+    schema: String,
+    pub findings: Vec<Leak>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Leak {
+    pub id: String,
+    pub state: State,
+    pub resource: Resource,
+    pub pid: u32,
+    pub comm: String,
+    pub group: String,
+    pub live: u32,
+    pub baseline: u32,
+    pub limit: Option<u64>,
+    pub growth_per_minute: f64,
+    /// `null` when it does not grow or has no limit.
+    pub seconds_to_exhaustion: Option<f64>,
+    pub first_seen: String,
+    pub examples: Vec<Example>,
+    /// Call stacks that made what leaks; empty while nobody watches for them.
+    pub origins: Vec<serde_json::Value>,
+}
+
+impl Leaks {
+    #[must_use]
+    pub fn new(findings: &[Finding], calendar: Calendar) -> Self {
+        let findings = findings.iter().map(|finding| Leak::new(finding, calendar)).collect();
+        Self { schema: SCHEMA.to_owned(), findings }
+    }
+}
+
+impl Leak {
+    #[must_use]
+    pub fn new(finding: &Finding, calendar: Calendar) -> Self {
+        let rounded = |value: f64| (value * 10.0).round() / 10.0;
+        Self {
+            id: finding.id(),
+            state: finding.state,
+            resource: finding.resource,
+            pid: finding.key.tgid,
+            comm: finding.info.comm.to_string(),
+            group: finding.info.group.to_string(),
+            live: finding.live,
+            baseline: finding.baseline,
+            limit: finding.limit,
+            growth_per_minute: rounded(finding.growth_per_minute),
+            seconds_to_exhaustion: finding.seconds_to_exhaustion().map(f64::round),
+            first_seen: calendar.format(finding.first_seen),
+            examples: finding.examples.clone(),
+            origins: Vec::new(),
+        }
+    }
+}
+
+/// `plumb doctor`.
+#[derive(Debug, Serialize)]
+pub struct Doctor {
+    schema: &'static str,
+    pub checks: Vec<Check>,
+    pub programs: Vec<ProgramStatus>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Check {
+    pub name: &'static str,
+    pub ok: bool,
+    pub detail: String,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ProgramStatus {
+    pub name: &'static str,
+    pub intent: crate::kernel::Intent,
+    pub verdict: &'static str,
+    pub detail: String,
+    pub gives: &'static str,
+}
+
+impl Doctor {
+    #[must_use]
+    pub fn new(checks: Vec<Check>, programs: &[Status]) -> Self {
+        let status = |status: &Status| ProgramStatus {
+            name: status.program.name,
+            intent: status.program.intent,
+            verdict: status.verdict.word(),
+            detail: status.verdict.explain(),
+            gives: status.program.gives,
+        };
+        Self { schema: SCHEMA, checks, programs: programs.iter().map(status).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_are_those_of_proc() {
+        let letters = [(0, 0), (1, 0), (2, 0), (4, 0), (8, 0), (0x402, 0), (0x1402, 0), (0, 16), (0, 32)];
+        let shown: String = letters.iter().map(|(state, exit)| state_letter(*state, *exit)).collect();
+        assert_eq!(shown, "RSDTtIIXZ");
+    }
+}

@@ -1,0 +1,3 @@
+//! What other systems read.
+
+pub mod prometheus;

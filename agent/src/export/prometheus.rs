@@ -1,0 +1,294 @@
+//! The metrics page, text format 0.0.4.
+//!
+//! What concerns the host is written straight from the view, so a process that is gone leaves no series.
+//! The registry holds only what the agent counts about itself.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write},
+};
+
+use plumb_common::counts;
+use prometheus::{IntCounterVec, Opts, Registry, TextEncoder};
+
+use crate::{
+    detect::{Finding, State},
+    supervisor::{self, Workers},
+    table::{HostView, Row},
+};
+
+/// What the scraper must be told.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Groups with series of their own; the rest is folded into one.
+const MAX_GROUPS: usize = 500;
+const OTHER: &str = "~other";
+
+/// What the agent counts about itself.
+#[derive(Clone, Debug)]
+pub struct Own {
+    registry: Registry,
+    reports: IntCounterVec,
+}
+
+impl Own {
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let reports = IntCounterVec::new(
+            Opts::new("plumb_leak_reports_total", "Leaks reported since the agent started."),
+            &["resource"],
+        )?;
+        registry.register(Box::new(reports.clone()))?;
+        Ok(Self { registry, reports })
+    }
+
+    /// Counts a report.
+    pub fn reported(&self, finding: &Finding) {
+        self.reports.with_label_values(&[finding.resource.word()]).inc();
+    }
+}
+
+/// Renders the page.
+pub fn page(view: &HostView, workers: &Workers, own: &Own) -> Result<String, prometheus::Error> {
+    let mut page = Page(String::with_capacity(16 << 10));
+    // Writing to a String does not fail.
+    let _ = groups(&mut page, &view.rows)
+        .and_then(|()| leaks(&mut page, &view.findings))
+        .and_then(|()| collection(&mut page, view))
+        .and_then(|()| agent(&mut page, workers));
+    TextEncoder::new().encode_utf8(&own.registry.gather(), &mut page.0)?;
+    Ok(page.0)
+}
+
+#[derive(Default)]
+struct Group {
+    processes: u64,
+    fds: u64,
+    worst_fd_ratio: f64,
+    threads: u64,
+    rss_bytes: u64,
+}
+
+impl Group {
+    fn add(&mut self, row: &Row) {
+        self.processes += 1;
+        self.fds += u64::from(row.fds);
+        self.worst_fd_ratio = self.worst_fd_ratio.max(row.fd_ratio());
+        self.threads += u64::from(row.threads);
+        self.rss_bytes += row.rss_bytes;
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.processes += other.processes;
+        self.fds += other.fds;
+        self.worst_fd_ratio = self.worst_fd_ratio.max(other.worst_fd_ratio);
+        self.threads += other.threads;
+        self.rss_bytes += other.rss_bytes;
+    }
+}
+
+fn groups(page: &mut Page, rows: &[Row]) -> fmt::Result {
+    let mut groups: BTreeMap<&str, Group> = BTreeMap::new();
+    for row in rows.iter().filter(|row| !row.exited) {
+        groups.entry(&row.info.group).or_default().add(row);
+    }
+    let folded = fold(&mut groups);
+    let series = |value: fn(&Group) -> f64| groups.iter().map(move |(name, group)| ([("group", *name)], value(group)));
+    page.family(
+        "plumb_group_processes",
+        GAUGE,
+        "Processes of the group, without zombies.",
+        series(|group| group.processes as f64),
+    )?;
+    page.family("plumb_group_open_fds", GAUGE, "Open file descriptors.", series(|group| group.fds as f64))?;
+    page.family(
+        "plumb_group_fd_limit_ratio_max",
+        GAUGE,
+        "Open file descriptors over the soft limit, of the worst process of the group.",
+        series(|group| group.worst_fd_ratio),
+    )?;
+    page.family("plumb_group_threads", GAUGE, "Threads.", series(|group| group.threads as f64))?;
+    page.family(
+        "plumb_group_resident_memory_bytes",
+        GAUGE,
+        "Resident memory; approximate from Linux 6.2 on, where the kernel counts per CPU.",
+        series(|group| group.rss_bytes as f64),
+    )?;
+    page.family(
+        "plumb_groups_folded",
+        GAUGE,
+        "Groups beyond the bound on series, folded into group ~other.",
+        [([("bound", "max_groups")], folded as f64)],
+    )
+}
+
+/// Keeps the groups with the most fds and folds the rest; returns how many were folded.
+fn fold(groups: &mut BTreeMap<&str, Group>) -> usize {
+    if groups.len() <= MAX_GROUPS {
+        return 0;
+    }
+    let mut by_fds: Vec<_> = groups.iter().map(|(name, group)| (std::cmp::Reverse(group.fds), *name)).collect();
+    by_fds.sort_unstable();
+    let mut other = Group::default();
+    let small: Vec<_> = by_fds.iter().skip(MAX_GROUPS).map(|(_, name)| *name).collect();
+    for name in &small {
+        if let Some(group) = groups.remove(name) {
+            other.merge(&group);
+        }
+    }
+    groups.insert(OTHER, other);
+    small.len()
+}
+
+fn leaks(page: &mut Page, findings: &[Finding]) -> fmt::Result {
+    let mut count: BTreeMap<(&str, &str, &str), u32> = BTreeMap::new();
+    let mut soonest: BTreeMap<(&str, &str), f64> = BTreeMap::new();
+    // Findings are few; a host with more leaking groups than series allow has other problems.
+    for finding in findings.iter().take(MAX_GROUPS) {
+        let (group, resource) = (&*finding.info.group, finding.resource.word());
+        *count.entry((group, resource, finding.state.word())).or_default() += 1;
+        if let (State::Leaking, Some(seconds)) = (finding.state, finding.seconds_to_exhaustion()) {
+            let kept = soonest.entry((group, resource)).or_insert(f64::INFINITY);
+            *kept = kept.min(seconds);
+        }
+    }
+    page.family(
+        "plumb_leak_findings",
+        GAUGE,
+        "Processes of the group with a verdict on the resource.",
+        count.iter().map(|((group, resource, state), count)| {
+            ([("group", *group), ("resource", *resource), ("state", *state)], f64::from(*count))
+        }),
+    )?;
+    page.family(
+        "plumb_leak_exhaustion_seconds",
+        GAUGE,
+        "Time until the first leaking process of the group reaches its limit, at its present rate.",
+        soonest.iter().map(|((group, resource), seconds)| ([("group", *group), ("resource", *resource)], *seconds)),
+    )
+}
+
+fn collection(page: &mut Page, view: &HostView) -> fmt::Result {
+    page.family(
+        "plumb_bpf_program_attached",
+        GAUGE,
+        "Whether the kernel program is attached, with the verdict.",
+        view.programs.iter().map(|status| {
+            let labels = [("program", status.program.name), ("verdict", status.verdict.word())];
+            (labels, f64::from(u8::from(status.is_attached())))
+        }),
+    )?;
+    let sources = || (0u32..).zip(counts::SOURCES);
+    let counted = |source, outcome| view.counts[counts::index(source, outcome) as usize] as f64;
+    page.family(
+        "plumb_events_seen_total",
+        COUNTER,
+        "Events the kernel programs saw, whatever became of them.",
+        sources().map(|(source, name)| {
+            let all = (0..counts::OUTCOMES.len() as u32).map(|outcome| counted(source, outcome)).sum();
+            ([("source", name)], all)
+        }),
+    )?;
+    let losses = [("ring_full", counts::RING_FULL), ("fault", counts::FAULT)];
+    let in_kernel = sources().flat_map(|(source, name)| {
+        losses.map(move |(cause, outcome)| ([("source", name), ("cause", cause)], counted(source, outcome)))
+    });
+    let in_agent = ([("source", "any"), ("cause", "decode")], view.rejected as f64);
+    page.family(
+        "plumb_events_lost_total",
+        COUNTER,
+        "Events lost, by source and cause.",
+        in_kernel.chain([in_agent]),
+    )?;
+    page.family(
+        "plumb_drift_total",
+        COUNTER,
+        "Differences between the events and the kernel's tables, found and healed by passes.",
+        view.drift.by_cause().map(|(cause, count)| ([("cause", cause)], count as f64)),
+    )?;
+    page.family("plumb_passes_total", COUNTER, "Passes over all processes.", [([], view.passes as f64)])?;
+    page.family(
+        "plumb_pass_duration_seconds",
+        GAUGE,
+        "Duration of the last pass over all processes.",
+        [([], view.pass_nanos as f64 / 1e9)],
+    )
+}
+
+fn agent(page: &mut Page, workers: &Workers) -> fmt::Result {
+    let workers = workers.list();
+    page.family(
+        "plumb_worker_state",
+        GAUGE,
+        "1 for the state the worker is in.",
+        workers.iter().flat_map(|(name, worker)| {
+            supervisor::State::ALL.map(|state| {
+                let labels = [("worker", *name), ("state", state.word())];
+                (labels, f64::from(u8::from(state == worker.state)))
+            })
+        }),
+    )?;
+    page.family(
+        "plumb_worker_restarts_total",
+        COUNTER,
+        "Times the worker failed and was started again.",
+        workers.iter().map(|(name, worker)| ([("worker", *name)], worker.restarts as f64)),
+    )?;
+    let build = [
+        ("version", env!("CARGO_PKG_VERSION")),
+        ("revision", env!("PLUMB_REVISION")),
+        ("rustc", env!("PLUMB_RUSTC")),
+    ];
+    page.family("plumb_build_info", GAUGE, "1; the labels say what was built.", [(build, 1.0)])
+}
+
+const GAUGE: &str = "gauge";
+const COUNTER: &str = "counter";
+
+struct Page(String);
+
+impl Page {
+    /// Writes one family. One without series is left out whole.
+    fn family<'a, const LABELS: usize>(
+        &mut self,
+        name: &str,
+        kind: &str,
+        help: &str,
+        series: impl IntoIterator<Item = ([(&'a str, &'a str); LABELS], f64)>,
+    ) -> fmt::Result {
+        let mut series = series.into_iter().peekable();
+        if series.peek().is_none() {
+            return Ok(());
+        }
+        writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}")?;
+        for (labels, value) in series {
+            self.0.push_str(name);
+            let mut separator = '{';
+            for (label, text) in labels {
+                write!(self.0, "{separator}{label}=\"")?;
+                text.chars().for_each(|char| self.label_char(char));
+                self.0.push('"');
+                separator = ',';
+            }
+            if LABELS > 0 {
+                self.0.push('}');
+            }
+            writeln!(self.0, " {value}")?;
+        }
+        Ok(())
+    }
+
+    fn label_char(&mut self, char: char) {
+        match char {
+            '\\' => self.0.push_str("\\\\"),
+            '"' => self.0.push_str("\\\""),
+            '\n' => self.0.push_str("\\n"),
+            other => self.0.push(other),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "prometheus_tests.rs"]
+mod tests;

@@ -1,0 +1,282 @@
+//! Loads the object, resolves its offsets, attaches what was asked for and records each verdict.
+
+use std::{fs, io};
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{Map, PerCpuArray, PerCpuValues},
+    programs::{self, ProgramError},
+};
+use plumb_common::{
+    counts,
+    limits::{COMM_LEN, RING_BYTES},
+    offsets,
+};
+
+use super::{
+    btf::{self, BtfError, KERNEL_BTF},
+    programs::{Hook, Intent, PROGRAMS, Program, Status, Verdict},
+    ring::{Ring, RingError},
+};
+use crate::failure::{Exit, Failure};
+
+/// Names of the maps and globals, as in ebpf/src/maps.rs.
+const EVENTS: &str = "EVENTS";
+const COUNTS: &str = "COUNTS";
+
+/// Copied so that it is aligned as an ELF file wants it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PLUMB_EBPF_OBJECT"));
+
+/// Whose events reach the ring.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Filter {
+    /// Thread group id; `None` for all.
+    pub tgid: Option<u32>,
+    /// Name of the process's leader, NUL-padded; `None` for any.
+    pub comm: Option<[u8; COMM_LEN]>,
+}
+
+/// What to load.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Names out of `PROGRAMS`.
+    pub programs: &'static [&'static str],
+    pub filter: Filter,
+    /// Size of the event ring in bytes; a power of two, at least one page.
+    pub ring_bytes: u32,
+}
+
+impl Plan {
+    /// Everything the agent follows all the time.
+    pub const AGENT: Self = Self {
+        programs: &[
+            "task_newtask",
+            "sched_process_exec",
+            "task_rename",
+            "sched_process_exit",
+            "processes",
+            "threads",
+            "files",
+        ],
+        filter: Filter { tgid: None, comm: None },
+        ring_bytes: RING_BYTES,
+    };
+
+    /// All there is, for `plumb doctor`.
+    pub const DOCTOR: Self = Self {
+        programs: &[
+            "task_newtask",
+            "sched_process_exec",
+            "task_rename",
+            "sched_process_exit",
+            "sys_exit",
+            "processes",
+            "threads",
+            "files",
+        ],
+        ring_bytes: PAGE,
+        ..Self::AGENT
+    };
+
+    /// The live stream.
+    #[must_use]
+    pub fn watch(filter: Filter) -> Self {
+        Self {
+            programs: &[
+                "task_newtask",
+                "sched_process_exec",
+                "task_rename",
+                "sched_process_exit",
+                "sys_exit",
+            ],
+            filter,
+            ring_bytes: RING_BYTES,
+        }
+    }
+
+    /// One pass of these iterators.
+    #[must_use]
+    pub fn pass(programs: &'static [&'static str]) -> Self {
+        Self { programs, filter: Filter::default(), ring_bytes: PAGE }
+    }
+}
+
+/// The smallest ring there can be.
+const PAGE: u32 = 4096;
+
+/// Why nothing could be loaded at all.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("missing capability: plumb needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN")]
+    MissingCapability,
+    #[error("this kernel publishes no types: {KERNEL_BTF}: {0}")]
+    NoBtf(#[source] io::Error),
+    #[error("{KERNEL_BTF}: {0}")]
+    BadBtf(#[source] BtfError),
+    #[error("the kernel refuses the maps or programs: {0}")]
+    Refused(String),
+    #[error("{name}, which everything depends on, is {verdict}: {why}")]
+    Required { name: &'static str, verdict: &'static str, why: String, privilege: bool },
+}
+
+impl From<LoadError> for Failure {
+    fn from(error: LoadError) -> Self {
+        let (exit, remedy) = match &error {
+            LoadError::MissingCapability | LoadError::Required { privilege: true, .. } => {
+                (Exit::MissingPrivilege, "run it with sudo, or give the service AmbientCapabilities=CAP_BPF CAP_PERFMON")
+            }
+            LoadError::NoBtf(_) | LoadError::BadBtf(_) => {
+                (Exit::KernelCannot, "use a kernel from 5.10 on that is built with CONFIG_DEBUG_INFO_BTF=y")
+            }
+            LoadError::Refused(_) | LoadError::Required { .. } => {
+                (Exit::KernelCannot, "`plumb doctor` says what this kernel can do")
+            }
+        };
+        Self::new(exit, error.to_string(), remedy)
+    }
+}
+
+/// The loaded programs. Dropping it detaches everything.
+#[derive(Debug)]
+pub struct Kernel {
+    pub(super) ebpf: Ebpf,
+    programs: Vec<Status>,
+}
+
+impl Kernel {
+    /// Loads and attaches the plan's programs. A program that cannot be attached is a verdict in
+    /// `programs`, not an error.
+    pub fn load(plan: Plan) -> Result<Self, LoadError> {
+        require_capabilities()?;
+        // Before 5.11 maps are charged to RLIMIT_MEMLOCK. Where the limit cannot be raised it does not
+        // matter, or the kernel will say so.
+        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
+
+        let types = fs::read(KERNEL_BTF).map_err(LoadError::NoBtf)?;
+        let offsets = btf::resolve_offsets(&types).map_err(LoadError::BadBtf)?;
+        drop(types);
+        let btf = Btf::from_sys_fs().map_err(|error| LoadError::Refused(error.to_string()))?;
+        let (tgid, comm) = (plan.filter.tgid.unwrap_or(0), plan.filter.comm.unwrap_or_default());
+        let mut ebpf = EbpfLoader::new()
+            .btf(Some(&btf))
+            .override_global("OFFSETS", &offsets[..], true)
+            .override_global("FILTER_TGID", &tgid, true)
+            .override_global("FILTER_COMM", &comm[..], true)
+            .map_max_entries(EVENTS, plan.ring_bytes)
+            .load(OBJECT)
+            .map_err(|error| LoadError::Refused(chain(&error)))?;
+        let wanted = PROGRAMS.iter().filter(|program| plan.programs.contains(&program.name));
+        let programs = wanted
+            .map(|program| Status { program, verdict: attach(&mut ebpf, program, &btf, &offsets) })
+            .collect();
+        drop(btf);
+        // SAFETY: no preconditions. The kernel's types took about 20 MB for a moment; give them back.
+        unsafe { libc::malloc_trim(0) };
+        Ok(Self { ebpf, programs })
+    }
+
+    /// As `load`, and an error when a required program is not attached.
+    pub fn load_required(plan: Plan) -> Result<Self, LoadError> {
+        let kernel = Self::load(plan)?;
+        kernel.require(|status| status.program.intent == Intent::Required)?;
+        Ok(kernel)
+    }
+
+    /// As `load`, and an error when any program of the plan is not attached.
+    pub fn load_all(plan: Plan) -> Result<Self, LoadError> {
+        let kernel = Self::load(plan)?;
+        kernel.require(|_| true)?;
+        Ok(kernel)
+    }
+
+    fn require(&self, needed: impl Fn(&Status) -> bool) -> Result<(), LoadError> {
+        match self.programs.iter().find(|status| needed(status) && !status.is_attached()) {
+            None => Ok(()),
+            Some(status) => Err(LoadError::Required {
+                name: status.program.name,
+                verdict: status.verdict.word(),
+                why: status.verdict.explain(),
+                privilege: matches!(status.verdict, Verdict::Refused { errno: libc::EPERM | libc::EACCES, .. }),
+            }),
+        }
+    }
+
+    /// Each program of the plan with its verdict.
+    #[must_use]
+    pub fn programs(&self) -> &[Status] {
+        &self.programs
+    }
+
+    /// Hands out the event ring; there is one reader, so a second call is an error.
+    pub fn ring(&mut self) -> Result<Ring, RingError> {
+        self.ebpf.take_map(EVENTS).ok_or(RingError::Taken).and_then(Ring::new)
+    }
+
+    /// The kernel's side of the ledger, summed over CPUs, by `counts::index`.
+    pub fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
+        let map = self.ebpf.map(COUNTS).ok_or(io::ErrorKind::NotFound)?;
+        let array = PerCpuArray::<&_, u64>::try_from(map as &Map).map_err(io::Error::other)?;
+        let mut sums = [0; counts::LEN as usize];
+        for (index, sum) in sums.iter_mut().enumerate() {
+            let values: PerCpuValues<u64> = array.get(&(index as u32), 0).map_err(io::Error::other)?;
+            *sum = values.iter().sum();
+        }
+        Ok(sums)
+    }
+}
+
+fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf, known: &[u32; offsets::LEN]) -> Verdict {
+    if let Some(index) = program.needs.iter().find(|index| known[**index] == offsets::MISSING) {
+        return Verdict::Unsupported { why: format!("this kernel has no field {}", offsets::PATHS[*index]) };
+    }
+    let Some(loaded) = ebpf.program_mut(program.name) else {
+        return Verdict::Broken { why: "the object has no such program".to_owned() };
+    };
+    let done = match program.hook {
+        Hook::Tracepoint(name) => <&mut programs::BtfTracePoint>::try_from(loaded)
+            .and_then(|tracepoint| tracepoint.load(name, btf).and_then(|()| tracepoint.attach().map(drop))),
+        Hook::Iterator(object) => {
+            <&mut programs::Iter>::try_from(loaded).and_then(|iterator| iterator.load(object, btf))
+        }
+    };
+    done.map_or_else(|error| verdict(&error), |()| Verdict::Attached)
+}
+
+fn verdict(error: &ProgramError) -> Verdict {
+    match error {
+        ProgramError::Btf(_) => Verdict::Unsupported { why: "this kernel has no such hook".to_owned() },
+        ProgramError::LoadError { io_error, verifier_log } => {
+            tracing::debug!(%verifier_log, "the verifier refused a program");
+            Verdict::of_refusal(io_error, &verifier_log.to_string())
+        }
+        ProgramError::SyscallError(error) => Verdict::of_refusal(&error.io_error, ""),
+        other => Verdict::Broken { why: chain(other) },
+    }
+}
+
+/// CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39), since 5.8.
+pub fn require_capabilities() -> Result<(), LoadError> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    if effective & (1 << 21) != 0 || effective & (0b11 << 38) == 0b11 << 38 {
+        Ok(())
+    } else {
+        Err(LoadError::MissingCapability)
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text.lines().next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,223 @@
+//! The one table of kernel programs: what each hooks, how much it matters, and what became of it.
+
+use std::io;
+
+use plumb_common::offsets;
+use serde::Serialize;
+
+/// The kernel's internal "not supported" (include/linux/errno.h), which reaches user space here.
+const ENOTSUPP: i32 = 524;
+
+/// Where a program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// A BTF-typed raw tracepoint, attached for as long as the kernel handle lives.
+    Tracepoint(&'static str),
+    /// A BPF iterator; loaded once and attached anew for each pass.
+    Iterator(&'static str),
+}
+
+/// How much depends on a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Intent {
+    /// Without it the agent does not start.
+    Required,
+    /// Without it the agent runs and says what is missing.
+    Optional,
+}
+
+/// One kernel program.
+#[derive(Debug)]
+pub struct Program {
+    /// Name of the function in the object.
+    pub name: &'static str,
+    pub hook: Hook,
+    pub intent: Intent,
+    /// What the user goes without when it is not there.
+    pub gives: &'static str,
+    /// Fields it cannot do without, by `plumb_common::offsets` index.
+    pub needs: &'static [usize],
+}
+
+/// What every event needs to say who caused it.
+const ACTOR: &[usize] = &[
+    offsets::TASK_PID,
+    offsets::TASK_TGID,
+    offsets::TASK_COMM,
+    offsets::TASK_GROUP_LEADER,
+    offsets::TASK_START_BOOTTIME,
+];
+
+pub static PROGRAMS: [Program; 8] = [
+    Program {
+        name: "task_newtask",
+        hook: Hook::Tracepoint("task_newtask"),
+        intent: Intent::Optional,
+        gives: "new processes and threads between two passes",
+        needs: ACTOR,
+    },
+    Program {
+        name: "sched_process_exec",
+        hook: Hook::Tracepoint("sched_process_exec"),
+        intent: Intent::Optional,
+        gives: "exec events",
+        needs: ACTOR,
+    },
+    Program {
+        name: "task_rename",
+        hook: Hook::Tracepoint("task_rename"),
+        intent: Intent::Optional,
+        gives: "thread names as they change",
+        needs: ACTOR,
+    },
+    Program {
+        name: "sched_process_exit",
+        hook: Hook::Tracepoint("sched_process_exit"),
+        intent: Intent::Optional,
+        gives: "exits between two passes, with their codes",
+        needs: &[
+            offsets::TASK_GROUP_LEADER,
+            offsets::TASK_START_BOOTTIME,
+            offsets::TASK_SIGNAL,
+            offsets::SIGNAL_LIVE,
+            offsets::TASK_EXIT_CODE,
+        ],
+    },
+    Program {
+        name: "sys_exit",
+        hook: Hook::Tracepoint("sys_exit"),
+        intent: Intent::Optional,
+        gives: "the fd events of `plumb watch`",
+        needs: &[
+            offsets::TASK_GROUP_LEADER,
+            offsets::TASK_START_BOOTTIME,
+            offsets::TASK_THREAD_STATUS,
+            offsets::TASK_FILES,
+            offsets::FILES_FDT,
+            offsets::FDT_MAX_FDS,
+            offsets::FDT_FD,
+        ],
+    },
+    Program {
+        name: "processes",
+        hook: Hook::Iterator("task"),
+        intent: Intent::Required,
+        gives: "the counts of fds and threads of every process",
+        needs: &[
+            offsets::TASK_PID,
+            offsets::TASK_TGID,
+            offsets::TASK_COMM,
+            offsets::TASK_FLAGS,
+            offsets::TASK_GROUP_LEADER,
+            offsets::TASK_START_BOOTTIME,
+            offsets::TASK_FILES,
+            offsets::TASK_SIGNAL,
+            offsets::SIGNAL_NR_THREADS,
+            offsets::SIGNAL_RLIM,
+            offsets::FILES_FDT,
+            offsets::FDT_MAX_FDS,
+            offsets::FDT_OPEN_FDS,
+        ],
+    },
+    Program {
+        name: "threads",
+        hook: Hook::Iterator("task"),
+        intent: Intent::Optional,
+        gives: "the threads of one process by name",
+        needs: &[offsets::TASK_PID, offsets::TASK_TGID, offsets::TASK_COMM, offsets::TASK_START_BOOTTIME],
+    },
+    Program {
+        name: "files",
+        hook: Hook::Iterator("task_file"),
+        intent: Intent::Optional,
+        gives: "the open files of one process and what leaks",
+        needs: &[
+            offsets::TASK_TGID,
+            offsets::TASK_GROUP_LEADER,
+            offsets::TASK_FILES,
+            offsets::FILE_INODE,
+            offsets::FILE_FLAGS,
+            offsets::FILE_POS,
+            offsets::INODE_INO,
+            offsets::INODE_MODE,
+            offsets::INODE_SB,
+            offsets::SB_DEV,
+            offsets::SB_MAGIC,
+            offsets::FILE_PRIVATE_DATA,
+            offsets::DENTRY_NAME,
+        ],
+    },
+];
+
+/// What became of a program on this kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Attached or, for an iterator, loaded.
+    Attached,
+    /// This kernel has no such hook or field.
+    Unsupported { why: String },
+    /// The kernel has it and does not let us.
+    Refused { errno: i32, remedy: &'static str },
+    /// It should work and does not: our fault, to be reported.
+    Broken { why: String },
+}
+
+impl Verdict {
+    /// The word used in metrics and JSON.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Attached => "attached",
+            Self::Unsupported { .. } => "unsupported",
+            Self::Refused { .. } => "refused",
+            Self::Broken { .. } => "broken",
+        }
+    }
+
+    /// Why, and what to do; empty when attached.
+    #[must_use]
+    pub fn explain(&self) -> String {
+        match self {
+            Self::Attached => String::new(),
+            Self::Unsupported { why } => why.clone(),
+            Self::Refused { errno, remedy } => format!("{}; {remedy}", io::Error::from_raw_os_error(*errno)),
+            Self::Broken { why } => format!("{why}; please report this with the output of `plumb doctor -o json`"),
+        }
+    }
+
+    /// Reads the kernel's answer to a load or an attach.
+    pub(super) fn of_refusal(error: &io::Error, log: &str) -> Self {
+        match error.raw_os_error() {
+            Some(errno @ (libc::EPERM | libc::EACCES)) if log.is_empty() => Self::Refused {
+                errno,
+                remedy: "run as root, or with CAP_BPF and CAP_PERFMON, on a kernel that is not locked down",
+            },
+            Some(errno @ libc::ENOMEM) => {
+                Self::Refused { errno, remedy: "raise the memory limit of this cgroup, or RLIMIT_MEMLOCK before 5.11" }
+            }
+            Some(ENOTSUPP | libc::EOPNOTSUPP) => Self::Unsupported { why: error.to_string() },
+            _ => {
+                // After its complaint the verifier prints statistics.
+                let statistics = ["processed", "stack depth", "verification time"];
+                let complaint = |line: &&str| !line.is_empty() && !statistics.iter().any(|word| line.starts_with(word));
+                let last = log.lines().map(str::trim).rev().find(complaint);
+                Self::Broken { why: last.map_or_else(|| error.to_string(), |line| format!("{error}: {line}")) }
+            }
+        }
+    }
+}
+
+/// A program and its verdict.
+#[derive(Clone, Debug)]
+pub struct Status {
+    pub program: &'static Program,
+    pub verdict: Verdict,
+}
+
+impl Status {
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.verdict == Verdict::Attached
+    }
+}

@@ -1,0 +1,149 @@
+//! The one thread that talks to the kernel: drains the ring, takes a pass every second, looks up what
+//! leaks. Everything it learns goes to the table's owner, in order.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, TryRecvError},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use plumb_common::{counts, task::ProcKey};
+use tokio::sync::mpsc::Sender;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clock,
+    decode::Event,
+    detect::Resource,
+    evidence::{Evidence, Example},
+    kernel::{Kernel, Ring, Status},
+    procfs::Describer,
+    table::Pass,
+};
+
+/// Between two passes.
+const PASS_EVERY: Duration = Duration::from_secs(1);
+/// How long an event may wait in a quiet ring; a busy one wakes the reader by itself.
+const TICK: Duration = Duration::from_millis(100);
+/// Events per batch at most: bounds memory and the time between two looks at the clock.
+const BATCH: usize = 16_384;
+
+/// What the table's owner is told.
+#[derive(Debug)]
+pub enum Input {
+    /// Events between two passes.
+    Events(Vec<Event>),
+    /// A pass over all processes.
+    Pass(Box<Observation>),
+    /// The answer to `Request::Examples`.
+    Examples(ProcKey, Resource, Vec<Example>),
+}
+
+/// A pass and what it took.
+#[derive(Debug)]
+pub struct Observation {
+    pub pass: Pass,
+    /// When it ended, nanoseconds since boot.
+    pub ended: u64,
+    /// The kernel's ledger, by `counts::index`.
+    pub counts: [u64; counts::LEN as usize],
+    /// Events the decoder rejected so far.
+    pub rejected: u64,
+    /// Each kernel program with its verdict.
+    pub programs: Arc<[Status]>,
+}
+
+/// What the table's owner asks for.
+#[derive(Clone, Copy, Debug)]
+pub enum Request {
+    /// Remember what a suspect holds.
+    Remember(ProcKey, Resource),
+    /// Look up what leaks.
+    Examples(ProcKey, Resource),
+    /// No longer suspect.
+    Forget(ProcKey, Resource),
+}
+
+/// Runs until it is stopped; an error means that nothing is seen any more.
+pub fn run(
+    mut kernel: Kernel,
+    requests: &Receiver<Request>,
+    inputs: &Sender<Input>,
+    stop: &CancellationToken,
+) -> Result<()> {
+    let mut ring = kernel.ring()?;
+    let programs: Arc<[Status]> = kernel.programs().into();
+    let mut describer = Describer::new("/proc");
+    let mut evidence = Evidence::default();
+    let mut next_pass = Instant::now();
+    while !stop.is_cancelled() {
+        let until_pass = next_pass.saturating_duration_since(Instant::now());
+        ring.wait(until_pass.min(TICK))?;
+        let events = ring.drain(BATCH);
+        let input = if Instant::now() >= next_pass {
+            next_pass = Instant::now() + PASS_EVERY;
+            let (pass, ended) = pass(&mut kernel, &mut ring, &mut describer, events)?;
+            let counts = kernel.counts().context("the ledger cannot be read")?;
+            let programs = Arc::clone(&programs);
+            Input::Pass(Box::new(Observation { pass, ended, counts, rejected: ring.rejected(), programs }))
+        } else if events.is_empty() {
+            continue;
+        } else {
+            Input::Events(events)
+        };
+        // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
+        // there is one place where events are lost.
+        if inputs.blocking_send(input).is_err() {
+            return Ok(());
+        }
+        answer(&mut kernel, &mut evidence, requests, inputs);
+    }
+    Ok(())
+}
+
+/// One pass with the events around it, and when it ended.
+fn pass(
+    kernel: &mut Kernel,
+    ring: &mut Ring,
+    describer: &mut Describer,
+    before: Vec<Event>,
+) -> Result<(Pass, u64)> {
+    let began = clock::boottime();
+    let records = kernel.processes().context("the pass over all processes failed")?;
+    let ended = clock::boottime();
+    let after = ring.drain(BATCH);
+    let words = describer.describe(&records);
+    Ok((Pass { began, before, records: records.into_iter().zip(words).collect(), after }, ended))
+}
+
+fn answer(
+    kernel: &mut Kernel,
+    evidence: &mut Evidence,
+    requests: &Receiver<Request>,
+    inputs: &Sender<Input>,
+) {
+    loop {
+        match requests.try_recv() {
+            Ok(Request::Remember(key, resource)) => {
+                if let Err(error) = evidence.remember(kernel, key, resource) {
+                    tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
+                }
+            }
+            Ok(Request::Forget(key, resource)) => evidence.forget(key, resource),
+            Ok(Request::Examples(key, resource)) => {
+                // A finding without examples is still a finding.
+                let examples = evidence.examples(kernel, key, resource).unwrap_or_else(|error| {
+                    tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
+                    Vec::new()
+                });
+                if inputs.blocking_send(Input::Examples(key, resource, examples)).is_err() {
+                    return;
+                }
+            }
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+        }
+    }
+}

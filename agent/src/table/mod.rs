@@ -1,0 +1,108 @@
+//! The process table: every process of the host with its counts. Pure: it takes events and passes, and
+//! returns how far the events had drifted from what a pass found.
+
+mod reconcile;
+mod view;
+
+use std::{collections::HashMap, sync::Arc};
+
+use bytemuck::Zeroable;
+use plumb_common::{
+    event::{Clone as CloneEvent, Exit},
+    task::{ProcKey, TaskRecord},
+};
+
+pub use reconcile::{Drift, Pass};
+pub use view::{HostView, Row, lost};
+
+use crate::{decode::Event, procfs::ProcStatic};
+
+/// linux/sched.h: the new task joins the creator's thread group.
+const CLONE_THREAD: u64 = 0x0001_0000;
+
+/// The table. Events keep it fresh between passes; a pass is the truth.
+#[derive(Debug, Default)]
+pub struct Table {
+    entries: HashMap<ProcKey, Entry>,
+    seeded: bool,
+    drift: Drift,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    row: Row,
+    /// Time of the last clone or exit of this process that events told of.
+    moved: u64,
+}
+
+impl Table {
+    /// Applies one event.
+    pub fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Clone(event) if event.flags & CLONE_THREAD != 0 => self.thread_started(event),
+            Event::Clone(event) => self.process_started(event),
+            Event::Exit(event) => self.thread_exited(event),
+            // A pass notices a new image or name by itself; these are for those who listen.
+            Event::Exec(_) | Event::Rename(_) | Event::Fd(_) => {}
+        }
+    }
+
+    fn thread_started(&mut self, event: &CloneEvent) {
+        if let Some(entry) = self.entries.get_mut(&event.child) {
+            entry.row.threads += 1;
+            entry.moved = event.header.time;
+        }
+    }
+
+    fn process_started(&mut self, event: &CloneEvent) {
+        // The child begins as a copy of its parent, fds and limits included. A parent that no pass has
+        // shown (PID 1 is hidden from the iterators on some machines) leaves them to the next pass.
+        let copied = match self.entries.get(&event.header.process) {
+            Some(parent) => parent.row.clone(),
+            None => Row::from_record(&TaskRecord::zeroed(), Arc::new(ProcStatic::of_comm(&event.header.comm))),
+        };
+        let row = Row {
+            key: event.child,
+            ppid: event.header.process.tgid,
+            threads: 1,
+            rss_bytes: 0,
+            exited: false,
+            ..copied
+        };
+        self.entries.entry(event.child).or_insert(Entry { row, moved: event.header.time });
+    }
+
+    fn thread_exited(&mut self, event: &Exit) {
+        let Some(entry) = self.entries.get_mut(&event.header.process) else { return };
+        entry.moved = event.header.time;
+        if event.group_dead != 0 {
+            // The entry stays until a pass no longer finds it: until then it is a zombie.
+            entry.row.exited = true;
+        } else if event.header.tid != event.header.process.tgid {
+            entry.row.threads = entry.row.threads.saturating_sub(1);
+        }
+        // A leader that exits first still counts as a thread until the others are gone.
+    }
+
+    /// Every process, in the order of start.
+    #[must_use]
+    pub fn rows(&self) -> Vec<Row> {
+        let mut rows: Vec<_> = self.entries.values().map(|entry| entry.row.clone()).collect();
+        rows.sort_unstable_by_key(|row| row.key);
+        rows
+    }
+
+    /// What all passes so far found wrong in the events, summed.
+    #[must_use]
+    pub fn drift(&self) -> Drift {
+        self.drift
+    }
+
+    /// Takes a record over as the truth about its process.
+    fn adopt(&mut self, record: &TaskRecord, info: &Arc<ProcStatic>) {
+        let row = Row::from_record(record, Arc::clone(info));
+        let entry = self.entries.entry(record.key).or_insert_with(|| Entry { row: row.clone(), moved: 0 });
+        let exited = entry.row.exited || row.exited;
+        entry.row = Row { exited, ..row };
+    }
+}

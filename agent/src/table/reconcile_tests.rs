@@ -1,0 +1,216 @@
+use bytemuck::Zeroable;
+use plumb_common::event::{Clone as CloneEvent, Exit};
+use proptest::prelude::*;
+
+use super::*;
+use crate::table::CLONE_THREAD;
+
+const SECOND: u64 = 1_000_000_000;
+
+fn words() -> Arc<ProcStatic> {
+    Arc::new(ProcStatic { comm: "test".into(), exe: None, group: "test".into() })
+}
+
+fn record(tgid: u32, start: u64, time: u64, threads: u32, fds: u32) -> (TaskRecord, Arc<ProcStatic>) {
+    let mut record = TaskRecord::zeroed();
+    record.key = ProcKey::new(tgid, start);
+    (record.time, record.threads, record.fds) = (time, threads, fds);
+    (record, words())
+}
+
+fn clone(parent: ProcKey, child: ProcKey, tid: u32, time: u64, flags: u64) -> Event {
+    let mut event = CloneEvent::zeroed();
+    (event.header.process, event.header.time) = (parent, time);
+    (event.child, event.child_tid, event.flags) = (child, tid, flags);
+    Event::Clone(event)
+}
+
+fn exit(process: ProcKey, tid: u32, time: u64, group_dead: bool) -> Event {
+    let mut event = Exit::zeroed();
+    (event.header.process, event.header.tid, event.header.time) = (process, tid, time);
+    event.group_dead = u32::from(group_dead);
+    Event::Exit(event)
+}
+
+fn seeded(records: Vec<(TaskRecord, Arc<ProcStatic>)>) -> Table {
+    let mut table = Table::default();
+    table.reconcile(&Pass { records, ..Pass::default() });
+    assert_eq!(table.drift(), Drift::default(), "the first pass is no drift");
+    table
+}
+
+fn threads(table: &Table, tgid: u32) -> Option<u32> {
+    table.rows().iter().find(|row| row.key.tgid == tgid).map(|row| row.threads)
+}
+
+#[test]
+fn events_after_a_record_are_applied_on_top_of_it_and_events_before_it_are_in_it() {
+    let key = ProcKey::new(7, 1);
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND + 500, 3, 3)],
+        after: vec![
+            clone(key, key, 8, 10 * SECOND + 100, CLONE_THREAD),
+            clone(key, key, 9, 10 * SECOND + 200, CLONE_THREAD),
+            clone(key, key, 10, 10 * SECOND + 900, CLONE_THREAD),
+        ],
+        ..Pass::default()
+    });
+    assert_eq!(threads(&table, 7), Some(4));
+    assert_eq!(table.drift(), Drift::default());
+}
+
+#[test]
+fn a_lost_clone_and_a_lost_exit_are_drift_and_are_healed() {
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3), record(8, 2, SECOND, 1, 3)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND, 5, 3), record(9, 3, 10 * SECOND, 1, 3)],
+        ..Pass::default()
+    });
+    assert_eq!(table.drift(), Drift { clones_missed: 1, exits_missed: 1, threads: 4 });
+    assert_eq!([7, 8, 9].map(|tgid| threads(&table, tgid)), [Some(5), None, Some(1)]);
+}
+
+#[test]
+fn a_process_whose_clone_event_trails_its_record_is_not_missed() {
+    let parent = ProcKey::new(7, 1);
+    let child = ProcKey::new(8, 10 * SECOND - 5);
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND, 1, 3), record(8, 10 * SECOND - 5, 10 * SECOND + 1, 1, 3)],
+        after: vec![clone(parent, child, 8, 10 * SECOND + 4, 0)],
+        ..Pass::default()
+    });
+    assert_eq!(table.drift(), Drift::default());
+    assert_eq!(threads(&table, 8), Some(1));
+}
+
+#[test]
+fn a_process_born_during_a_pass_that_had_passed_it_is_kept() {
+    let parent = ProcKey::new(7, 1);
+    let child = ProcKey::new(8, 10 * SECOND + 5);
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND, 1, 3)],
+        after: vec![clone(parent, child, 8, 10 * SECOND + 6, 0)],
+        ..Pass::default()
+    });
+    assert_eq!(threads(&table, 8), Some(1));
+    let fds = table.rows().iter().find(|row| row.key == child).map(|row| row.fds);
+    assert_eq!(fds, Some(3), "a child begins with its parent's fds");
+}
+
+#[test]
+fn a_reused_pid_is_another_process() {
+    let mut table = seeded(vec![record(7, 1, SECOND, 4, 9)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        before: vec![exit(ProcKey::new(7, 1), 7, 5 * SECOND, true)],
+        records: vec![record(7, 6 * SECOND, 10 * SECOND, 1, 3)],
+        ..Pass::default()
+    });
+    assert_eq!(table.rows().len(), 1);
+    assert_eq!(threads(&table, 7), Some(1));
+    assert_eq!(table.drift(), Drift { clones_missed: 1, ..Drift::default() });
+}
+
+#[test]
+fn a_leader_that_exits_first_still_counts_and_its_stand_in_brings_the_fds() {
+    let key = ProcKey::new(7, 1);
+    let mut table = seeded(vec![record(7, 1, SECOND, 2, 3)]);
+    let (mut leader, info) = record(7, 1, 10 * SECOND, 2, 0);
+    leader.exit_state = 32;
+    let (mut stand_in, _) = record(7, 1, 10 * SECOND + 1, 2, 3);
+    stand_in.flags = FLAG_STAND_IN;
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        before: vec![exit(key, 7, 5 * SECOND, false)],
+        records: vec![(leader, Arc::clone(&info)), (stand_in, info)],
+        ..Pass::default()
+    });
+    let rows = table.rows();
+    assert_eq!((rows[0].threads, rows[0].fds, rows[0].exited), (2, 3, false));
+    assert_eq!(table.drift(), Drift::default());
+}
+
+/// What happens on a small host, in order.
+#[derive(Clone, Debug)]
+enum Op {
+    Fork(usize),
+    Thread(usize),
+    ThreadExit(usize),
+    ProcessExit(usize),
+    Pass { lost: usize },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => any::<usize>().prop_map(Op::Fork),
+        4 => any::<usize>().prop_map(Op::Thread),
+        3 => any::<usize>().prop_map(Op::ThreadExit),
+        2 => any::<usize>().prop_map(Op::ProcessExit),
+        2 => (0usize..3).prop_map(|lost| Op::Pass { lost }),
+    ]
+}
+
+proptest! {
+    /// Whatever happens and whichever events are lost, after a pass the table equals the host; and when
+    /// nothing was lost there is no drift.
+    #[test]
+    fn after_a_pass_the_table_is_the_truth(ops in proptest::collection::vec(op(), 1..120)) {
+        let first = ProcKey::new(1, 1);
+        let mut model: Vec<(ProcKey, u32)> = vec![(first, 1)];
+        let mut table = seeded(vec![record(1, 1, 1, 1, 0)]);
+        let (mut now, mut next_tgid) = (SECOND, 2);
+        let mut pending: Vec<Event> = Vec::new();
+        let mut lost_any = false;
+        for op in ops.into_iter().chain([Op::Pass { lost: 0 }]) {
+            now += SECOND;
+            match op {
+                Op::Fork(i) => {
+                    let parent = model[i % model.len()].0;
+                    // Few numbers, so that pids are reused.
+                    let tgid = 2 + next_tgid % 5;
+                    next_tgid += 1;
+                    if model.iter().any(|(key, _)| key.tgid == tgid) { continue }
+                    let child = ProcKey::new(tgid, now);
+                    pending.push(clone(parent, child, tgid, now, 0));
+                    model.push((child, 1));
+                }
+                Op::Thread(i) => {
+                    let i = i % model.len();
+                    model[i].1 += 1;
+                    pending.push(clone(model[i].0, model[i].0, 1000, now, CLONE_THREAD));
+                }
+                Op::ThreadExit(i) => {
+                    let i = i % model.len();
+                    if model[i].1 < 2 { continue }
+                    model[i].1 -= 1;
+                    pending.push(exit(model[i].0, 1000, now, false));
+                }
+                Op::ProcessExit(i) => {
+                    let i = i % model.len();
+                    if model[i].0 == first { continue }
+                    let (key, _) = model.remove(i);
+                    pending.push(exit(key, key.tgid, now, true));
+                }
+                Op::Pass { lost } => {
+                    lost_any |= lost.min(pending.len()) > 0;
+                    pending.truncate(pending.len() - lost.min(pending.len()));
+                    let before = std::mem::take(&mut pending);
+                    let records = model.iter().map(|(key, n)| record(key.tgid, key.start_boottime, now, *n, 0));
+                    table.reconcile(&Pass { began: now, before, records: records.collect(), after: vec![] });
+                    let mut expected = model.clone();
+                    expected.sort_unstable();
+                    let found: Vec<_> = table.rows().iter().map(|row| (row.key, row.threads)).collect();
+                    prop_assert_eq!(found, expected);
+                    prop_assert!(lost_any || table.drift() == Drift::default(), "{:?}", table.drift());
+                }
+            }
+        }
+    }
+}

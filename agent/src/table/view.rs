@@ -1,0 +1,126 @@
+//! What readers see: a copy of the table at one moment, plain numbers and shared words.
+
+use std::sync::Arc;
+
+use plumb_common::{
+    counts,
+    task::{FLAG_FDS_TRUNCATED, FLAG_FDS_UNKNOWN, FLAG_KERNEL_THREAD, ProcKey, TaskRecord},
+};
+
+use super::Drift;
+use crate::{detect::Finding, kernel::Status, procfs::ProcStatic};
+
+/// x86_64.
+const PAGE_BYTES: u64 = 4096;
+
+/// One process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub key: ProcKey,
+    /// Changes with each exec.
+    pub exec_id: u64,
+    /// Soft `RLIMIT_NOFILE`.
+    pub fd_limit: u64,
+    /// Soft `RLIMIT_NPROC`; counted per user.
+    pub nproc_limit: u64,
+    pub rss_bytes: u64,
+    pub ppid: u32,
+    pub uid: u32,
+    /// Open fds. A lower bound if the table is larger than the kernel side counts, 0 if unknown.
+    pub fds: u32,
+    pub threads: u32,
+    /// Scheduler state bits.
+    pub state: u32,
+    /// `task::FLAG_*`.
+    pub flags: u32,
+    /// No thread is left; the parent has not waited yet.
+    pub exited: bool,
+    pub info: Arc<ProcStatic>,
+}
+
+impl Row {
+    /// A row as a pass saw it.
+    #[must_use]
+    pub fn from_record(record: &TaskRecord, info: Arc<ProcStatic>) -> Self {
+        Self {
+            key: record.key,
+            exec_id: record.exec_id,
+            fd_limit: record.fd_limit,
+            nproc_limit: record.nproc_limit,
+            rss_bytes: record.rss_pages * PAGE_BYTES,
+            ppid: record.ppid,
+            uid: record.uid,
+            fds: record.fds,
+            threads: record.threads,
+            state: record.state,
+            flags: record.flags,
+            exited: record.exit_state != 0 && record.threads <= 1,
+            info,
+        }
+    }
+
+    #[must_use]
+    pub fn is_kernel_thread(&self) -> bool {
+        self.flags & FLAG_KERNEL_THREAD != 0
+    }
+
+    /// Whether `fds` is exact.
+    #[must_use]
+    pub fn fds_exact(&self) -> bool {
+        self.flags & (FLAG_FDS_TRUNCATED | FLAG_FDS_UNKNOWN) == 0
+    }
+
+    /// Open fds over the limit, 0 to 1 (more after a lowered limit).
+    #[must_use]
+    pub fn fd_ratio(&self) -> f64 {
+        if self.fd_limit == 0 { 0.0 } else { f64::from(self.fds) / self.fd_limit as f64 }
+    }
+}
+
+/// The host at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct HostView {
+    /// Passes so far; 0 before the first.
+    pub passes: u64,
+    /// When the last pass ended, nanoseconds since boot.
+    pub time: u64,
+    /// How long it took, nanoseconds.
+    pub pass_nanos: u64,
+    pub rows: Vec<Row>,
+    pub findings: Vec<Finding>,
+    pub drift: Drift,
+    /// The kernel's ledger, by `counts::index`.
+    pub counts: [u64; counts::LEN as usize],
+    /// Events the decoder rejected.
+    pub rejected: u64,
+    /// Events lost between the last two passes.
+    pub lost_lately: u64,
+    /// Each kernel program with its verdict.
+    pub programs: Arc<[Status]>,
+}
+
+impl HostView {
+    /// Events lost so far, whatever the cause.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        lost(&self.counts) + self.rejected
+    }
+}
+
+/// Sum of the outcomes that are losses.
+#[must_use]
+pub fn lost(counts: &[u64; counts::LEN as usize]) -> u64 {
+    let losses = [counts::RING_FULL, counts::FAULT];
+    let of_source = |source| losses.map(|outcome| counts[counts::index(source, outcome) as usize]).iter().sum::<u64>();
+    (0..counts::SOURCES.len() as u32).map(of_source).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_stays_within_its_budget() {
+        assert!(size_of::<Row>() <= 128, "{} bytes", size_of::<Row>());
+    }
+}
