@@ -3,6 +3,7 @@
 mod bpf_toolchain;
 mod cmd;
 mod setup;
+mod vm;
 
 use std::{
     path::Path,
@@ -31,6 +32,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Pin the newest kernel of each series in xtask/kernels.lock
+    Kernels,
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,7 @@ impl Task {
                 build("run")?;
                 run(Command::new(workspace().join("target/release/plumb")).arg("agent").args(arguments))
             }
+            Self::Kernels => vm::refresh(),
         }
     }
 }
