@@ -3,6 +3,7 @@
 mod bpf_toolchain;
 mod cmd;
 mod setup;
+mod vm;
 
 use std::{
     path::Path,
@@ -31,9 +32,17 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run a program on other kernels, each in a virtual machine
+    Vm(vm::Arguments),
+    /// Pin the newest kernel of each series in xtask/kernels.lock
+    Kernels,
 }
 
 fn main() -> ExitCode {
+    if vm::init::is_init() {
+        vm::init::main();
+        return ExitCode::FAILURE;
+    }
     match Cli::parse().task.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -52,6 +61,8 @@ impl Task {
                 build("run")?;
                 run(Command::new(workspace().join("target/release/plumb")).arg("agent").args(arguments))
             }
+            Self::Vm(arguments) => arguments.run(),
+            Self::Kernels => vm::refresh(),
         }
     }
 }
