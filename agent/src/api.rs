@@ -32,14 +32,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the handlers read.
 #[derive(Clone, Debug)]
-pub struct Shared {
+pub(crate) struct Shared {
     pub views: watch::Receiver<Arc<HostView>>,
     pub workers: Workers,
     pub own: Own,
 }
 
 /// Serves until it is told to stop; requests under way are finished.
-pub async fn serve<L>(listener: L, router: Router, stop: CancellationToken) -> io::Result<()>
+pub(crate) async fn serve<L>(listener: L, router: Router, stop: CancellationToken) -> io::Result<()>
 where
     L: Listener,
     L::Addr: fmt::Debug,
@@ -48,10 +48,10 @@ where
 }
 
 /// A TCP listener that survives the worker that serves it.
-pub struct Tcp(pub Arc<TcpListener>);
+pub(crate) struct Tcp(pub Arc<TcpListener>);
 
 /// A Unix listener that survives the worker that serves it.
-pub struct Unix(pub Arc<UnixListener>);
+pub(crate) struct Unix(pub Arc<UnixListener>);
 
 impl Listener for Tcp {
     type Io = TcpStream;
@@ -93,7 +93,7 @@ async fn accepted<T, F: Future<Output = io::Result<T>>>(mut accept: impl FnMut()
 }
 
 /// For scrapers and probes: no single process, no path, no address.
-pub fn public(shared: Shared) -> Router {
+pub(crate) fn public(shared: Shared) -> Router {
     Router::new()
         .route("/", get(index))
         .route("/metrics", get(metrics))
@@ -103,7 +103,7 @@ pub fn public(shared: Shared) -> Router {
 }
 
 /// For whoever may open the control socket.
-pub fn control(shared: Shared) -> Router {
+pub(crate) fn control(shared: Shared) -> Router {
     Router::new().route("/v1/leaks", get(leaks)).with_state(shared.clone()).merge(public(shared))
 }
 
@@ -195,7 +195,10 @@ mod tests {
 
         let (status, lines) = readiness(&view(Verdict::Unsupported { why: "no hook".into() }), STALE, &[]);
         assert_eq!((status, lines[0].as_str()), (StatusCode::OK, "degraded"));
-        assert!(lines[1].contains("task_newtask is unsupported") && lines[1].contains("no hook"), "{lines:?}");
+        assert!(
+            lines[1].contains("task_newtask is unsupported") && lines[1].contains("no hook"),
+            "{lines:?}"
+        );
 
         let (status, lines) = readiness(&HostView { lost_lately: 3, ..ready.clone() }, STALE, &[]);
         assert_eq!((status, lines[1].as_str()), (StatusCode::OK, "3 events were lost in the last second"));

@@ -6,25 +6,25 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`).
 #[must_use]
-pub fn boottime() -> u64 {
+pub(crate) fn boottime() -> u64 {
     nanos(ClockId::Boottime)
 }
 
 /// Turns times since boot into calendar times; holds for as long as nobody sets the clock.
 #[derive(Clone, Copy, Debug)]
-pub struct Calendar {
+pub(crate) struct Calendar {
     boot: Duration,
 }
 
 impl Calendar {
     #[must_use]
-    pub fn now() -> Self {
+    pub(crate) fn now() -> Self {
         Self { boot: Duration::from_nanos(nanos(ClockId::Realtime).saturating_sub(boottime())) }
     }
 
     /// RFC 3339 in UTC, to the second.
     #[must_use]
-    pub fn format(self, since_boot: u64) -> String {
+    pub(crate) fn format(self, since_boot: u64) -> String {
         humantime::format_rfc3339_seconds(self.at(since_boot)).to_string()
     }
 
@@ -34,7 +34,7 @@ impl Calendar {
 
     /// RFC 3339 in UTC, to the millisecond.
     #[must_use]
-    pub fn format_millis(self, since_boot: u64) -> String {
+    pub(crate) fn format_millis(self, since_boot: u64) -> String {
         humantime::format_rfc3339_millis(self.at(since_boot)).to_string()
     }
 }

@@ -12,15 +12,15 @@ use serde::Deserialize;
 use crate::failure::{Exit, Failure};
 
 /// Read when it exists and no other file is named.
-pub const DEFAULT_FILE: &str = "/etc/plumb/plumb.toml";
+pub(crate) const DEFAULT_FILE: &str = "/etc/plumb/plumb.toml";
 /// Holds the lock and the control socket.
-pub const DEFAULT_RUN_DIR: &str = "/run/plumb";
+pub(crate) const DEFAULT_RUN_DIR: &str = "/run/plumb";
 const DEFAULT_LISTEN: &str = "127.0.0.1:9469";
 
 /// Form of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     #[default]
     Text,
     Json,
@@ -28,7 +28,7 @@ pub enum LogFormat {
 
 /// The settings as given on the command line and in the environment.
 #[derive(Args, Clone, Debug, Default)]
-pub struct Given {
+pub(crate) struct Given {
     /// Settings file [default: /etc/plumb/plumb.toml, if it exists]
     #[arg(long, env = "PLUMB_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -54,7 +54,7 @@ struct Written {
 
 /// The settings as meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Config {
+pub(crate) struct Config {
     pub listen: SocketAddr,
     pub run_dir: PathBuf,
     pub log_format: LogFormat,
@@ -62,7 +62,7 @@ pub struct Config {
 
 impl Config {
     /// Reads the file and puts what was given before it.
-    pub fn resolve(given: Given) -> Result<Self, Failure> {
+    pub(crate) fn resolve(given: Given) -> Result<Self, Failure> {
         let written = match &given.config {
             Some(path) => read(path)?,
             None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
@@ -82,7 +82,7 @@ impl Config {
 
 /// The control socket below a run folder.
 #[must_use]
-pub fn socket(run_dir: &Path) -> PathBuf {
+pub(crate) fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("plumb.sock")
 }
 

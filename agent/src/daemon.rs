@@ -23,8 +23,7 @@ use crate::{
     failure::{Exit, Failure},
     host::Host,
     kernel::{self, Kernel, Plan},
-    observe,
-    report,
+    observe, report,
     supervisor::{Supervisor, on_thread},
     table::HostView,
 };
@@ -35,7 +34,7 @@ const QUEUE: usize = 64;
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until `shutdown`. What it attached goes with it.
-pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
+pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
     kernel::require_capabilities()?;
     let lock = lock(&config.run_dir)?;
     let tcp = listen(&config).await?;
@@ -51,7 +50,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         );
     }
 
-    let own = Own::new().map_err(|error| Failure::new(Exit::Error, error.to_string(), "this is a bug of plumb"))?;
+    let own =
+        Own::new().map_err(|error| Failure::new(Exit::Error, error.to_string(), "this is a bug of plumb"))?;
     let (views, view) = watch::channel(Arc::new(HostView::default()));
     let (inputs, observed) = channel(QUEUE);
     let (ask, requests) = mpsc::channel();
@@ -138,7 +138,8 @@ fn lock(run_dir: &Path) -> Result<File, Failure> {
     };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(failure)?;
     let path = run_dir.join("agent.lock");
-    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failure)?;
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failure)?;
     if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut pid = String::new();
         let _ = (&file).take(16).read_to_string(&mut pid);

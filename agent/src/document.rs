@@ -14,17 +14,17 @@ use crate::{
 use plumb_common::task::ThreadRecord;
 
 /// The promise that every document carries.
-pub const SCHEMA: &str = "plumb/v1";
+pub(crate) const SCHEMA: &str = "plumb/v1";
 
 /// `plumb ps`.
 #[derive(Debug, Serialize)]
-pub struct Processes {
+pub(crate) struct Processes {
     schema: &'static str,
     pub processes: Vec<Process>,
 }
 
 #[derive(Debug, Serialize)]
-pub struct Process {
+pub(crate) struct Process {
     pub pid: u32,
     pub ppid: u32,
     pub comm: String,
@@ -45,7 +45,7 @@ pub struct Process {
 
 impl Processes {
     #[must_use]
-    pub fn new(rows: &[Row], calendar: Calendar) -> Self {
+    pub(crate) fn new(rows: &[Row], calendar: Calendar) -> Self {
         Self { schema: SCHEMA, processes: rows.iter().map(|row| Process::new(row, calendar)).collect() }
     }
 }
@@ -75,7 +75,7 @@ const EXIT_ZOMBIE: u32 = 32;
 
 /// Scheduler and exit state as /proc shows it (include/linux/sched.h, fs/proc/array.c).
 #[must_use]
-pub fn state_letter(state: u32, exit_state: u32) -> char {
+pub(crate) fn state_letter(state: u32, exit_state: u32) -> char {
     match (exit_state, state) {
         (EXIT_ZOMBIE.., _) => 'Z',
         (EXIT_DEAD.., _) => 'X',
@@ -93,7 +93,7 @@ pub fn state_letter(state: u32, exit_state: u32) -> char {
 
 /// `plumb fds`.
 #[derive(Debug, Serialize)]
-pub struct Files {
+pub(crate) struct Files {
     schema: &'static str,
     pid: u32,
     comm: String,
@@ -101,7 +101,7 @@ pub struct Files {
 }
 
 #[derive(Debug, Serialize)]
-pub struct File {
+pub(crate) struct File {
     pub fd: u32,
     pub kind: String,
     pub target: String,
@@ -109,7 +109,7 @@ pub struct File {
 
 impl Files {
     #[must_use]
-    pub fn new(pid: u32, comm: String, files: Vec<OpenFile>) -> Self {
+    pub(crate) fn new(pid: u32, comm: String, files: Vec<OpenFile>) -> Self {
         let files = files.into_iter().map(|OpenFile { fd, kind, target }| File { fd, kind, target });
         Self { schema: SCHEMA, pid, comm, fds: files.collect() }
     }
@@ -117,7 +117,7 @@ impl Files {
 
 /// `plumb threads`.
 #[derive(Debug, Serialize)]
-pub struct Threads {
+pub(crate) struct Threads {
     schema: &'static str,
     pid: u32,
     comm: String,
@@ -125,7 +125,7 @@ pub struct Threads {
 }
 
 #[derive(Debug, Serialize)]
-pub struct Thread {
+pub(crate) struct Thread {
     pub tid: u32,
     pub name: String,
     pub state: char,
@@ -134,7 +134,7 @@ pub struct Thread {
 
 impl Threads {
     #[must_use]
-    pub fn new(pid: u32, comm: String, records: &[ThreadRecord], calendar: Calendar) -> Self {
+    pub(crate) fn new(pid: u32, comm: String, records: &[ThreadRecord], calendar: Calendar) -> Self {
         let thread = |record: &ThreadRecord| Thread {
             tid: record.tid,
             name: text::terminated(&record.comm),
@@ -147,13 +147,13 @@ impl Threads {
 
 /// `plumb leaks`, and GET /v1/leaks of the control socket.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Leaks {
+pub(crate) struct Leaks {
     schema: String,
     pub findings: Vec<Leak>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Leak {
+pub(crate) struct Leak {
     pub id: String,
     pub state: State,
     pub resource: Resource,
@@ -174,7 +174,7 @@ pub struct Leak {
 
 impl Leaks {
     #[must_use]
-    pub fn new(findings: &[Finding], calendar: Calendar) -> Self {
+    pub(crate) fn new(findings: &[Finding], calendar: Calendar) -> Self {
         let findings = findings.iter().map(|finding| Leak::new(finding, calendar)).collect();
         Self { schema: SCHEMA.to_owned(), findings }
     }
@@ -182,7 +182,7 @@ impl Leaks {
 
 impl Leak {
     #[must_use]
-    pub fn new(finding: &Finding, calendar: Calendar) -> Self {
+    pub(crate) fn new(finding: &Finding, calendar: Calendar) -> Self {
         let rounded = |value: f64| (value * 10.0).round() / 10.0;
         Self {
             id: finding.id(),
@@ -205,21 +205,21 @@ impl Leak {
 
 /// `plumb doctor`.
 #[derive(Debug, Serialize)]
-pub struct Doctor {
+pub(crate) struct Doctor {
     schema: &'static str,
     pub checks: Vec<Check>,
     pub programs: Vec<ProgramStatus>,
 }
 
 #[derive(Debug, Serialize)]
-pub struct Check {
+pub(crate) struct Check {
     pub name: &'static str,
     pub ok: bool,
     pub detail: String,
 }
 
 #[derive(Debug, Serialize)]
-pub struct ProgramStatus {
+pub(crate) struct ProgramStatus {
     pub name: &'static str,
     pub intent: crate::kernel::Intent,
     pub verdict: &'static str,
@@ -229,7 +229,7 @@ pub struct ProgramStatus {
 
 impl Doctor {
     #[must_use]
-    pub fn new(checks: Vec<Check>, programs: &[Status]) -> Self {
+    pub(crate) fn new(checks: Vec<Check>, programs: &[Status]) -> Self {
         let status = |status: &Status| ProgramStatus {
             name: status.program.name,
             intent: status.program.intent,

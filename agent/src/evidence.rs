@@ -24,7 +24,7 @@ const MAX_EXAMPLES: usize = 5;
 
 /// One kind of thing that leaks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Example {
+pub(crate) struct Example {
     /// Path, addresses, anonymous kind, or thread name.
     pub what: String,
     /// `file`, `socket`, `eventfd`, …, or `thread`.
@@ -38,14 +38,19 @@ type Identity = (u32, u64);
 
 /// What suspects held when they became suspect.
 #[derive(Debug, Default)]
-pub struct Evidence {
+pub(crate) struct Evidence {
     remembered: HashMap<(ProcKey, Resource), HashSet<Identity>>,
 }
 
 impl Evidence {
     /// Remembers what a new suspect holds. Beyond `MAX_SUSPECTS` nothing is kept: the examples are then
     /// the newest of all there is.
-    pub fn remember(&mut self, kernel: &mut Kernel, key: ProcKey, resource: Resource) -> io::Result<()> {
+    pub(crate) fn remember(
+        &mut self,
+        kernel: &mut Kernel,
+        key: ProcKey,
+        resource: Resource,
+    ) -> io::Result<()> {
         if self.remembered.len() < MAX_SUSPECTS {
             let held = holdings(kernel, key, resource)?;
             self.remembered.insert((key, resource), held.identities().take(MAX_REMEMBERED).collect());
@@ -54,12 +59,17 @@ impl Evidence {
     }
 
     /// Forgets a process that is no longer suspect.
-    pub fn forget(&mut self, key: ProcKey, resource: Resource) {
+    pub(crate) fn forget(&mut self, key: ProcKey, resource: Resource) {
         self.remembered.remove(&(key, resource));
     }
 
     /// Looks up what leaks, the most frequent first.
-    pub fn examples(&mut self, kernel: &mut Kernel, key: ProcKey, resource: Resource) -> io::Result<Vec<Example>> {
+    pub(crate) fn examples(
+        &mut self,
+        kernel: &mut Kernel,
+        key: ProcKey,
+        resource: Resource,
+    ) -> io::Result<Vec<Example>> {
         let held = holdings(kernel, key, resource)?;
         let known = self.remembered.get(&(key, resource));
         let survived = |identity: &Identity| known.is_none_or(|known| known.contains(identity));
@@ -102,12 +112,19 @@ impl Holdings {
         match self {
             Self::Files(files) => {
                 let files = files.iter().rev().filter(|file| survived(&file_identity(file)));
-                files.take(MAX_DESCRIBED).map(OpenFile::describe).map(|file| (file.kind, file.target)).collect()
+                files
+                    .take(MAX_DESCRIBED)
+                    .map(OpenFile::describe)
+                    .map(|file| (file.kind, file.target))
+                    .collect()
             }
             Self::Threads(mut threads) => {
                 threads.sort_unstable_by_key(|thread| std::cmp::Reverse(thread.start_boottime));
                 let threads = threads.iter().filter(|thread| survived(&thread_identity(thread)));
-                threads.take(MAX_DESCRIBED).map(|thread| ("thread".to_owned(), text::terminated(&thread.comm))).collect()
+                threads
+                    .take(MAX_DESCRIBED)
+                    .map(|thread| ("thread".to_owned(), text::terminated(&thread.comm)))
+                    .collect()
             }
         }
     }

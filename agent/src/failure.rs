@@ -2,13 +2,12 @@
 
 use std::fmt;
 
-/// The exit codes that `plumb --help` promises.
+/// The exit codes that `plumb --help` promises. 2, wrong usage, is clap's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Exit {
+pub(crate) enum Exit {
     Ok = 0,
     Error = 1,
-    Usage = 2,
     MissingPrivilege = 4,
     KernelCannot = 5,
     AgentUnreachable = 6,
@@ -17,7 +16,7 @@ pub enum Exit {
 
 /// An error for the person at the keyboard, printed as one line.
 #[derive(Debug)]
-pub struct Failure {
+pub(crate) struct Failure {
     pub exit: Exit,
     pub cause: String,
     pub remedy: String,
@@ -25,7 +24,7 @@ pub struct Failure {
 
 impl Failure {
     #[must_use]
-    pub fn new(exit: Exit, cause: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(crate) fn new(exit: Exit, cause: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { exit, cause: cause.into(), remedy: remedy.into() }
     }
 }

@@ -19,7 +19,7 @@ const S_IFMT: u32 = 0o170_000;
 
 /// An open fd of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OpenFile {
+pub(crate) struct OpenFile {
     pub fd: u32,
     /// `file`, `directory`, `socket`, `pipe`, `character device`, …, or the anonymous kind: `eventfd`, …
     pub kind: String,
@@ -31,7 +31,7 @@ impl OpenFile {
     /// Puts a record into words. The full path is asked of /proc and believed only if its end is the name
     /// that the kernel reported, so that a pid reused in between cannot lend its paths.
     #[must_use]
-    pub fn describe(record: &FdRecord) -> Self {
+    pub(crate) fn describe(record: &FdRecord) -> Self {
         let link = format!("/proc/{}/fd/{}", record.tgid, record.fd);
         let path = fs::read_link(Path::new(&link)).ok();
         Self::from_parts(record, path.as_deref().map(|path| path.as_os_str().as_bytes()))
@@ -39,7 +39,7 @@ impl OpenFile {
 
     /// Puts an event's file into words, as `describe`.
     #[must_use]
-    pub fn of_event(event: &FdChange) -> Self {
+    pub(crate) fn of_event(event: &FdChange) -> Self {
         let mut record = FdRecord::zeroed();
         (record.tgid, record.fd) = (event.header.process.tgid, event.fd);
         (record.mode, record.name) = (event.mode, event.name);

@@ -11,7 +11,7 @@ const FULL_ID: usize = 64;
 ///
 /// `cgroups` is the text of /proc/PID/cgroup, `exe` the path of the executable (empty if unknown).
 #[must_use]
-pub fn of(cgroups: &str, exe: &str, comm: &str) -> String {
+pub(crate) fn of(cgroups: &str, exe: &str, comm: &str) -> String {
     let paths = || cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
     if let Some(id) = paths().find_map(container) {
         return format!("container:{id}");
@@ -50,7 +50,9 @@ mod tests {
         for path in [
             format!("0::/system.slice/docker-{ID}.scope"),
             format!("12:pids:/docker/{ID}\n0::/"),
-            format!("0::/kubepods.slice/kubepods-burstable.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope"),
+            format!(
+                "0::/kubepods.slice/kubepods-burstable.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope"
+            ),
             format!("0::/kubepods/besteffort/pod1/{ID}"),
             format!("0::/machine.slice/libpod-{ID}.scope/container"),
             format!("0::/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:{ID}"),
@@ -58,7 +60,10 @@ mod tests {
             assert_eq!(of(&path, "/usr/bin/redis-server", "redis"), "container:4f5e6d7c8b9a", "{path}");
         }
         assert_eq!(of("0::/system.slice/nginx.service", "/usr/sbin/nginx", "nginx"), "nginx.service");
-        assert_eq!(of("1:name=systemd:/system.slice/ssh.service\n0::/", "/usr/sbin/sshd", "sshd"), "ssh.service");
+        assert_eq!(
+            of("1:name=systemd:/system.slice/ssh.service\n0::/", "/usr/sbin/sshd", "sshd"),
+            "ssh.service"
+        );
     }
 
     #[test]

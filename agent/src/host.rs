@@ -13,10 +13,10 @@ use crate::{
 };
 
 /// Tells people of a leak.
-pub type Report = Box<dyn Fn(&Finding) + Send>;
+pub(crate) type Report = Box<dyn Fn(&Finding) + Send>;
 
 /// The table, the detector and the way to everybody else.
-pub struct Host {
+pub(crate) struct Host {
     table: Table,
     detector: Detector,
     passes: u64,
@@ -28,7 +28,7 @@ pub struct Host {
 impl Host {
     /// `report` is called once for each leak, with its examples.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         limits: HostLimits,
         requests: mpsc::Sender<Request>,
         views: watch::Sender<Arc<HostView>>,
@@ -38,7 +38,7 @@ impl Host {
     }
 
     /// Runs until it is stopped or nobody is left to tell it anything.
-    pub async fn run(mut self, inputs: &mut Receiver<Input>, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, inputs: &mut Receiver<Input>, stop: CancellationToken) {
         while let Some(Some(input)) = stop.run_until_cancelled(inputs.recv()).await {
             self.take(input);
         }

@@ -33,7 +33,7 @@ const BATCH: usize = 16_384;
 
 /// What the table's owner is told.
 #[derive(Debug)]
-pub enum Input {
+pub(crate) enum Input {
     /// Events between two passes.
     Events(Vec<Event>),
     /// A pass over all processes.
@@ -44,7 +44,7 @@ pub enum Input {
 
 /// A pass and what it took.
 #[derive(Debug)]
-pub struct Observation {
+pub(crate) struct Observation {
     pub pass: Pass,
     /// When it ended, nanoseconds since boot.
     pub ended: u64,
@@ -58,7 +58,7 @@ pub struct Observation {
 
 /// What the table's owner asks for.
 #[derive(Clone, Copy, Debug)]
-pub enum Request {
+pub(crate) enum Request {
     /// Remember what a suspect holds.
     Remember(ProcKey, Resource),
     /// Look up what leaks.
@@ -68,7 +68,7 @@ pub enum Request {
 }
 
 /// Runs until it is stopped; an error means that nothing is seen any more.
-pub fn run(
+pub(crate) fn run(
     mut kernel: Kernel,
     requests: &Receiver<Request>,
     inputs: &Sender<Input>,

@@ -18,7 +18,7 @@ use crate::{group, text};
 
 /// The words that describe a process; shared by every view of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProcStatic {
+pub(crate) struct ProcStatic {
     /// Name of the leader.
     pub comm: Box<str>,
     /// Path of the executable; `None` for a kernel thread, or when it may not be read.
@@ -30,7 +30,7 @@ pub struct ProcStatic {
 impl ProcStatic {
     /// All that is known of a process that no pass has shown yet.
     #[must_use]
-    pub fn of_comm(comm: &[u8; COMM_LEN]) -> Self {
+    pub(crate) fn of_comm(comm: &[u8; COMM_LEN]) -> Self {
         let comm = text::terminated(comm);
         Self { group: comm.as_str().into(), comm: comm.into(), exe: None }
     }
@@ -41,7 +41,7 @@ const FILE_LIMIT: u64 = 16 << 10;
 
 /// Describes processes and remembers the descriptions for as long as they hold.
 #[derive(Debug)]
-pub struct Describer {
+pub(crate) struct Describer {
     root: PathBuf,
     known: HashMap<ProcKey, Known>,
     pass: u64,
@@ -59,12 +59,12 @@ struct Known {
 impl Describer {
     /// Reads below `root`, normally /proc.
     #[must_use]
-    pub fn new(root: impl Into<PathBuf>) -> Self {
+    pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into(), known: HashMap::new(), pass: 0 }
     }
 
     /// Describes every record of a pass, in its order, and forgets processes that are not in it.
-    pub fn describe(&mut self, records: &[TaskRecord]) -> Vec<Arc<ProcStatic>> {
+    pub(crate) fn describe(&mut self, records: &[TaskRecord]) -> Vec<Arc<ProcStatic>> {
         self.pass += 1;
         let pass = self.pass;
         let words = records.iter().map(|record| self.one(record)).collect();

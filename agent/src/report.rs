@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Logs a leak, once.
-pub fn log(finding: &Finding, format: LogFormat) {
+pub(crate) fn log(finding: &Finding, format: LogFormat) {
     let calendar = Calendar::now();
     match format {
         LogFormat::Text => tracing::warn!("{}", sentence(finding, calendar)),
@@ -62,12 +62,13 @@ fn sentence(finding: &Finding, calendar: Calendar) -> String {
 
 /// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (3x)`.
 #[must_use]
-pub fn list(examples: &[Example]) -> String {
+pub(crate) fn list(examples: &[Example]) -> String {
     if examples.is_empty() {
         return "unknown".to_owned();
     }
     let words = examples.iter().take(3).map(|example| {
-        let quoted = if example.kind == "thread" { format!("thread {}", example.what) } else { example.what.clone() };
+        let quoted =
+            if example.kind == "thread" { format!("thread {}", example.what) } else { example.what.clone() };
         if example.count > 1 { format!("{quoted} ({}x)", example.count) } else { quoted }
     });
     words.collect::<Vec<_>>().join(", ")
@@ -75,7 +76,7 @@ pub fn list(examples: &[Example]) -> String {
 
 /// A duration in its two largest units: `16m 40s`, `3days 2h`.
 #[must_use]
-pub fn rough(seconds: f64) -> String {
+pub(crate) fn rough(seconds: f64) -> String {
     /// A hundred years; beyond that a forecast has no meaning.
     const FOREVER: f64 = 100.0 * 365.0 * 86_400.0;
     if seconds >= FOREVER {

@@ -21,7 +21,7 @@ const HEALTHY: Duration = Duration::from_secs(60);
 
 /// What a worker is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     Running,
     /// Failed, and waiting to be started again.
     BackingOff,
@@ -29,11 +29,11 @@ pub enum State {
 }
 
 impl State {
-    pub const ALL: [Self; 3] = [Self::Running, Self::BackingOff, Self::Stopped];
+    pub(crate) const ALL: [Self; 3] = [Self::Running, Self::BackingOff, Self::Stopped];
 
     /// The word used in metrics.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Running => "running",
             Self::BackingOff => "backing_off",
@@ -44,7 +44,7 @@ impl State {
 
 /// A worker as others see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Worker {
+pub(crate) struct Worker {
     pub state: State,
     /// Times it was started again.
     pub restarts: u64,
@@ -52,12 +52,12 @@ pub struct Worker {
 
 /// The states of all workers, for metrics and health.
 #[derive(Clone, Debug, Default)]
-pub struct Workers(Arc<Mutex<BTreeMap<&'static str, Worker>>>);
+pub(crate) struct Workers(Arc<Mutex<BTreeMap<&'static str, Worker>>>);
 
 impl Workers {
     /// All workers, by name.
     #[must_use]
-    pub fn list(&self) -> Vec<(&'static str, Worker)> {
+    pub(crate) fn list(&self) -> Vec<(&'static str, Worker)> {
         let workers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         workers.iter().map(|(name, worker)| (*name, *worker)).collect()
     }
@@ -70,7 +70,7 @@ impl Workers {
 
 /// Starts workers and brings them to an end.
 #[derive(Debug, Default)]
-pub struct Supervisor {
+pub(crate) struct Supervisor {
     stop: CancellationToken,
     workers: Workers,
     tasks: Vec<(&'static str, JoinHandle<()>)>,
@@ -78,7 +78,7 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// Starts a worker. `work` is called for each start; it ends well only after it was told to stop.
-    pub fn spawn<W, F>(&mut self, name: &'static str, mut work: W)
+    pub(crate) fn spawn<W, F>(&mut self, name: &'static str, mut work: W)
     where
         W: FnMut(CancellationToken) -> F + Send + 'static,
         F: Future<Output = Result<()>> + Send + 'static,
@@ -118,12 +118,12 @@ impl Supervisor {
     }
 
     #[must_use]
-    pub fn workers(&self) -> Workers {
+    pub(crate) fn workers(&self) -> Workers {
         self.workers.clone()
     }
 
     /// Tells all workers to stop and waits; returns those that had not stopped at the deadline.
-    pub async fn stop(self, deadline: Duration) -> Vec<&'static str> {
+    pub(crate) async fn stop(self, deadline: Duration) -> Vec<&'static str> {
         self.stop.cancel();
         let deadline = time::Instant::now() + deadline;
         let mut late = Vec::new();
@@ -137,7 +137,7 @@ impl Supervisor {
 }
 
 /// Runs blocking work on a thread of its own and waits for it without blocking.
-pub async fn on_thread(name: &str, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+pub(crate) async fn on_thread(name: &str, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
     let (done, wait) = oneshot::channel();
     thread::Builder::new().name(name.to_owned()).spawn(move || {
         // Nobody waits any more after the deadline of a stop.

@@ -4,11 +4,11 @@
 use std::fmt::Write;
 
 /// Longest text kept of anything a process names, in bytes.
-pub const MAX: usize = 256;
+pub(crate) const MAX: usize = 256;
 
 /// Escapes control characters and what is not UTF-8 as `\xNN`, and cuts at `MAX` bytes.
 #[must_use]
-pub fn printable(bytes: &[u8]) -> String {
+pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len().min(MAX));
     for chunk in bytes.utf8_chunks() {
         for char in chunk.valid().chars() {
@@ -30,13 +30,13 @@ pub fn printable(bytes: &[u8]) -> String {
 
 /// As `printable`, of a NUL-terminated field of the kernel.
 #[must_use]
-pub fn terminated(bytes: &[u8]) -> String {
+pub(crate) fn terminated(bytes: &[u8]) -> String {
     printable(bytes.split(|byte| *byte == 0).next().unwrap_or_default())
 }
 
 /// As `printable`, line by line.
 #[must_use]
-pub fn printable_lines(bytes: &[u8]) -> String {
+pub(crate) fn printable_lines(bytes: &[u8]) -> String {
     bytes.split(|byte| *byte == b'\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 

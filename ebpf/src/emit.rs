@@ -1,11 +1,6 @@
 //! The only writer of the ring, and of the ledger beside it.
 
-use aya_ebpf::{
-    helpers::{
-        bpf_get_current_comm, bpf_get_current_pid_tgid,
-        generated::{bpf_ktime_get_boot_ns},
-    },
-};
+use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_boot_ns};
 use bytemuck::Pod;
 use plumb_common::{counts, event::Header, limits::COMM_LEN, offsets, task::ProcKey};
 
@@ -71,7 +66,12 @@ pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
 /// # Safety
 /// `task` is a non-null typed pointer to a `task_struct`.
 #[inline(always)]
-pub(crate) unsafe fn about(source: u32, kind: u32, task: kernel::Typed, comm: [u8; COMM_LEN]) -> Option<Header> {
+pub(crate) unsafe fn about(
+    source: u32,
+    kind: u32,
+    task: kernel::Typed,
+    comm: [u8; COMM_LEN],
+) -> Option<Header> {
     // SAFETY: forwarded.
     let found = unsafe {
         (

@@ -13,8 +13,7 @@ use plumb_common::{
     limits::{BITMAP_CALLS, BITMAP_WORDS},
     offsets,
     task::{
-        FLAG_FDS_TRUNCATED, FLAG_FDS_UNKNOWN, FLAG_KERNEL_THREAD, FLAG_STAND_IN, TaskRecord,
-        ThreadRecord,
+        FLAG_FDS_TRUNCATED, FLAG_FDS_UNKNOWN, FLAG_KERNEL_THREAD, FLAG_STAND_IN, TaskRecord, ThreadRecord,
     },
 };
 
@@ -81,7 +80,8 @@ unsafe fn process(ctx: *const c_void, task: Typed) -> Option<()> {
         let mut flags = 0;
         if load::<u32>(task, offsets::TASK_PID)? != tgid {
             let leader = follow(task, offsets::TASK_GROUP_LEADER)?;
-            if load::<u64>(leader, offsets::TASK_FILES)? != 0 || load::<u64>(task, offsets::TASK_FILES)? == 0 {
+            if load::<u64>(leader, offsets::TASK_FILES)? != 0 || load::<u64>(task, offsets::TASK_FILES)? == 0
+            {
                 return None;
             }
             flags |= FLAG_STAND_IN;

@@ -47,6 +47,7 @@ pub(crate) fn linker(workspace: &Path) -> Option<PathBuf> {
 }
 
 /// Builds the kernel programs in release mode below `out` and returns the path of the object.
+#[allow(dead_code, reason = "agent/build.rs compiles, xtask installs")]
 pub(crate) fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
     let missing = |what: &str| {
         format!(

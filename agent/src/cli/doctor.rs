@@ -26,7 +26,9 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     checks.push(Check {
         name: "capabilities",
         ok: privilege.is_ok(),
-        detail: privilege.as_ref().map_or_else(ToString::to_string, |()| "CAP_BPF and CAP_PERFMON".to_owned()),
+        detail: privilege
+            .as_ref()
+            .map_or_else(ToString::to_string, |()| "CAP_BPF and CAP_PERFMON".to_owned()),
     });
     let loaded = Kernel::load(Plan::DOCTOR);
     let programs = loaded.as_ref().map(Kernel::programs).unwrap_or_default();
@@ -103,7 +105,8 @@ fn pid_namespace() -> Check {
     let detail = if ok {
         "the host's".to_owned()
     } else {
-        "not the host's: the pids that the kernel reports are not those seen here; run with hostPID".to_owned()
+        "not the host's: the pids that the kernel reports are not those seen here; run with hostPID"
+            .to_owned()
     };
     Check { name: "pid namespace", ok, detail }
 }

@@ -31,11 +31,13 @@ pub(super) struct Arguments {
     output: Output,
 }
 
-pub(super) fn run(arguments: Arguments) -> Outcome {
+pub(super) fn run(arguments: &Arguments) -> Outcome {
     let socket = config::socket(&arguments.run_dir);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(async {
-        tokio::time::timeout(DEADLINE, ask(&socket)).await.unwrap_or_else(|_| Err(anyhow!("no answer in time")))
+        tokio::time::timeout(DEADLINE, ask(&socket))
+            .await
+            .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
     });
     let document = answer.map_err(|error| unreachable(&socket, &error))?;
     let columns = [

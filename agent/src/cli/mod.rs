@@ -64,7 +64,7 @@ pub fn main() -> ExitCode {
         Command::Ps(arguments) => ps::run(&arguments),
         Command::Fds(arguments) => fds::run(&arguments),
         Command::Threads(arguments) => threads::run(&arguments),
-        Command::Leaks(arguments) => leaks::run(arguments),
+        Command::Leaks(arguments) => leaks::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     };

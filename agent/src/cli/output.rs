@@ -41,7 +41,9 @@ impl Output {
     ) -> Result<(), Failure> {
         let text = match self.format {
             Format::Json => json(document)? + "\n",
-            Format::Jsonl => items.iter().map(|item| Ok(json(item)? + "\n")).collect::<Result<_, Failure>>()?,
+            Format::Jsonl => {
+                items.iter().map(|item| Ok(json(item)? + "\n")).collect::<Result<_, Failure>>()?
+            }
             Format::Table => table(columns, items.iter().map(row)),
         };
         data(&text)
@@ -50,8 +52,9 @@ impl Output {
 
 /// A value as one line of JSON.
 pub(super) fn json<T: Serialize>(value: &T) -> Result<String, Failure> {
-    serde_json::to_string(value)
-        .map_err(|error| Failure::new(Exit::Error, format!("cannot write JSON: {error}"), "this is a bug of plumb"))
+    serde_json::to_string(value).map_err(|error| {
+        Failure::new(Exit::Error, format!("cannot write JSON: {error}"), "this is a bug of plumb")
+    })
 }
 
 /// Writes data to stdout. A reader that has gone away, as in `plumb ps | head`, is no error.
@@ -88,7 +91,8 @@ fn table(columns: &[Column], rows: impl Iterator<Item = Vec<String>>) -> String 
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    let mut text: String = table.lines().flat_map(|line| [line.trim_end().to_owned(), "\n".to_owned()]).collect();
+    let mut text: String =
+        table.lines().flat_map(|line| [line.trim_end().to_owned(), "\n".to_owned()]).collect();
     text.shrink_to_fit();
     text
 }
@@ -102,7 +106,11 @@ pub(super) fn bytes(value: u64) -> String {
         scaled /= 1024.0;
         unit += 1;
     }
-    if unit == 0 || scaled >= 100.0 { format!("{scaled:.0}{}", UNITS[unit]) } else { format!("{scaled:.1}{}", UNITS[unit]) }
+    if unit == 0 || scaled >= 100.0 {
+        format!("{scaled:.0}{}", UNITS[unit])
+    } else {
+        format!("{scaled:.1}{}", UNITS[unit])
+    }
 }
 
 #[cfg(test)]

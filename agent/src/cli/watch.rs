@@ -33,8 +33,10 @@ const TICK: Duration = Duration::from_millis(100);
 const BATCH: usize = 4096;
 
 #[derive(Args)]
-#[command(after_help = "Followed fd calls: open openat openat2 creat close close_range socket accept accept4 pipe \
-                        pipe2 dup dup2 dup3 fcntl(F_DUPFD). An fd that appears on another way is in `plumb fds`.")]
+#[command(
+    after_help = "Followed fd calls: open openat openat2 creat close close_range socket accept accept4 pipe \
+                        pipe2 dup dup2 dup3 fcntl(F_DUPFD). An fd that appears on another way is in `plumb fds`."
+)]
 pub(super) struct Arguments {
     /// Only this process; ends with it
     #[arg(long, short)]
@@ -88,14 +90,18 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         let mut gone = false;
         for event in &events {
             let line = Line::new(event, calendar);
-            page += &if arguments.output.format == Format::Table { line.text() } else { output::json(&line)? };
+            page +=
+                &if arguments.output.format == Format::Table { line.text() } else { output::json(&line)? };
             page.push('\n');
             gone |= arguments.pid.is_some() && matches!(event, Event::Exit(exit) if exit.group_dead != 0);
         }
         output::data(&page)?;
         let losses = lost(&kernel.counts()?) + ring.rejected();
         if losses > told {
-            output::message(&format!("plumb: {} events were lost: they came faster than they were read", losses - told));
+            output::message(&format!(
+                "plumb: {} events were lost: they came faster than they were read",
+                losses - told
+            ));
             told = losses;
         }
         if gone || (ending && !more) {
@@ -180,14 +186,16 @@ impl Line {
                 format!("code {exit_code}{}", if *last_thread { ", last thread" } else { "" })
             }
             Detail::Exit { signal, .. } => format!("killed by signal {signal}"),
-            Detail::Opened { syscall, fd, kind, target } => format!("{syscall} = {fd} {kind} {target}"),
-            Detail::Closed { syscall, fd, fd_last } if fd == fd_last => format!("{syscall} {fd}"),
-            Detail::Closed { syscall, fd, fd_last: u32::MAX } => format!("{syscall} {fd} and above"),
-            Detail::Closed { syscall, fd, fd_last } => format!("{syscall} {fd} to {fd_last}"),
+            Detail::Opened { syscall, fd, kind, target } => format!("{fd} {kind} {target} ({syscall})"),
+            Detail::Closed { fd, fd_last, .. } if fd == fd_last => fd.to_string(),
+            Detail::Closed { fd, fd_last: u32::MAX, .. } => format!("{fd} and above"),
+            Detail::Closed { fd, fd_last, .. } => format!("{fd} to {fd_last}"),
             Detail::None {} => String::new(),
         };
-        let line =
-            format!("{:<24} {:>7} {:>7} {:<15} {} {detail}", self.time, self.pid, self.tid, self.comm, self.event);
+        let line = format!(
+            "{:<24} {:>7} {:>7} {:<15} {} {detail}",
+            self.time, self.pid, self.tid, self.comm, self.event
+        );
         line.trim_end().to_owned()
     }
 }

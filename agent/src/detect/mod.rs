@@ -29,17 +29,17 @@ use crate::{evidence::Example, procfs::ProcStatic, table::Row};
 /// What can leak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Resource {
+pub(crate) enum Resource {
     Fd,
     Thread,
 }
 
 impl Resource {
-    pub const ALL: [Self; 2] = [Self::Fd, Self::Thread];
+    pub(crate) const ALL: [Self; 2] = [Self::Fd, Self::Thread];
 
     /// The word used in metrics, JSON and ids.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Fd => "fd",
             Self::Thread => "thread",
@@ -50,7 +50,7 @@ impl Resource {
 /// How sure the verdict is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub(crate) enum State {
     #[default]
     Quiet,
     /// Worth a look; never alerts.
@@ -62,7 +62,7 @@ pub enum State {
 impl State {
     /// The word used in metrics and tables.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Quiet => "quiet",
             Self::Suspect => "suspect",
@@ -73,14 +73,14 @@ impl State {
 
 /// Limits that hold for the whole host.
 #[derive(Clone, Copy, Debug)]
-pub struct HostLimits {
+pub(crate) struct HostLimits {
     /// The smaller of kernel.pid_max and kernel.threads-max.
     pub threads: u64,
 }
 
 /// A verdict with its evidence.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Finding {
+pub(crate) struct Finding {
     pub state: State,
     pub resource: Resource,
     pub key: ProcKey,
@@ -102,7 +102,7 @@ pub struct Finding {
 impl Finding {
     /// A name that survives a restart of the agent.
     #[must_use]
-    pub fn id(&self) -> String {
+    pub(crate) fn id(&self) -> String {
         // The start in units of 10 ms tells one use of a pid from the next.
         let start = (self.key.start_boottime / 10_000_000) & 0xff_ffff;
         format!("{}-{}-{start:x}", self.resource.word(), self.key.tgid)
@@ -110,7 +110,7 @@ impl Finding {
 
     /// Seconds until the limit at the present rate; `None` when it is not growing or there is no limit.
     #[must_use]
-    pub fn seconds_to_exhaustion(&self) -> Option<f64> {
+    pub(crate) fn seconds_to_exhaustion(&self) -> Option<f64> {
         let left = self.limit?.saturating_sub(u64::from(self.live));
         (self.growth_per_minute > 0.0).then(|| left as f64 * 60.0 / self.growth_per_minute)
     }
@@ -118,7 +118,7 @@ impl Finding {
 
 /// A change of verdict.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Change {
+pub(crate) enum Change {
     /// A process became suspect: remember what it holds now.
     Suspect(ProcKey, Resource),
     /// It leaks.
@@ -129,7 +129,7 @@ pub enum Change {
 
 /// The history of every process, and the verdicts.
 #[derive(Debug)]
-pub struct Detector {
+pub(crate) struct Detector {
     limits: HostLimits,
     histories: HashMap<ProcKey, History>,
     findings: HashMap<(ProcKey, Resource), Finding>,
@@ -143,12 +143,12 @@ struct History {
 
 impl Detector {
     #[must_use]
-    pub fn new(limits: HostLimits) -> Self {
+    pub(crate) fn new(limits: HostLimits) -> Self {
         Self { limits, histories: HashMap::new(), findings: HashMap::new() }
     }
 
     /// Takes one pass at `now` (nanoseconds since boot) and returns what changed.
-    pub fn observe(&mut self, rows: &[Row], now: u64) -> Vec<Change> {
+    pub(crate) fn observe(&mut self, rows: &[Row], now: u64) -> Vec<Change> {
         let mut changes = Vec::new();
         let mut alive = HashSet::with_capacity(rows.len());
         for row in rows.iter().filter(|row| !row.exited && !row.is_kernel_thread()) {
@@ -167,13 +167,19 @@ impl Detector {
             }
         }
         self.histories.retain(|key, _| alive.contains(key));
-        let gone: Vec<_> = self.findings.keys().map(|(key, _)| *key).filter(|key| !alive.contains(key)).collect();
+        let gone: Vec<_> =
+            self.findings.keys().map(|(key, _)| *key).filter(|key| !alive.contains(key)).collect();
         gone.into_iter().for_each(|key| forget(&mut self.findings, key, &mut changes));
         changes
     }
 
     /// Adds what was found to leak to a finding that is still there.
-    pub fn illustrate(&mut self, key: ProcKey, resource: Resource, examples: Vec<Example>) -> Option<&Finding> {
+    pub(crate) fn illustrate(
+        &mut self,
+        key: ProcKey,
+        resource: Resource,
+        examples: Vec<Example>,
+    ) -> Option<&Finding> {
         let finding = self.findings.get_mut(&(key, resource))?;
         finding.examples = examples;
         Some(finding)
@@ -181,7 +187,7 @@ impl Detector {
 
     /// The verdicts that are not quiet: the surest first, then the fastest.
     #[must_use]
-    pub fn findings(&self) -> Vec<Finding> {
+    pub(crate) fn findings(&self) -> Vec<Finding> {
         let mut findings: Vec<_> = self.findings.values().cloned().collect();
         findings.sort_by(|a, b| {
             let by_growth = b.growth_per_minute.total_cmp(&a.growth_per_minute);

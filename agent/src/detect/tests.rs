@@ -53,7 +53,8 @@ fn a_leak_of_one_per_second_is_suspect_in_30_s_and_leaking_in_70_s_with_its_rate
 
 #[test]
 fn the_floor_of_a_noisy_leak_rises_too() {
-    let (_, _, leaking) = first_times((0..100).map(|second| 50 + second + [0, 30, 7, 19][second as usize % 4]));
+    let (_, _, leaking) =
+        first_times((0..100).map(|second| 50 + second + [0, 30, 7, 19][second as usize % 4]));
     assert!(leaking.is_some_and(|second| second <= 80), "{leaking:?}");
 }
 

@@ -1,3 +1,3 @@
 //! What other systems read.
 
-pub mod prometheus;
+pub(crate) mod prometheus;

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// What the scraper must be told.
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Groups with series of their own; the rest is folded into one.
 const MAX_GROUPS: usize = 500;
@@ -26,13 +26,13 @@ const OTHER: &str = "~other";
 
 /// What the agent counts about itself.
 #[derive(Clone, Debug)]
-pub struct Own {
+pub(crate) struct Own {
     registry: Registry,
     reports: IntCounterVec,
 }
 
 impl Own {
-    pub fn new() -> Result<Self, prometheus::Error> {
+    pub(crate) fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
         let reports = IntCounterVec::new(
@@ -44,13 +44,13 @@ impl Own {
     }
 
     /// Counts a report.
-    pub fn reported(&self, finding: &Finding) {
+    pub(crate) fn reported(&self, finding: &Finding) {
         self.reports.with_label_values(&[finding.resource.word()]).inc();
     }
 }
 
 /// Renders the page.
-pub fn page(view: &HostView, workers: &Workers, own: &Own) -> Result<String, prometheus::Error> {
+pub(crate) fn page(view: &HostView, workers: &Workers, own: &Own) -> Result<String, prometheus::Error> {
     let mut page = Page(String::with_capacity(16 << 10));
     // Writing to a String does not fail.
     let _ = groups(&mut page, &view.rows)
@@ -94,7 +94,8 @@ fn groups(page: &mut Page, rows: &[Row]) -> fmt::Result {
         groups.entry(&row.info.group).or_default().add(row);
     }
     let folded = fold(&mut groups);
-    let series = |value: fn(&Group) -> f64| groups.iter().map(move |(name, group)| ([("group", *name)], value(group)));
+    let series =
+        |value: fn(&Group) -> f64| groups.iter().map(move |(name, group)| ([("group", *name)], value(group)));
     page.family(
         "plumb_group_processes",
         GAUGE,
@@ -128,7 +129,8 @@ fn fold(groups: &mut BTreeMap<&str, Group>) -> usize {
     if groups.len() <= MAX_GROUPS {
         return 0;
     }
-    let mut by_fds: Vec<_> = groups.iter().map(|(name, group)| (std::cmp::Reverse(group.fds), *name)).collect();
+    let mut by_fds: Vec<_> =
+        groups.iter().map(|(name, group)| (std::cmp::Reverse(group.fds), *name)).collect();
     by_fds.sort_unstable();
     let mut other = Group::default();
     let small: Vec<_> = by_fds.iter().skip(MAX_GROUPS).map(|(_, name)| *name).collect();
@@ -165,7 +167,9 @@ fn leaks(page: &mut Page, findings: &[Finding]) -> fmt::Result {
         "plumb_leak_exhaustion_seconds",
         GAUGE,
         "Time until the first leaking process of the group reaches its limit, at its present rate.",
-        soonest.iter().map(|((group, resource), seconds)| ([("group", *group), ("resource", *resource)], *seconds)),
+        soonest
+            .iter()
+            .map(|((group, resource), seconds)| ([("group", *group), ("resource", *resource)], *seconds)),
     )
 }
 

@@ -21,7 +21,7 @@ const TYPE_TAG: u32 = 18;
 const MAX_DEPTH: u32 = 32;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum BtfError {
+pub(crate) enum BtfError {
     #[error("not a BTF file")]
     NotBtf,
     #[error("BTF ends in the middle of a type")]
@@ -236,12 +236,12 @@ mod tests {
     fn this_kernel_has_every_field_or_its_older_name() {
         let btf = std::fs::read(KERNEL_BTF).unwrap();
         let found = resolve_offsets(&btf).unwrap();
-        let optional =
-            [offsets::TASK_STATE, offsets::TASK_STATE_BEFORE_5_14, offsets::MM_RSS_STAT_STRIDE];
+        let optional = [offsets::TASK_STATE, offsets::TASK_STATE_BEFORE_5_14, offsets::MM_RSS_STAT_STRIDE];
         for (index, path) in offsets::PATHS.iter().enumerate() {
             assert!(found[index] != offsets::MISSING || optional.contains(&index), "{path} is missing");
         }
-        let state = [offsets::TASK_STATE, offsets::TASK_STATE_BEFORE_5_14].map(|i| found[i] != offsets::MISSING);
+        let state =
+            [offsets::TASK_STATE, offsets::TASK_STATE_BEFORE_5_14].map(|i| found[i] != offsets::MISSING);
         assert_eq!(state.iter().filter(|known| **known).count(), 1);
     }
 }

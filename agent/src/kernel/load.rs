@@ -29,7 +29,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PLUMB_EBPF_OBJECT"));
 
 /// Whose events reach the ring.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Filter {
+pub(crate) struct Filter {
     /// Thread group id; `None` for all.
     pub tgid: Option<u32>,
     /// Name of the process's leader, NUL-padded; `None` for any.
@@ -38,7 +38,7 @@ pub struct Filter {
 
 /// What to load.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// Names out of `PROGRAMS`.
     pub programs: &'static [&'static str],
     pub filter: Filter,
@@ -48,7 +48,7 @@ pub struct Plan {
 
 impl Plan {
     /// Everything the agent follows all the time.
-    pub const AGENT: Self = Self {
+    pub(crate) const AGENT: Self = Self {
         programs: &[
             "task_newtask",
             "sched_process_exec",
@@ -63,7 +63,7 @@ impl Plan {
     };
 
     /// All there is, for `plumb doctor`.
-    pub const DOCTOR: Self = Self {
+    pub(crate) const DOCTOR: Self = Self {
         programs: &[
             "task_newtask",
             "sched_process_exec",
@@ -80,7 +80,7 @@ impl Plan {
 
     /// The live stream.
     #[must_use]
-    pub fn watch(filter: Filter) -> Self {
+    pub(crate) fn watch(filter: Filter) -> Self {
         Self {
             programs: &[
                 "task_newtask",
@@ -96,7 +96,7 @@ impl Plan {
 
     /// One pass of these iterators.
     #[must_use]
-    pub fn pass(programs: &'static [&'static str]) -> Self {
+    pub(crate) fn pass(programs: &'static [&'static str]) -> Self {
         Self { programs, filter: Filter::default(), ring_bytes: PAGE }
     }
 }
@@ -106,7 +106,7 @@ const PAGE: u32 = 4096;
 
 /// Why nothing could be loaded at all.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {
+pub(crate) enum LoadError {
     #[error("missing capability: plumb needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN")]
     MissingCapability,
     #[error("this kernel publishes no types: {KERNEL_BTF}: {0}")]
@@ -122,9 +122,10 @@ pub enum LoadError {
 impl From<LoadError> for Failure {
     fn from(error: LoadError) -> Self {
         let (exit, remedy) = match &error {
-            LoadError::MissingCapability | LoadError::Required { privilege: true, .. } => {
-                (Exit::MissingPrivilege, "run it with sudo, or give the service AmbientCapabilities=CAP_BPF CAP_PERFMON")
-            }
+            LoadError::MissingCapability | LoadError::Required { privilege: true, .. } => (
+                Exit::MissingPrivilege,
+                "run it with sudo, or give the service AmbientCapabilities=CAP_BPF CAP_PERFMON",
+            ),
             LoadError::NoBtf(_) | LoadError::BadBtf(_) => {
                 (Exit::KernelCannot, "use a kernel from 5.10 on that is built with CONFIG_DEBUG_INFO_BTF=y")
             }
@@ -138,7 +139,7 @@ impl From<LoadError> for Failure {
 
 /// The loaded programs. Dropping it detaches everything.
 #[derive(Debug)]
-pub struct Kernel {
+pub(crate) struct Kernel {
     pub(super) ebpf: Ebpf,
     programs: Vec<Status>,
 }
@@ -146,7 +147,7 @@ pub struct Kernel {
 impl Kernel {
     /// Loads and attaches the plan's programs. A program that cannot be attached is a verdict in
     /// `programs`, not an error.
-    pub fn load(plan: Plan) -> Result<Self, LoadError> {
+    pub(crate) fn load(plan: Plan) -> Result<Self, LoadError> {
         require_capabilities()?;
         // Before 5.11 maps are charged to RLIMIT_MEMLOCK. Where the limit cannot be raised it does not
         // matter, or the kernel will say so.
@@ -177,14 +178,14 @@ impl Kernel {
     }
 
     /// As `load`, and an error when a required program is not attached.
-    pub fn load_required(plan: Plan) -> Result<Self, LoadError> {
+    pub(crate) fn load_required(plan: Plan) -> Result<Self, LoadError> {
         let kernel = Self::load(plan)?;
         kernel.require(|status| status.program.intent == Intent::Required)?;
         Ok(kernel)
     }
 
     /// As `load`, and an error when any program of the plan is not attached.
-    pub fn load_all(plan: Plan) -> Result<Self, LoadError> {
+    pub(crate) fn load_all(plan: Plan) -> Result<Self, LoadError> {
         let kernel = Self::load(plan)?;
         kernel.require(|_| true)?;
         Ok(kernel)
@@ -197,24 +198,27 @@ impl Kernel {
                 name: status.program.name,
                 verdict: status.verdict.word(),
                 why: status.verdict.explain(),
-                privilege: matches!(status.verdict, Verdict::Refused { errno: libc::EPERM | libc::EACCES, .. }),
+                privilege: matches!(
+                    status.verdict,
+                    Verdict::Refused { errno: libc::EPERM | libc::EACCES, .. }
+                ),
             }),
         }
     }
 
     /// Each program of the plan with its verdict.
     #[must_use]
-    pub fn programs(&self) -> &[Status] {
+    pub(crate) fn programs(&self) -> &[Status] {
         &self.programs
     }
 
     /// Hands out the event ring; there is one reader, so a second call is an error.
-    pub fn ring(&mut self) -> Result<Ring, RingError> {
+    pub(crate) fn ring(&mut self) -> Result<Ring, RingError> {
         self.ebpf.take_map(EVENTS).ok_or(RingError::Taken).and_then(Ring::new)
     }
 
     /// The kernel's side of the ledger, summed over CPUs, by `counts::index`.
-    pub fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
+    pub(crate) fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
         let map = self.ebpf.map(COUNTS).ok_or(io::ErrorKind::NotFound)?;
         let array = PerCpuArray::<&_, u64>::try_from(map as &Map).map_err(io::Error::other)?;
         let mut sums = [0; counts::LEN as usize];
@@ -256,7 +260,7 @@ fn verdict(error: &ProgramError) -> Verdict {
 }
 
 /// CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39), since 5.8.
-pub fn require_capabilities() -> Result<(), LoadError> {
+pub(crate) fn require_capabilities() -> Result<(), LoadError> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);

@@ -6,7 +6,9 @@ mod load;
 mod programs;
 mod ring;
 
-pub use load::{Filter, Kernel, LoadError, Plan, require_capabilities};
-pub use programs::{Hook, Intent, PROGRAMS, Program, Status, Verdict};
 pub(crate) use btf::KERNEL_BTF;
-pub use ring::{Ring, RingError};
+pub(crate) use load::{Filter, Kernel, LoadError, Plan, require_capabilities};
+#[cfg(test)]
+pub(crate) use programs::PROGRAMS;
+pub(crate) use programs::{Intent, Status, Verdict};
+pub(crate) use ring::Ring;

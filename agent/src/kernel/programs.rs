@@ -10,7 +10,7 @@ const ENOTSUPP: i32 = 524;
 
 /// Where a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hook {
+pub(crate) enum Hook {
     /// A BTF-typed raw tracepoint, attached for as long as the kernel handle lives.
     Tracepoint(&'static str),
     /// A BPF iterator; loaded once and attached anew for each pass.
@@ -20,7 +20,7 @@ pub enum Hook {
 /// How much depends on a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Intent {
+pub(crate) enum Intent {
     /// Without it the agent does not start.
     Required,
     /// Without it the agent runs and says what is missing.
@@ -29,7 +29,7 @@ pub enum Intent {
 
 /// One kernel program.
 #[derive(Debug)]
-pub struct Program {
+pub(crate) struct Program {
     /// Name of the function in the object.
     pub name: &'static str,
     pub hook: Hook,
@@ -49,7 +49,7 @@ const ACTOR: &[usize] = &[
     offsets::TASK_START_BOOTTIME,
 ];
 
-pub static PROGRAMS: [Program; 8] = [
+pub(crate) static PROGRAMS: [Program; 8] = [
     Program {
         name: "task_newtask",
         hook: Hook::Tracepoint("task_newtask"),
@@ -152,7 +152,7 @@ pub static PROGRAMS: [Program; 8] = [
 
 /// What became of a program on this kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Attached or, for an iterator, loaded.
     Attached,
     /// This kernel has no such hook or field.
@@ -166,7 +166,7 @@ pub enum Verdict {
 impl Verdict {
     /// The word used in metrics and JSON.
     #[must_use]
-    pub fn word(&self) -> &'static str {
+    pub(crate) fn word(&self) -> &'static str {
         match self {
             Self::Attached => "attached",
             Self::Unsupported { .. } => "unsupported",
@@ -177,12 +177,14 @@ impl Verdict {
 
     /// Why, and what to do; empty when attached.
     #[must_use]
-    pub fn explain(&self) -> String {
+    pub(crate) fn explain(&self) -> String {
         match self {
             Self::Attached => String::new(),
             Self::Unsupported { why } => why.clone(),
             Self::Refused { errno, remedy } => format!("{}; {remedy}", io::Error::from_raw_os_error(*errno)),
-            Self::Broken { why } => format!("{why}; please report this with the output of `plumb doctor -o json`"),
+            Self::Broken { why } => {
+                format!("{why}; please report this with the output of `plumb doctor -o json`")
+            }
         }
     }
 
@@ -193,16 +195,20 @@ impl Verdict {
                 errno,
                 remedy: "run as root, or with CAP_BPF and CAP_PERFMON, on a kernel that is not locked down",
             },
-            Some(errno @ libc::ENOMEM) => {
-                Self::Refused { errno, remedy: "raise the memory limit of this cgroup, or RLIMIT_MEMLOCK before 5.11" }
-            }
+            Some(errno @ libc::ENOMEM) => Self::Refused {
+                errno,
+                remedy: "raise the memory limit of this cgroup, or RLIMIT_MEMLOCK before 5.11",
+            },
             Some(ENOTSUPP | libc::EOPNOTSUPP) => Self::Unsupported { why: error.to_string() },
             _ => {
                 // After its complaint the verifier prints statistics.
                 let statistics = ["processed", "stack depth", "verification time"];
-                let complaint = |line: &&str| !line.is_empty() && !statistics.iter().any(|word| line.starts_with(word));
+                let complaint =
+                    |line: &&str| !line.is_empty() && !statistics.iter().any(|word| line.starts_with(word));
                 let last = log.lines().map(str::trim).rev().find(complaint);
-                Self::Broken { why: last.map_or_else(|| error.to_string(), |line| format!("{error}: {line}")) }
+                Self::Broken {
+                    why: last.map_or_else(|| error.to_string(), |line| format!("{error}: {line}")),
+                }
             }
         }
     }
@@ -210,14 +216,14 @@ impl Verdict {
 
 /// A program and its verdict.
 #[derive(Clone, Debug)]
-pub struct Status {
+pub(crate) struct Status {
     pub program: &'static Program,
     pub verdict: Verdict,
 }
 
 impl Status {
     #[must_use]
-    pub fn is_attached(&self) -> bool {
+    pub(crate) fn is_attached(&self) -> bool {
         self.verdict == Verdict::Attached
     }
 }

@@ -12,8 +12,8 @@ use plumb_common::{
     task::{ProcKey, TaskRecord},
 };
 
-pub use reconcile::{Drift, Pass};
-pub use view::{HostView, Row, lost};
+pub(crate) use reconcile::{Drift, Pass};
+pub(crate) use view::{HostView, Row, lost};
 
 use crate::{decode::Event, procfs::ProcStatic};
 
@@ -22,7 +22,7 @@ const CLONE_THREAD: u64 = 0x0001_0000;
 
 /// The table. Events keep it fresh between passes; a pass is the truth.
 #[derive(Debug, Default)]
-pub struct Table {
+pub(crate) struct Table {
     entries: HashMap<ProcKey, Entry>,
     seeded: bool,
     drift: Drift,
@@ -37,7 +37,7 @@ struct Entry {
 
 impl Table {
     /// Applies one event.
-    pub fn apply(&mut self, event: &Event) {
+    pub(crate) fn apply(&mut self, event: &Event) {
         match event {
             Event::Clone(event) if event.flags & CLONE_THREAD != 0 => self.thread_started(event),
             Event::Clone(event) => self.process_started(event),
@@ -59,7 +59,9 @@ impl Table {
         // shown (PID 1 is hidden from the iterators on some machines) leaves them to the next pass.
         let copied = match self.entries.get(&event.header.process) {
             Some(parent) => parent.row.clone(),
-            None => Row::from_record(&TaskRecord::zeroed(), Arc::new(ProcStatic::of_comm(&event.header.comm))),
+            None => {
+                Row::from_record(&TaskRecord::zeroed(), Arc::new(ProcStatic::of_comm(&event.header.comm)))
+            }
         };
         let row = Row {
             key: event.child,
@@ -86,7 +88,7 @@ impl Table {
 
     /// Every process, in the order of start.
     #[must_use]
-    pub fn rows(&self) -> Vec<Row> {
+    pub(crate) fn rows(&self) -> Vec<Row> {
         let mut rows: Vec<_> = self.entries.values().map(|entry| entry.row.clone()).collect();
         rows.sort_unstable_by_key(|row| row.key);
         rows
@@ -94,7 +96,7 @@ impl Table {
 
     /// What all passes so far found wrong in the events, summed.
     #[must_use]
-    pub fn drift(&self) -> Drift {
+    pub(crate) fn drift(&self) -> Drift {
         self.drift
     }
 

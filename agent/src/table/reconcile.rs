@@ -20,7 +20,7 @@ const SETTLED: u64 = 50_000_000;
 
 /// One pass of the iterator over all processes, with the events around it.
 #[derive(Debug, Default)]
-pub struct Pass {
+pub(crate) struct Pass {
     /// When it began, nanoseconds since boot.
     pub began: u64,
     /// Events consumed before it began.
@@ -33,7 +33,7 @@ pub struct Pass {
 
 /// How far the events had drifted from a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Drift {
+pub(crate) struct Drift {
     /// Processes that a pass found and no clone event had told of.
     pub clones_missed: u64,
     /// Processes that were gone without an exit event.
@@ -45,14 +45,14 @@ pub struct Drift {
 impl Drift {
     /// By cause, as exported.
     #[must_use]
-    pub fn by_cause(&self) -> [(&'static str, u64); 3] {
+    pub(crate) fn by_cause(&self) -> [(&'static str, u64); 3] {
         [("clone_missed", self.clones_missed), ("exit_missed", self.exits_missed), ("threads", self.threads)]
     }
 }
 
 impl Table {
     /// Merges a pass. The first one seeds the table; from the second on differences are drift.
-    pub fn reconcile(&mut self, pass: &Pass) {
+    pub(crate) fn reconcile(&mut self, pass: &Pass) {
         pass.before.iter().for_each(|event| self.apply(event));
         let mut unmerged = latest(&pass.records);
         let announced: HashSet<ProcKey> = pass

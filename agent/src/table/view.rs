@@ -15,7 +15,7 @@ const PAGE_BYTES: u64 = 4096;
 
 /// One process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Row {
+pub(crate) struct Row {
     pub key: ProcKey,
     /// Changes with each exec.
     pub exec_id: u64,
@@ -41,7 +41,7 @@ pub struct Row {
 impl Row {
     /// A row as a pass saw it.
     #[must_use]
-    pub fn from_record(record: &TaskRecord, info: Arc<ProcStatic>) -> Self {
+    pub(crate) fn from_record(record: &TaskRecord, info: Arc<ProcStatic>) -> Self {
         Self {
             key: record.key,
             exec_id: record.exec_id,
@@ -60,26 +60,26 @@ impl Row {
     }
 
     #[must_use]
-    pub fn is_kernel_thread(&self) -> bool {
+    pub(crate) fn is_kernel_thread(&self) -> bool {
         self.flags & FLAG_KERNEL_THREAD != 0
     }
 
     /// Whether `fds` is exact.
     #[must_use]
-    pub fn fds_exact(&self) -> bool {
+    pub(crate) fn fds_exact(&self) -> bool {
         self.flags & (FLAG_FDS_TRUNCATED | FLAG_FDS_UNKNOWN) == 0
     }
 
     /// Open fds over the limit, 0 to 1 (more after a lowered limit).
     #[must_use]
-    pub fn fd_ratio(&self) -> f64 {
+    pub(crate) fn fd_ratio(&self) -> f64 {
         if self.fd_limit == 0 { 0.0 } else { f64::from(self.fds) / self.fd_limit as f64 }
     }
 }
 
 /// The host at one moment.
 #[derive(Clone, Debug, Default)]
-pub struct HostView {
+pub(crate) struct HostView {
     /// Passes so far; 0 before the first.
     pub passes: u64,
     /// When the last pass ended, nanoseconds since boot.
@@ -102,16 +102,17 @@ pub struct HostView {
 impl HostView {
     /// Events lost so far, whatever the cause.
     #[must_use]
-    pub fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         lost(&self.counts) + self.rejected
     }
 }
 
 /// Sum of the outcomes that are losses.
 #[must_use]
-pub fn lost(counts: &[u64; counts::LEN as usize]) -> u64 {
+pub(crate) fn lost(counts: &[u64; counts::LEN as usize]) -> u64 {
     let losses = [counts::RING_FULL, counts::FAULT];
-    let of_source = |source| losses.map(|outcome| counts[counts::index(source, outcome) as usize]).iter().sum::<u64>();
+    let of_source =
+        |source| losses.map(|outcome| counts[counts::index(source, outcome) as usize]).iter().sum::<u64>();
     (0..counts::SOURCES.len() as u32).map(of_source).sum()
 }
 
