@@ -10,10 +10,10 @@ pub(crate) const MAX: usize = 256;
 #[must_use]
 pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len().min(MAX));
-    for chunk in bytes.utf8_chunks() {
+    'whole: for chunk in bytes.utf8_chunks() {
         for char in chunk.valid().chars() {
             if text.len() >= MAX {
-                return text;
+                break 'whole;
             }
             if is_harmful(char) {
                 let mut utf8 = [0; 4];

@@ -1,0 +1,209 @@
+//! Programs with a known behaviour, for the tests and for trying plumb out.
+//!
+//! `leak-fds FILE` and `leak-threads` leak one a second until they are ended. The others do what they are
+//! named after, print `ready`, and go on when a line comes in on stdin; all end when stdin is closed.
+
+use std::{
+    env,
+    fs::File,
+    io::{self, BufRead, Write},
+    os::fd::IntoRawFd,
+    thread,
+    time::Duration,
+};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        ["leak-fds", path] => leak_fds(path),
+        ["leak-threads"] => leak_threads(),
+        ["hold-fds", count] => hold_fds(count.parse()?),
+        ["hold-threads", count] => hold_threads(count.parse()?),
+        ["hold-processes", count] => hold_processes(count.parse()?),
+        ["leader-exits"] => leader_exits(),
+        ["fd-calls", folder] => fd_calls(folder),
+        _ => Err("usage: workload leak-fds FILE | leak-threads | hold-fds N | hold-threads N | \
+                  hold-processes N | leader-exits | fd-calls FOLDER"
+            .into()),
+    }
+}
+
+fn leak_fds(path: &str) -> Result<()> {
+    loop {
+        let _leaked = File::open(path)?.into_raw_fd();
+        // What a healthy program does beside it: a file that is closed again.
+        drop(File::open("/proc/self/stat")?);
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn leak_threads() -> Result<()> {
+    loop {
+        thread::Builder::new().name("leaky".to_owned()).spawn(forever)?;
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn forever() {
+    loop {
+        thread::park();
+    }
+}
+
+/// Says that the stage is set, and waits for a line; false when stdin has been closed.
+fn ready() -> Result<bool> {
+    println!("ready");
+    Ok(io::stdin().lock().read_line(&mut String::new())? > 0)
+}
+
+/// `count` 0 is as many as the hard limit allows.
+fn hold_fds(count: u64) -> Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a live rlimit.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: as above.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
+    for held in 0.. {
+        // SAFETY: dup takes any number.
+        match check(unsafe { libc::dup(0) }) {
+            Err(error) if count == 0 && error.raw_os_error() == Some(libc::EMFILE) => break,
+            fd => fd?,
+        };
+        if held + 1 == count {
+            break;
+        }
+    }
+    while ready()? {}
+    Ok(())
+}
+
+fn hold_threads(count: usize) -> Result<()> {
+    for i in 0..count {
+        thread::Builder::new().name(format!("held-{i}")).stack_size(64 << 10).spawn(forever)?;
+    }
+    while ready()? {}
+    Ok(())
+}
+
+fn hold_processes(count: usize) -> Result<()> {
+    for _ in 0..count {
+        // SAFETY: this process has one thread, so the child may do anything.
+        if check(unsafe { libc::fork() })? == 0 {
+            // SAFETY: plain system calls. The child ends with its parent.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                loop {
+                    libc::pause();
+                }
+            }
+        }
+    }
+    while ready()? {}
+    Ok(())
+}
+
+/// The leader ends and leaves the process to another thread.
+fn leader_exits() -> Result<()> {
+    thread::Builder::new().name("heir".to_owned()).spawn(|| {
+        while ready().unwrap_or(false) {}
+        // SAFETY: ends the process without touching what the leader has left behind.
+        unsafe { libc::_exit(0) }
+    })?;
+    // SAFETY: SYS_exit ends this thread only.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    Ok(())
+}
+
+/// Makes every followed call and prints what it was, as `plumb watch` should see it.
+fn fd_calls(folder: &str) -> Result<()> {
+    ready()?;
+    let mut seen: Vec<String> = Vec::new();
+    let mut open = |name: &str, fd: i64| -> Result<i32> {
+        seen.push(format!("open {name} {fd}"));
+        Ok(check(i32::try_from(fd)?)?)
+    };
+    let path = std::ffi::CString::new(format!("{folder}/fd-calls"))?;
+    let how = [libc::O_RDWR as u64, 0, 0];
+    // SAFETY: all pointers are to live memory of the right size; the fds are this function's own.
+    unsafe {
+        use libc::syscall;
+        let created = open("creat", syscall(libc::SYS_creat, path.as_ptr(), 0o600))?;
+        let opened = open("open", syscall(libc::SYS_open, path.as_ptr(), libc::O_RDONLY, 0))?;
+        let at = open("openat", syscall(libc::SYS_openat, libc::AT_FDCWD, path.as_ptr(), libc::O_RDONLY, 0))?;
+        open(
+            "openat2",
+            syscall(libc::SYS_openat2, libc::AT_FDCWD, path.as_ptr(), how.as_ptr(), size_of_val(&how)),
+        )?;
+        let listener = open("socket", syscall(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0))?;
+        check(libc::listen(listener, 5))?;
+        let mut address: libc::sockaddr_in = std::mem::zeroed();
+        let mut length = size_of_val(&address) as libc::socklen_t;
+        check(libc::getsockname(listener, (&raw mut address).cast(), &raw mut length))?;
+        for (name, number) in [("accept", libc::SYS_accept), ("accept4", libc::SYS_accept4)] {
+            let client = open("socket", syscall(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM, 0))?;
+            check(libc::connect(client, (&raw const address).cast(), length))?;
+            open(name, syscall(number, listener, 0, 0, 0))?;
+        }
+        for (name, number) in [("pipe", libc::SYS_pipe), ("pipe2", libc::SYS_pipe2)] {
+            let mut ends = [0i32; 2];
+            check(i32::try_from(syscall(number, ends.as_mut_ptr(), 0))?)?;
+            open(name, i64::from(ends[0]))?;
+            open(name, i64::from(ends[1]))?;
+        }
+        open("dup", syscall(libc::SYS_dup, created))?;
+        let high = open("fcntl", syscall(libc::SYS_fcntl, created, libc::F_DUPFD, 100))?;
+        open("fcntl", syscall(libc::SYS_fcntl, created, libc::F_DUPFD_CLOEXEC, 100))?;
+        // Neither makes an fd.
+        check(libc::fcntl(created, libc::F_GETFD))?;
+        check(libc::syscall(libc::SYS_dup2, created, created) as i32)?;
+        // Through the 32-bit entry; only calls without pointers can be made from here.
+        let compat = compat_dup(created);
+        open("dup", compat)?;
+        seen.push(format!("replace dup2 {opened}"));
+        check(libc::syscall(libc::SYS_dup2, created, opened) as i32)?;
+        seen.push(format!("replace dup3 {at}"));
+        check(libc::syscall(libc::SYS_dup3, created, at, libc::O_CLOEXEC) as i32)?;
+        seen.push(format!("close close {created}"));
+        check(libc::close(created))?;
+        // A number that is not open closes nothing.
+        libc::close(9999);
+        if libc::syscall(libc::SYS_close_range, high, high + 1, 4) == 0 {
+            seen.push(format!("close-on-exec close_range {high}-{}", high + 1));
+        }
+        check(libc::syscall(libc::SYS_close_range, high, high + 1, 0) as i32)?;
+        seen.push(format!("close close_range {high}-{}", high + 1));
+    }
+    let mut stdout = io::stdout().lock();
+    for line in seen {
+        writeln!(stdout, "{line}")?;
+    }
+    drop(stdout);
+    ready()?;
+    Ok(())
+}
+
+/// dup, number 41 of the 32-bit table.
+fn compat_dup(fd: i32) -> i64 {
+    let result: i64;
+    // SAFETY: the instruction clobbers nothing but its result; r8 to r11 may be zeroed on the way.
+    unsafe {
+        std::arch::asm!(
+            "push rbx",
+            "mov ebx, {fd:e}",
+            "int 0x80",
+            "pop rbx",
+            fd = in(reg) fd,
+            inout("rax") 41i64 => result,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    result
+}
+
+fn check(result: i32) -> io::Result<i32> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

@@ -1,0 +1,156 @@
+//! The agent as a whole: from a leak in a program it has never seen to the finding.
+
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{Agent, Running, TempDir, Workload, plumb};
+
+/// From the first leaked fd or thread to the finding.
+const VERDICT: Duration = Duration::from_secs(90);
+
+#[test]
+fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
+    let agent = Agent::start(&["--log-format", "json"]);
+    let dir = TempDir::new();
+    let path = dir.join("leaked.log");
+    fs::write(&path, "x").unwrap();
+    let program = Workload::copy(&dir, "leaky-app");
+    let files = Workload::start_program(&program, &["leak-fds", &path]);
+    let threads = Workload::start_program(&program, &["leak-threads"]);
+
+    let finding = agent.wait_leaking(files.pid(), "fd", VERDICT);
+    let growth = finding["growth_per_minute"].as_f64().unwrap();
+    assert!((50.0..=66.0).contains(&growth), "{finding}");
+    assert_eq!((&finding["comm"], &finding["group"]), (&"leaky-app".into(), &"leaky-app".into()));
+    assert_eq!(finding["examples"][0]["what"], path.as_str(), "{finding}");
+    assert!(finding["live"].as_u64() > finding["baseline"].as_u64(), "{finding}");
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap();
+    let exact = (limit - finding["live"].as_u64().unwrap()) as f64;
+    let seconds = finding["seconds_to_exhaustion"].as_f64().unwrap();
+    assert!((seconds - exact).abs() < exact * 0.2, "{finding}: {exact} s left at one per second");
+
+    let finding = agent.wait_leaking(threads.pid(), "thread", VERDICT);
+    let growth = finding["growth_per_minute"].as_f64().unwrap();
+    assert!((50.0..=66.0).contains(&growth), "{finding}");
+    assert_eq!(finding["examples"][0]["what"], "leaky", "{finding}");
+
+    // Told once each, and nobody else is accused.
+    let log: Vec<Value> = agent.log().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut told: Vec<u64> = log
+        .iter()
+        .filter(|line| line["message"] == "leaking")
+        .map(|line| line["pid"].as_u64().unwrap())
+        .collect();
+    told.sort_unstable();
+    let mut expected = [u64::from(files.pid()), u64::from(threads.pid())];
+    expected.sort_unstable();
+    assert_eq!(told, expected, "{}", agent.log());
+    let page = agent.get("/metrics").unwrap().1;
+    for resource in ["fd", "thread"] {
+        let series = format!(
+            "plumb_leak_findings{{group=\"leaky-app\",resource=\"{resource}\",state=\"leaking\"}} 1\n"
+        );
+        assert!(page.contains(&series), "{series} is not in\n{page}");
+    }
+
+    // A process that is gone leaves no finding and no series.
+    drop((files, threads));
+    let end = Instant::now() + Duration::from_secs(10);
+    while agent.get("/metrics").unwrap().1.contains("leaky-app") {
+        assert!(Instant::now() < end, "{}", agent.get("/metrics").unwrap().1);
+        thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(agent.leaks(), Vec::<Value>::new());
+}
+
+#[test]
+fn the_table_follows_events_without_drift() {
+    let agent = Agent::start(&[]);
+    let dir = TempDir::new();
+    let program = Workload::copy(&dir, "holder");
+    let start = |_| Workload::start_program(&program, &["hold-threads", "20"]).ready();
+    let mut held: Vec<Workload> = (0..10).map(start).collect();
+    thread::sleep(Duration::from_millis(2500));
+    held.truncate(5);
+    thread::sleep(Duration::from_millis(2500));
+    let page = agent.get("/metrics").unwrap().1;
+    for line in [
+        "plumb_group_processes{group=\"holder\"} 5",
+        "plumb_group_threads{group=\"holder\"} 105",
+        "plumb_drift_total{cause=\"clone_missed\"} 0",
+        "plumb_drift_total{cause=\"exit_missed\"} 0",
+        "plumb_drift_total{cause=\"threads\"} 0",
+        "plumb_events_lost_total{source=\"clone\",cause=\"ring_full\"} 0",
+        "plumb_worker_state{worker=\"observer\",state=\"running\"} 1",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line} is not in\n{page}");
+    }
+    let seen = page.lines().find_map(|line| line.strip_prefix("plumb_events_seen_total{source=\"clone\"} "));
+    assert!(seen.unwrap().parse::<u64>().unwrap() >= 210, "{page}");
+}
+
+#[test]
+fn it_ends_cleanly_on_either_signal_and_leaves_nothing_attached() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut agent = Agent::start(&[]);
+        assert_eq!(agent.get_control("/v1/leaks").unwrap().0, 200);
+        let held = bpf_fds(agent.child.pid());
+        assert!(held > 10, "{held} programs, maps and links");
+        agent.child.signal(signal);
+        assert_eq!(agent.child.0.wait().unwrap().code(), Some(0), "{}", agent.log());
+        assert!(!fs::exists(agent.dir.0.join("run/plumb.sock")).unwrap());
+        assert!(agent.log().contains("stops"), "{}", agent.log());
+    }
+}
+
+/// Programs, maps and links that a process holds; they are nowhere pinned, so they end with it.
+fn bpf_fds(pid: u32) -> usize {
+    let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    links
+        .filter(|link| {
+            fs::read_link(link.as_ref().unwrap().path()).is_ok_and(|to| to.to_string_lossy().contains("bpf"))
+        })
+        .count()
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let mut agent = Agent::start(&[]);
+    // A request that never ends holds the graceful stop up.
+    let mut slow = std::net::TcpStream::connect(&agent.address).unwrap();
+    std::io::Write::write_all(&mut slow, b"GET /metrics HTTP/1.1\r\nHost: plumb\r\nX-Slow: ").unwrap();
+    thread::sleep(Duration::from_millis(300));
+    agent.child.signal(Signal::TERM);
+    while !agent.log().contains("stops") {
+        thread::sleep(Duration::from_millis(10));
+    }
+    agent.child.signal(Signal::TERM);
+    assert_eq!(agent.child.0.wait().unwrap().code(), Some(130), "{}", agent.log());
+}
+
+#[test]
+fn a_second_agent_is_refused_and_the_first_goes_on() {
+    let agent = Agent::start(&[]);
+    let second =
+        plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &agent.run_dir()]).output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let expected = format!(
+        "plumb: another agent is running (pid {}); use that one, or stop it first\n",
+        agent.child.pid()
+    );
+    assert_eq!(String::from_utf8(second.stderr).unwrap(), expected);
+    assert_eq!(agent.get_control("/v1/leaks").unwrap().0, 200);
+    // One that was killed leaves its lock to the next.
+    let run_dir = agent.run_dir();
+    agent.child.signal(Signal::KILL);
+    thread::sleep(Duration::from_millis(200));
+    let child = plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir]).spawn().unwrap();
+    let mut next = Running(child);
+    thread::sleep(Duration::from_secs(3));
+    assert!(next.0.try_wait().unwrap().is_none(), "the second one runs");
+}

@@ -1,0 +1,311 @@
+//! What the integration tests share: running plumb, running workloads, and reading /proc as the truth.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// The binary under test; named by the environment where it is not where it was built.
+pub fn plumb() -> Command {
+    Command::new(env::var_os("PLUMB_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_plumb").into()))
+}
+
+/// Runs plumb to its end; fails the test unless it succeeds.
+pub fn plumb_ok(arguments: &[&str]) -> Output {
+    let output = plumb().args(arguments).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "plumb {arguments:?}: {}: {stderr}", output.status);
+    output
+}
+
+/// Runs plumb and reads the JSON document that it prints.
+pub fn plumb_json(arguments: &[&str]) -> Value {
+    let output = plumb_ok(&[arguments, &["-o", "json"]].concat());
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["schema"], "plumb/v1");
+    document
+}
+
+/// A folder that is removed again.
+pub struct TempDir(pub PathBuf);
+
+impl TempDir {
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = env::temp_dir().join(format!("plumb-test-{}-{number}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn join(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A child that is killed and waited for when the test is over.
+pub struct Running(pub Child);
+
+impl Running {
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Sends a signal to the child, which has not been waited for: its pid cannot be another's.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        rustix::process::pidfd_send_signal(pidfd, signal).unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A running `workload` example.
+pub struct Workload {
+    pub child: Running,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Workload {
+    fn program() -> PathBuf {
+        env::var_os("PLUMB_WORKLOAD").map_or_else(
+            || env::current_exe().unwrap().parent().unwrap().join("../examples/workload"),
+            PathBuf::from,
+        )
+    }
+
+    /// A copy under another name: a group that no other test has processes in.
+    pub fn copy(dir: &TempDir, name: &str) -> PathBuf {
+        let copy = dir.0.join(name);
+        fs::copy(Self::program(), &copy).unwrap();
+        copy
+    }
+
+    /// Starts it; the leaks do not say `ready`.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_program(&Self::program(), arguments)
+    }
+
+    pub fn start_program(program: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the example `workload` is built by `cargo build --examples`");
+        let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        Self { child: Running(child), stdin, stdout }
+    }
+
+    pub fn start_ready(arguments: &[&str]) -> Self {
+        Self::start(arguments).ready()
+    }
+
+    /// Waits until its stage is set.
+    pub fn ready(mut self) -> Self {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        self
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&mut self) {
+        self.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    }
+
+    /// The lines it prints before it is ready the next time.
+    pub fn lines_until_ready(&mut self) -> Vec<String> {
+        let lines = self.stdout.by_ref().lines().map(Result::unwrap);
+        lines.take_while(|line| line != "ready").collect()
+    }
+
+    /// Lets it end.
+    pub fn end(mut self) {
+        self.stdin = None;
+        assert!(self.child.0.wait().unwrap().success());
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+}
+
+/// A running agent with a run folder and a port of its own.
+pub struct Agent {
+    pub child: Running,
+    pub dir: TempDir,
+    pub address: String,
+    log: PathBuf,
+}
+
+impl Agent {
+    /// Starts an agent and waits until it is ready.
+    pub fn start(arguments: &[&str]) -> Self {
+        let agent = Self::spawn(arguments);
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !agent.get("/readyz").is_some_and(|(status, _)| status == 200) {
+            assert!(Instant::now() < deadline, "not ready: {}", agent.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        agent
+    }
+
+    pub fn spawn(arguments: &[&str]) -> Self {
+        let dir = TempDir::new();
+        let address = format!("127.0.0.1:{}", free_port());
+        let log = dir.0.join("log");
+        let child = plumb()
+            .arg("agent")
+            .args(["--listen", &address, "--run-dir", &dir.join("run")])
+            .args(arguments)
+            .stderr(fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Self { child: Running(child), dir, address, log }
+    }
+
+    pub fn run_dir(&self) -> String {
+        self.dir.join("run")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// GET over TCP: status and body; `None` while nobody listens.
+    pub fn get(&self, path: &str) -> Option<(u16, String)> {
+        exchange(TcpStream::connect(&self.address).ok()?, path)
+    }
+
+    /// GET over the control socket.
+    pub fn get_control(&self, path: &str) -> Option<(u16, String)> {
+        exchange(UnixStream::connect(Path::new(&self.run_dir()).join("plumb.sock")).ok()?, path)
+    }
+
+    pub fn leaks(&self) -> Vec<Value> {
+        plumb_json(&["leaks", "--run-dir", &self.run_dir()])["findings"].as_array().unwrap().clone()
+    }
+
+    /// Waits for a finding in state `leaking`.
+    pub fn wait_leaking(&self, pid: u32, resource: &str, deadline: Duration) -> Value {
+        let end = Instant::now() + deadline;
+        loop {
+            let found = self.leaks().into_iter().find(|finding| {
+                finding["pid"] == pid
+                    && finding["resource"] == resource
+                    && finding["state"] == "leaking"
+                    && finding["examples"] != Value::Array(Vec::new())
+            });
+            if let Some(found) = found {
+                return found;
+            }
+            assert!(
+                Instant::now() < end,
+                "no finding on {resource} of {pid}: {:?}\n{}",
+                self.leaks(),
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(250));
+        }
+    }
+}
+
+fn exchange(mut stream: impl Read + Write, path: &str) -> Option<(u16, String)> {
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: plumb\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    // With `Connection: close` a body without length ends with the connection.
+    assert!(!head.to_ascii_lowercase().contains("chunked"), "{head}");
+    Some((status, body.to_owned()))
+}
+
+/// A port that nobody listens on now.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// One process as /proc shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Truth {
+    pub start: u64,
+    pub ppid: u64,
+    pub comm: String,
+    pub fds: u64,
+    /// `None` is unlimited.
+    pub fd_limit: Option<u64>,
+    pub threads: u64,
+}
+
+/// Every process of /proc. PID 1 is left out where the iterators do not show it.
+pub fn proc_truth() -> BTreeMap<u32, Truth> {
+    let pids =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid: u32| Some((pid, truth_of(pid)?))).collect()
+}
+
+pub fn truth_of(pid: u32) -> Option<Truth> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat).into_owned();
+    let (head, tail) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = tail.split_ascii_whitespace().collect();
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let limit = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    Some(Truth {
+        start: fields[19].parse().ok()?,
+        ppid: fields[1].parse().ok()?,
+        comm: head.split_once('(')?.1.to_owned(),
+        fds: fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64,
+        fd_limit: limit.split_ascii_whitespace().next()?.parse().ok(),
+        threads: fields[17].parse().ok()?,
+    })
+}
+
+/// `plumb ps` must equal /proc for every process that was the same before and after. Returns how many
+/// processes were compared.
+pub fn assert_ps_is_proc() -> usize {
+    let before = proc_truth();
+    let document = plumb_json(&["ps"]);
+    let after = proc_truth();
+    let shown: BTreeMap<u64, &Value> =
+        document["processes"].as_array().unwrap().iter().map(|p| (p["pid"].as_u64().unwrap(), p)).collect();
+    let mut compared = 0;
+    for (pid, truth) in before {
+        // PID 1 of the development machine is hidden from iterators, and kernels may hide it elsewhere.
+        if after.get(&pid) != Some(&truth) || (pid == 1 && !shown.contains_key(&1)) {
+            continue;
+        }
+        let process = shown.get(&u64::from(pid)).unwrap_or_else(|| panic!("{pid} is missing: {truth:?}"));
+        assert_eq!(process["fds"].as_u64(), Some(truth.fds), "fds of {process}");
+        assert_eq!(process["fd_limit"].as_u64(), truth.fd_limit, "limit of {process}");
+        assert_eq!(process["threads"].as_u64(), Some(truth.threads), "threads of {process}");
+        assert_eq!(process["ppid"].as_u64(), Some(truth.ppid), "parent of {process}");
+        compared += 1;
+    }
+    compared
+}
