@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, PermissionsExt},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     time::Duration,
 };
@@ -38,7 +38,9 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     kernel::require_capabilities()?;
     let lock = lock(&config.run_dir)?;
     let tcp = listen(&config).await?;
-    let unix = listen_control(&config)?;
+    // As bound: port 0 has become a real one.
+    let address = tcp.local_addr().unwrap_or(config.listen);
+    let (unix, socket) = listen_control(&config)?;
     let kernel = Kernel::load_required(Plan::AGENT)?;
     for status in kernel.programs().iter().filter(|status| !status.is_attached()) {
         tracing::warn!(
@@ -110,7 +112,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             tracing::info!(
                 "follows {} processes; metrics on http://{}/metrics; stop with ctrl-c",
                 view.rows.len(),
-                config.listen
+                address
             );
         }
         std::future::pending::<()>().await;
@@ -121,7 +123,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     }
     tracing::info!("stops");
     let late = supervisor.stop(STOP_DEADLINE).await;
-    let _ = fs::remove_file(config::socket(&config.run_dir));
+    drop(socket);
     drop(lock);
     if late.is_empty() {
         return Ok(());
@@ -160,19 +162,30 @@ async fn listen(config: &Config) -> Result<TcpListener, Failure> {
     })
 }
 
+/// Removes the control socket when the agent ends, however it ends.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 /// Binds the control socket; the folder's lock is held, so one that is there is left over.
-fn listen_control(config: &Config) -> Result<UnixListener, Failure> {
-    let path = config::socket(&config.run_dir);
-    let _ = fs::remove_file(&path);
-    UnixListener::bind(&path)
-        .and_then(|listener| {
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-            Ok(listener)
-        })
-        .map_err(|error| {
-            let cause = format!("cannot create the control socket {}: {error}", path.display());
-            Failure::new(Exit::Error, cause, "name another folder with --run-dir")
-        })
+fn listen_control(config: &Config) -> Result<(UnixListener, SocketFile), Failure> {
+    let file = SocketFile(config::socket(&config.run_dir));
+    let _ = fs::remove_file(&file.0);
+    let bound = UnixListener::bind(&file.0).and_then(|listener| {
+        fs::set_permissions(&file.0, fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    });
+    match bound {
+        Ok(listener) => Ok((listener, file)),
+        Err(error) => {
+            let cause = format!("cannot create the control socket {}: {error}", file.0.display());
+            Err(Failure::new(Exit::Error, cause, "name another folder with --run-dir"))
+        }
+    }
 }
 
 /// Limits that hold for the whole host. They can be changed at run time, which nobody does.

@@ -3,6 +3,7 @@
 mod bpf_toolchain;
 mod cmd;
 mod setup;
+mod test;
 mod vm;
 
 use std::{
@@ -32,6 +33,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run every test, on this kernel and in virtual machines on others (as root)
+    Test(test::Arguments),
     /// Run a program on other kernels, each in a virtual machine
     Vm(vm::Arguments),
     /// Pin the newest kernel of each series in xtask/kernels.lock
@@ -55,19 +58,20 @@ fn main() -> ExitCode {
 impl Task {
     fn run(self) -> Result<()> {
         match self {
-            Self::Build => build("build"),
+            Self::Build => build(),
             Self::Run { arguments } => {
                 setup::require_root("run")?;
-                build("run")?;
+                build()?;
                 run(Command::new(workspace().join("target/release/plumb")).arg("agent").args(arguments))
             }
+            Self::Test(arguments) => arguments.run(),
             Self::Vm(arguments) => arguments.run(),
             Self::Kernels => vm::refresh(),
         }
     }
 }
 
-fn build(_subcommand: &str) -> Result<()> {
+fn build() -> Result<()> {
     setup::for_build()?;
     run(Command::new(env!("CARGO")).current_dir(workspace()).args([
         "build",

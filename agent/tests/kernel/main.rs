@@ -1,5 +1,6 @@
 //! What must hold on every kernel: run as root on the host's, and in virtual machines on others. Needs
 //! nothing but the plumb binary and the `workload` example.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 #[path = "../support/mod.rs"]
 mod support;

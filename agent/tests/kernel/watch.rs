@@ -71,7 +71,7 @@ fn every_followed_call_is_seen_once_and_nothing_else() {
 
 #[test]
 fn threads_processes_and_names_are_seen() {
-    let watch = Watch::start(&["--for", "20s"]);
+    let watch = Watch::start(&[]);
     let script = "printf renamed > /proc/self/comm; (exit 7) & wait; sh -c 'kill -9 $$'; exit 3";
     let mut shell = std::process::Command::new("/bin/sh").args(["-c", script]).spawn().unwrap();
     let pid = shell.id();
@@ -95,12 +95,18 @@ fn threads_processes_and_names_are_seen() {
 }
 
 #[test]
+fn it_ends_when_it_was_told_to() {
+    assert_eq!(Watch::start(&["--for", "300ms"]).end().1, Some(0));
+}
+
+#[test]
 fn a_filter_by_name_keeps_others_out() {
-    let watch = Watch::start(&["--comm", "workload", "--for", "3s"]);
+    let watch = Watch::start(&["--comm", "workload"]);
     let held = Workload::start_ready(&["hold-threads", "1"]);
     drop(std::fs::File::open("/proc/self/stat").unwrap());
+    watch.child.signal(rustix::process::Signal::INT);
     let (events, code) = watch.end();
-    assert_eq!(code, Some(0));
+    assert_eq!(code, Some(130));
     assert!(events.iter().any(|event| event["pid"] == held.pid()));
     assert!(!events.iter().any(|event| event["pid"] == std::process::id()), "{events:?}");
 }

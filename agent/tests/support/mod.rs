@@ -16,12 +16,12 @@ use std::{
 use serde_json::Value;
 
 /// The binary under test; named by the environment where it is not where it was built.
-pub fn plumb() -> Command {
+pub(crate) fn plumb() -> Command {
     Command::new(env::var_os("PLUMB_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_plumb").into()))
 }
 
 /// Runs plumb to its end; fails the test unless it succeeds.
-pub fn plumb_ok(arguments: &[&str]) -> Output {
+pub(crate) fn plumb_ok(arguments: &[&str]) -> Output {
     let output = plumb().args(arguments).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "plumb {arguments:?}: {}: {stderr}", output.status);
@@ -29,7 +29,7 @@ pub fn plumb_ok(arguments: &[&str]) -> Output {
 }
 
 /// Runs plumb and reads the JSON document that it prints.
-pub fn plumb_json(arguments: &[&str]) -> Value {
+pub(crate) fn plumb_json(arguments: &[&str]) -> Value {
     let output = plumb_ok(&[arguments, &["-o", "json"]].concat());
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["schema"], "plumb/v1");
@@ -37,10 +37,10 @@ pub fn plumb_json(arguments: &[&str]) -> Value {
 }
 
 /// A folder that is removed again.
-pub struct TempDir(pub PathBuf);
+pub(crate) struct TempDir(pub(crate) PathBuf);
 
 impl TempDir {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = env::temp_dir().join(format!("plumb-test-{}-{number}", std::process::id()));
@@ -48,7 +48,7 @@ impl TempDir {
         Self(path)
     }
 
-    pub fn join(&self, name: &str) -> String {
+    pub(crate) fn join(&self, name: &str) -> String {
         self.0.join(name).to_str().unwrap().to_owned()
     }
 }
@@ -60,15 +60,15 @@ impl Drop for TempDir {
 }
 
 /// A child that is killed and waited for when the test is over.
-pub struct Running(pub Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Running {
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 
     /// Sends a signal to the child, which has not been waited for: its pid cannot be another's.
-    pub fn signal(&self, signal: rustix::process::Signal) {
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.0);
         let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
         rustix::process::pidfd_send_signal(pidfd, signal).unwrap();
@@ -83,8 +83,8 @@ impl Drop for Running {
 }
 
 /// A running `workload` example.
-pub struct Workload {
-    pub child: Running,
+pub(crate) struct Workload {
+    pub(crate) child: Running,
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
 }
@@ -98,18 +98,18 @@ impl Workload {
     }
 
     /// A copy under another name: a group that no other test has processes in.
-    pub fn copy(dir: &TempDir, name: &str) -> PathBuf {
+    pub(crate) fn copy(dir: &TempDir, name: &str) -> PathBuf {
         let copy = dir.0.join(name);
         fs::copy(Self::program(), &copy).unwrap();
         copy
     }
 
     /// Starts it; the leaks do not say `ready`.
-    pub fn start(arguments: &[&str]) -> Self {
+    pub(crate) fn start(arguments: &[&str]) -> Self {
         Self::start_program(&Self::program(), arguments)
     }
 
-    pub fn start_program(program: &Path, arguments: &[&str]) -> Self {
+    pub(crate) fn start_program(program: &Path, arguments: &[&str]) -> Self {
         let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::piped())
@@ -120,12 +120,12 @@ impl Workload {
         Self { child: Running(child), stdin, stdout }
     }
 
-    pub fn start_ready(arguments: &[&str]) -> Self {
+    pub(crate) fn start_ready(arguments: &[&str]) -> Self {
         Self::start(arguments).ready()
     }
 
     /// Waits until its stage is set.
-    pub fn ready(mut self) -> Self {
+    pub(crate) fn ready(mut self) -> Self {
         let mut line = String::new();
         self.stdout.read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n");
@@ -133,48 +133,49 @@ impl Workload {
     }
 
     /// Lets it go on.
-    pub fn go_on(&mut self) {
+    pub(crate) fn go_on(&mut self) {
         self.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     }
 
     /// The lines it prints before it is ready the next time.
-    pub fn lines_until_ready(&mut self) -> Vec<String> {
+    pub(crate) fn lines_until_ready(&mut self) -> Vec<String> {
         let lines = self.stdout.by_ref().lines().map(Result::unwrap);
         lines.take_while(|line| line != "ready").collect()
     }
 
     /// Lets it end.
-    pub fn end(mut self) {
+    pub(crate) fn end(mut self) {
         self.stdin = None;
         assert!(self.child.0.wait().unwrap().success());
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.pid()
     }
 }
 
 /// A running agent with a run folder and a port of its own.
-pub struct Agent {
-    pub child: Running,
-    pub dir: TempDir,
-    pub address: String,
+pub(crate) struct Agent {
+    pub(crate) child: Running,
+    pub(crate) dir: TempDir,
+    pub(crate) address: String,
     log: PathBuf,
 }
 
 impl Agent {
     /// Starts an agent and waits until it is ready.
-    pub fn start(arguments: &[&str]) -> Self {
-        let agent = Self::spawn(arguments);
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        let mut agent = Self::spawn(arguments);
         let deadline = Instant::now() + Duration::from_secs(120);
         while !agent.get("/readyz").is_some_and(|(status, _)| status == 200) {
-            assert!(Instant::now() < deadline, "not ready: {}", agent.log());
+            let ended = agent.child.0.try_wait().unwrap();
+            assert!(ended.is_none() && Instant::now() < deadline, "not ready: {ended:?} {}", agent.log());
             std::thread::sleep(Duration::from_millis(50));
         }
         agent
     }
 
-    pub fn spawn(arguments: &[&str]) -> Self {
+    pub(crate) fn spawn(arguments: &[&str]) -> Self {
         let dir = TempDir::new();
         let address = format!("127.0.0.1:{}", free_port());
         let log = dir.0.join("log");
@@ -188,30 +189,30 @@ impl Agent {
         Self { child: Running(child), dir, address, log }
     }
 
-    pub fn run_dir(&self) -> String {
+    pub(crate) fn run_dir(&self) -> String {
         self.dir.join("run")
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }
 
     /// GET over TCP: status and body; `None` while nobody listens.
-    pub fn get(&self, path: &str) -> Option<(u16, String)> {
+    pub(crate) fn get(&self, path: &str) -> Option<(u16, String)> {
         exchange(TcpStream::connect(&self.address).ok()?, path)
     }
 
     /// GET over the control socket.
-    pub fn get_control(&self, path: &str) -> Option<(u16, String)> {
+    pub(crate) fn get_control(&self, path: &str) -> Option<(u16, String)> {
         exchange(UnixStream::connect(Path::new(&self.run_dir()).join("plumb.sock")).ok()?, path)
     }
 
-    pub fn leaks(&self) -> Vec<Value> {
+    pub(crate) fn leaks(&self) -> Vec<Value> {
         plumb_json(&["leaks", "--run-dir", &self.run_dir()])["findings"].as_array().unwrap().clone()
     }
 
     /// Waits for a finding in state `leaking`.
-    pub fn wait_leaking(&self, pid: u32, resource: &str, deadline: Duration) -> Value {
+    pub(crate) fn wait_leaking(&self, pid: u32, resource: &str, deadline: Duration) -> Value {
         let end = Instant::now() + deadline;
         loop {
             let found = self.leaks().into_iter().find(|finding| {
@@ -246,30 +247,30 @@ fn exchange(mut stream: impl Read + Write, path: &str) -> Option<(u16, String)> 
 }
 
 /// A port that nobody listens on now.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// One process as /proc shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Truth {
-    pub start: u64,
-    pub ppid: u64,
-    pub comm: String,
-    pub fds: u64,
+pub(crate) struct Truth {
+    pub(crate) start: u64,
+    pub(crate) ppid: u64,
+    pub(crate) comm: String,
+    pub(crate) fds: u64,
     /// `None` is unlimited.
-    pub fd_limit: Option<u64>,
-    pub threads: u64,
+    pub(crate) fd_limit: Option<u64>,
+    pub(crate) threads: u64,
 }
 
 /// Every process of /proc. PID 1 is left out where the iterators do not show it.
-pub fn proc_truth() -> BTreeMap<u32, Truth> {
+pub(crate) fn proc_truth() -> BTreeMap<u32, Truth> {
     let pids =
         fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.filter_map(|pid: u32| Some((pid, truth_of(pid)?))).collect()
 }
 
-pub fn truth_of(pid: u32) -> Option<Truth> {
+pub(crate) fn truth_of(pid: u32) -> Option<Truth> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat).into_owned();
     let (head, tail) = stat.rsplit_once(')')?;
@@ -288,7 +289,7 @@ pub fn truth_of(pid: u32) -> Option<Truth> {
 
 /// `plumb ps` must equal /proc for every process that was the same before and after. Returns how many
 /// processes were compared.
-pub fn assert_ps_is_proc() -> usize {
+pub(crate) fn assert_ps_is_proc() -> usize {
     let before = proc_truth();
     let document = plumb_json(&["ps"]);
     let after = proc_truth();

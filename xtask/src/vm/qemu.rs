@@ -103,7 +103,7 @@ impl Machine<'_> {
         command
             .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
             // Emulation works everywhere, also inside another virtual machine.
-            .args(["-accel", "tcg", "-cpu", "max", "-smp", "2"])
+            .args(["-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2"])
             .args(["-m", &self.guest.memory_mb.to_string()])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-serial")

@@ -1,0 +1,118 @@
+//! `cargo xtask test`: every test there is, on this kernel and on the pinned ones.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use serde_json::Value;
+
+use crate::{
+    cmd::{self, run},
+    setup,
+    vm::{self, Guest},
+    workspace,
+};
+
+/// The test binary that needs nothing but a kernel, and what it runs.
+const KERNEL_TESTS: &str = "kernel";
+const WORKLOAD: &str = "workload";
+/// A Debian kernel under emulation takes 3 to 5 minutes for the tests.
+const DEADLINE: Duration = Duration::from_secs(1200);
+/// The tests hold 900,000 fds at 8 bytes a slot and 232 a file, beside the image.
+const MEMORY_MB: u32 = 3072;
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Leave out the other kernels
+    #[arg(long)]
+    no_vm: bool,
+    /// Only this series of xtask/kernels.lock, such as 6.1; may be repeated
+    #[arg(long, value_name = "SERIES", conflicts_with = "no_vm")]
+    kernel: Vec<String>,
+}
+
+impl Arguments {
+    pub(crate) fn run(self) -> Result<()> {
+        setup::require_root("test")?;
+        setup::for_build()?;
+        setup::for_test()?;
+        // The release profile, so that what is tested is what is shipped.
+        let cargo = |subcommand| {
+            let mut cargo = Command::new(env!("CARGO"));
+            cargo.current_dir(workspace()).args([subcommand, "--release", "--locked"]);
+            cargo
+        };
+        run(cargo("build").arg("--examples"))?;
+        if self.kernel.is_empty() {
+            run(&mut cargo("test"))?;
+        }
+        if self.no_vm {
+            eprintln!("xtask: the other kernels were left out");
+            return Ok(());
+        }
+        let built = cmd::output(cargo("test").args([
+            "--package",
+            "plumb",
+            "--test",
+            KERNEL_TESTS,
+            "--no-run",
+            "--message-format",
+            "json",
+        ]))?;
+        on_kernels(&self.kernel, &guest(&executable(&built)?))
+    }
+}
+
+/// The path of the test binary in cargo's messages.
+fn executable(messages: &str) -> Result<PathBuf> {
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let path = messages
+        .filter(|message| message["target"]["name"] == KERNEL_TESTS)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    path.context("cargo built no kernel tests")
+}
+
+fn guest(tests: &Path) -> Guest {
+    let release = workspace().join("target/release");
+    let file = |host: PathBuf, guest: &str| (host, PathBuf::from(guest));
+    Guest {
+        files: vec![
+            file(tests.to_owned(), "/bin/tests"),
+            file(release.join("plumb"), "/bin/plumb"),
+            file(release.join("examples").join(WORKLOAD), "/bin/workload"),
+            file(PathBuf::from("/bin/sh"), "/bin/sh"),
+        ],
+        env: vec![
+            ("PLUMB_BIN".to_owned(), "/bin/plumb".to_owned()),
+            ("PLUMB_WORKLOAD".to_owned(), "/bin/workload".to_owned()),
+        ],
+        commands: vec![["/bin/tests", "--test-threads", "4"].map(str::to_owned).to_vec()],
+        memory_mb: MEMORY_MB,
+        deadline: DEADLINE,
+    }
+}
+
+/// Two machines at a time: the tests mostly wait.
+fn on_kernels(series: &[String], guest: &Guest) -> Result<()> {
+    let kernels = vm::select(series)?;
+    let mut failed = Vec::new();
+    for pair in kernels.chunks(2) {
+        thread::scope(|scope| {
+            let machines: Vec<_> = pair.iter().map(|kernel| scope.spawn(|| vm::run(kernel, guest))).collect();
+            for machine in machines {
+                match machine.join() {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => failed.push(format!("{error:#}")),
+                    Err(_) => failed.push("a machine's thread panicked".to_owned()),
+                }
+            }
+        });
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(())
+}
