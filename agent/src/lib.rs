@@ -19,7 +19,7 @@ mod failure;
 mod files;
 mod group;
 mod host;
-mod kernel;
+pub mod kernel;
 mod observe;
 mod procfs;
 mod report;

@@ -2,6 +2,7 @@
 //!
 //! Here the hook is `sys_exit`, in one program for all calls of `syscalls::TABLE`. A result alone proves
 //! nothing (a seccomp listener may forge it), so a new fd is sent only when its slot holds a file.
+#![allow(clippy::needless_pass_by_value, reason = "the attribute macro passes the context by value")]
 
 use aya_ebpf::{helpers::bpf_probe_read_user, macros::btf_tracepoint, programs::BtfTracePointContext};
 use bytemuck::Zeroable;

@@ -1,5 +1,6 @@
 //! Clone, exec, rename and exit. Their hooks cost nothing to whoever does none of it, so they are always
 //! attached.
+#![allow(clippy::needless_pass_by_value, reason = "the attribute macro passes the context by value")]
 
 use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
 use plumb_common::{

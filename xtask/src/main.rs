@@ -4,6 +4,8 @@ mod bpf_toolchain;
 mod cmd;
 mod setup;
 mod test;
+#[cfg(test)]
+mod tidy;
 mod vm;
 
 use std::{
@@ -35,6 +37,10 @@ enum Task {
     },
     /// Run every test, on this kernel and in virtual machines on others (as root)
     Test(test::Arguments),
+    /// Check format and lints
+    Lint,
+    /// Measure snapshots and the agent against /proc, in one run (as root)
+    Bench,
     /// Run a program on other kernels, each in a virtual machine
     Vm(vm::Arguments),
     /// Pin the newest kernel of each series in xtask/kernels.lock
@@ -65,6 +71,13 @@ impl Task {
                 run(Command::new(workspace().join("target/release/plumb")).arg("agent").args(arguments))
             }
             Self::Test(arguments) => arguments.run(),
+            Self::Lint => lint(),
+            Self::Bench => {
+                setup::require_root("bench")?;
+                setup::for_build()?;
+                run(cargo("build").args(["--release", "--examples"]))?;
+                run(cargo("bench").args(["--package", "plumb", "--bench", "host"]))
+            }
             Self::Vm(arguments) => arguments.run(),
             Self::Kernels => vm::refresh(),
         }
@@ -73,12 +86,24 @@ impl Task {
 
 fn build() -> Result<()> {
     setup::for_build()?;
-    run(Command::new(env!("CARGO")).current_dir(workspace()).args([
-        "build",
-        "--release",
-        "--package",
-        "plumb",
-    ]))
+    run(cargo("build").args(["--release", "--package", "plumb"]))
+}
+
+fn lint() -> Result<()> {
+    setup::for_build()?;
+    run(cargo("fmt").args(["--all", "--check"]))?;
+    // The kernel programs too, as if for the host: the compiler for BPF has no lints.
+    run(cargo("clippy").args(["--workspace", "--all-targets", "--", "--deny", "warnings"]))
+}
+
+/// Cargo, in the workspace and with its lock file.
+fn cargo(subcommand: &str) -> Command {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(workspace()).arg(subcommand);
+    if subcommand != "fmt" {
+        cargo.arg("--locked");
+    }
+    cargo
 }
 
 /// The folder that holds agent/, common/, ebpf/ and xtask/.

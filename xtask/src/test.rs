@@ -2,7 +2,6 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
     thread,
     time::Duration,
 };
@@ -12,6 +11,7 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::{
+    cargo,
     cmd::{self, run},
     setup,
     vm::{self, Guest},
@@ -42,20 +42,16 @@ impl Arguments {
         setup::for_build()?;
         setup::for_test()?;
         // The release profile, so that what is tested is what is shipped.
-        let cargo = |subcommand| {
-            let mut cargo = Command::new(env!("CARGO"));
-            cargo.current_dir(workspace()).args([subcommand, "--release", "--locked"]);
-            cargo
-        };
-        run(cargo("build").arg("--examples"))?;
+        run(cargo("build").args(["--release", "--examples"]))?;
         if self.kernel.is_empty() {
-            run(&mut cargo("test"))?;
+            run(cargo("test").arg("--release"))?;
         }
         if self.no_vm {
             eprintln!("xtask: the other kernels were left out");
             return Ok(());
         }
         let built = cmd::output(cargo("test").args([
+            "--release",
             "--package",
             "plumb",
             "--test",

@@ -21,7 +21,7 @@ const TYPE_TAG: u32 = 18;
 const MAX_DEPTH: u32 = 32;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub(crate) enum BtfError {
+pub enum BtfError {
     #[error("not a BTF file")]
     NotBtf,
     #[error("BTF ends in the middle of a type")]

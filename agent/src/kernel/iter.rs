@@ -17,17 +17,17 @@ const BUFFER: usize = 128 << 10;
 impl Kernel {
     /// One record per process of the host, kernel threads included. A process may appear more than once
     /// when its leader has exited (`task::FLAG_STAND_IN`).
-    pub(crate) fn processes(&mut self) -> io::Result<Vec<TaskRecord>> {
+    pub fn processes(&mut self) -> io::Result<Vec<TaskRecord>> {
         self.pass("processes", 0)
     }
 
     /// The threads of one process.
-    pub(crate) fn threads(&mut self, tgid: u32) -> io::Result<Vec<ThreadRecord>> {
+    pub fn threads(&mut self, tgid: u32) -> io::Result<Vec<ThreadRecord>> {
         self.pass("threads", tgid)
     }
 
     /// The open files of one process, by fd.
-    pub(crate) fn files(&mut self, tgid: u32) -> io::Result<Vec<FdRecord>> {
+    pub fn files(&mut self, tgid: u32) -> io::Result<Vec<FdRecord>> {
         self.pass("files", tgid)
     }
 

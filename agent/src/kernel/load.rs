@@ -29,7 +29,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PLUMB_EBPF_OBJECT"));
 
 /// Whose events reach the ring.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Filter {
+pub struct Filter {
     /// Thread group id; `None` for all.
     pub tgid: Option<u32>,
     /// Name of the process's leader, NUL-padded; `None` for any.
@@ -38,7 +38,7 @@ pub(crate) struct Filter {
 
 /// What to load.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan {
+pub struct Plan {
     /// Names out of `PROGRAMS`.
     pub programs: &'static [&'static str],
     pub filter: Filter,
@@ -48,7 +48,7 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// Everything the agent follows all the time.
-    pub(crate) const AGENT: Self = Self {
+    pub const AGENT: Self = Self {
         programs: &[
             "task_newtask",
             "sched_process_exec",
@@ -63,7 +63,7 @@ impl Plan {
     };
 
     /// All there is, for `plumb doctor`.
-    pub(crate) const DOCTOR: Self = Self {
+    pub const DOCTOR: Self = Self {
         programs: &[
             "task_newtask",
             "sched_process_exec",
@@ -80,7 +80,7 @@ impl Plan {
 
     /// The live stream.
     #[must_use]
-    pub(crate) fn watch(filter: Filter) -> Self {
+    pub fn watch(filter: Filter) -> Self {
         Self {
             programs: &[
                 "task_newtask",
@@ -96,7 +96,7 @@ impl Plan {
 
     /// One pass of these iterators.
     #[must_use]
-    pub(crate) fn pass(programs: &'static [&'static str]) -> Self {
+    pub fn pass(programs: &'static [&'static str]) -> Self {
         Self { programs, filter: Filter::default(), ring_bytes: PAGE }
     }
 }
@@ -106,7 +106,7 @@ const PAGE: u32 = 4096;
 
 /// Why nothing could be loaded at all.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum LoadError {
+pub enum LoadError {
     #[error("missing capability: plumb needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN")]
     MissingCapability,
     #[error("this kernel publishes no types: {KERNEL_BTF}: {0}")]
@@ -139,7 +139,7 @@ impl From<LoadError> for Failure {
 
 /// The loaded programs. Dropping it detaches everything.
 #[derive(Debug)]
-pub(crate) struct Kernel {
+pub struct Kernel {
     pub(super) ebpf: Ebpf,
     programs: Vec<Status>,
 }
@@ -147,7 +147,7 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Loads and attaches the plan's programs. A program that cannot be attached is a verdict in
     /// `programs`, not an error.
-    pub(crate) fn load(plan: Plan) -> Result<Self, LoadError> {
+    pub fn load(plan: Plan) -> Result<Self, LoadError> {
         require_capabilities()?;
         // Before 5.11 maps are charged to RLIMIT_MEMLOCK. Where the limit cannot be raised it does not
         // matter, or the kernel will say so.
@@ -178,14 +178,14 @@ impl Kernel {
     }
 
     /// As `load`, and an error when a required program is not attached.
-    pub(crate) fn load_required(plan: Plan) -> Result<Self, LoadError> {
+    pub fn load_required(plan: Plan) -> Result<Self, LoadError> {
         let kernel = Self::load(plan)?;
         kernel.require(|status| status.program.intent == Intent::Required)?;
         Ok(kernel)
     }
 
     /// As `load`, and an error when any program of the plan is not attached.
-    pub(crate) fn load_all(plan: Plan) -> Result<Self, LoadError> {
+    pub fn load_all(plan: Plan) -> Result<Self, LoadError> {
         let kernel = Self::load(plan)?;
         kernel.require(|_| true)?;
         Ok(kernel)
@@ -208,7 +208,7 @@ impl Kernel {
 
     /// Each program of the plan with its verdict.
     #[must_use]
-    pub(crate) fn programs(&self) -> &[Status] {
+    pub fn programs(&self) -> &[Status] {
         &self.programs
     }
 
@@ -218,7 +218,7 @@ impl Kernel {
     }
 
     /// The kernel's side of the ledger, summed over CPUs, by `counts::index`.
-    pub(crate) fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
+    pub fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
         let map = self.ebpf.map(COUNTS).ok_or(io::ErrorKind::NotFound)?;
         let array = PerCpuArray::<&_, u64>::try_from(map as &Map).map_err(io::Error::other)?;
         let mut sums = [0; counts::LEN as usize];
@@ -260,7 +260,7 @@ fn verdict(error: &ProgramError) -> Verdict {
 }
 
 /// CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39), since 5.8.
-pub(crate) fn require_capabilities() -> Result<(), LoadError> {
+pub fn require_capabilities() -> Result<(), LoadError> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);

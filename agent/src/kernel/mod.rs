@@ -6,9 +6,8 @@ mod load;
 mod programs;
 mod ring;
 
+pub use btf::BtfError;
 pub(crate) use btf::KERNEL_BTF;
-pub(crate) use load::{Filter, Kernel, LoadError, Plan, require_capabilities};
-#[cfg(test)]
-pub(crate) use programs::PROGRAMS;
-pub(crate) use programs::{Intent, Status, Verdict};
+pub use load::{Filter, Kernel, LoadError, Plan, require_capabilities};
+pub use programs::{Intent, PROGRAMS, Status, Verdict};
 pub(crate) use ring::Ring;

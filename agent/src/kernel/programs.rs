@@ -10,7 +10,7 @@ const ENOTSUPP: i32 = 524;
 
 /// Where a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hook {
+pub enum Hook {
     /// A BTF-typed raw tracepoint, attached for as long as the kernel handle lives.
     Tracepoint(&'static str),
     /// A BPF iterator; loaded once and attached anew for each pass.
@@ -20,7 +20,7 @@ pub(crate) enum Hook {
 /// How much depends on a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Intent {
+pub enum Intent {
     /// Without it the agent does not start.
     Required,
     /// Without it the agent runs and says what is missing.
@@ -29,7 +29,7 @@ pub(crate) enum Intent {
 
 /// One kernel program.
 #[derive(Debug)]
-pub(crate) struct Program {
+pub struct Program {
     /// Name of the function in the object.
     pub name: &'static str,
     pub hook: Hook,
@@ -49,7 +49,7 @@ const ACTOR: &[usize] = &[
     offsets::TASK_START_BOOTTIME,
 ];
 
-pub(crate) static PROGRAMS: [Program; 8] = [
+pub static PROGRAMS: [Program; 8] = [
     Program {
         name: "task_newtask",
         hook: Hook::Tracepoint("task_newtask"),
@@ -152,7 +152,7 @@ pub(crate) static PROGRAMS: [Program; 8] = [
 
 /// What became of a program on this kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub enum Verdict {
     /// Attached or, for an iterator, loaded.
     Attached,
     /// This kernel has no such hook or field.
@@ -166,7 +166,7 @@ pub(crate) enum Verdict {
 impl Verdict {
     /// The word used in metrics and JSON.
     #[must_use]
-    pub(crate) fn word(&self) -> &'static str {
+    pub fn word(&self) -> &'static str {
         match self {
             Self::Attached => "attached",
             Self::Unsupported { .. } => "unsupported",
@@ -177,7 +177,7 @@ impl Verdict {
 
     /// Why, and what to do; empty when attached.
     #[must_use]
-    pub(crate) fn explain(&self) -> String {
+    pub fn explain(&self) -> String {
         match self {
             Self::Attached => String::new(),
             Self::Unsupported { why } => why.clone(),
@@ -216,14 +216,14 @@ impl Verdict {
 
 /// A program and its verdict.
 #[derive(Clone, Debug)]
-pub(crate) struct Status {
+pub struct Status {
     pub program: &'static Program,
     pub verdict: Verdict,
 }
 
 impl Status {
     #[must_use]
-    pub(crate) fn is_attached(&self) -> bool {
+    pub fn is_attached(&self) -> bool {
         self.verdict == Verdict::Attached
     }
 }

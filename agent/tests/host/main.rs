@@ -72,7 +72,7 @@ fn redis_nginx_and_a_compile_job_raise_nothing() {
     while Instant::now() < end {
         round += 1;
         // A pool that breathes: up to 60 connections, then none.
-        if round % 40 == 0 {
+        if round.is_multiple_of(40) {
             clients.clear();
         }
         if round % 40 < 30 {

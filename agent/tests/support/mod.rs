@@ -167,7 +167,7 @@ impl Agent {
     pub(crate) fn start(arguments: &[&str]) -> Self {
         let mut agent = Self::spawn(arguments);
         let deadline = Instant::now() + Duration::from_secs(120);
-        while !agent.get("/readyz").is_some_and(|(status, _)| status == 200) {
+        while agent.get("/readyz").is_none_or(|(status, _)| status != 200) {
             let ended = agent.child.0.try_wait().unwrap();
             assert!(ended.is_none() && Instant::now() < deadline, "not ready: {ended:?} {}", agent.log());
             std::thread::sleep(Duration::from_millis(50));
