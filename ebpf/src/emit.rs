@@ -97,9 +97,19 @@ fn wanted(tgid: u32, leader: u64) -> bool {
     if only != 0 && only != tgid {
         return false;
     }
-    let comm = maps::filter_comm();
-    if comm[0] == 0 {
+    let asked = maps::filter_comm();
+    if asked[0] == 0 {
         return true;
     }
-    kernel::read::<[u64; COMM_LEN / 8]>(leader, offsets::TASK_COMM) == Some(comm)
+    let Some(comm) = kernel::read::<[u8; COMM_LEN]>(leader, offsets::TASK_COMM) else { return false };
+    // Up to the NUL: on 5.10 the rest of an older, longer name may stand behind it.
+    for (have, want) in comm.iter().zip(&asked) {
+        if have != want {
+            return false;
+        }
+        if *want == 0 {
+            break;
+        }
+    }
+    true
 }

@@ -56,9 +56,9 @@ pub(crate) fn filter_tgid() -> u32 {
 }
 
 #[inline(always)]
-pub(crate) fn filter_comm() -> [u64; COMM_LEN / 8] {
-    // SAFETY: as above; the array has the same size and any bit pattern is a u64.
-    unsafe { core::ptr::read_volatile((&raw const FILTER_COMM).cast::<[u64; COMM_LEN / 8]>()) }
+pub(crate) fn filter_comm() -> [u8; COMM_LEN] {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const FILTER_COMM) }
 }
 
 /// The process the running iterator is asked about; 0 for all.
