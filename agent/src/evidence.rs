@@ -1,8 +1,8 @@
-//! What leaks: the fds or threads that were there when a process became suspect and still are when it is
-//! found leaking. What a program opens and closes again is in one list only.
+//! What leaks: the fds or threads that were there when a process became suspect and still are when its
+//! growth is confirmed. What a program opens and closes again is in one list only.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, VecDeque},
     io,
 };
 
@@ -16,9 +16,10 @@ use crate::{detect::Resource, files::OpenFile, kernel::Kernel, text};
 
 /// Suspects whose holdings are remembered at the same time.
 const MAX_SUSPECTS: usize = 64;
-/// Identities remembered per suspect, and survivors that are put into words.
-const MAX_REMEMBERED: usize = 65_536;
-const MAX_DESCRIBED: usize = 256;
+/// The newest identities looked at per process; with `MAX_SUSPECTS` this bounds memory at 4 MiB.
+const MAX_LISTED: usize = 4096;
+/// Survivors that are put into words.
+const MAX_DESCRIBED: u32 = 256;
 /// Examples per finding.
 const MAX_EXAMPLES: usize = 5;
 
@@ -26,11 +27,20 @@ const MAX_EXAMPLES: usize = 5;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Example {
     /// Path, addresses, anonymous kind, or thread name.
-    pub what: String,
+    pub(crate) what: String,
     /// `file`, `socket`, `eventfd`, …, or `thread`.
-    pub kind: String,
+    pub(crate) kind: String,
     /// How many of the newest survivors look like this.
-    pub count: u32,
+    pub(crate) count: u32,
+}
+
+/// What speaks for or against a leak.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Confirmation {
+    /// How many of those held at suspicion are still held; `None` when nobody could remember them.
+    pub(crate) survivors: Option<u32>,
+    /// What the newest of them are, the most frequent first.
+    pub(crate) examples: Vec<Example>,
 }
 
 /// Tells one open file or thread from the next that gets its number.
@@ -43,8 +53,8 @@ pub(crate) struct Evidence {
 }
 
 impl Evidence {
-    /// Remembers what a new suspect holds. Beyond `MAX_SUSPECTS` nothing is kept: the examples are then
-    /// the newest of all there is.
+    /// Remembers what a new suspect holds. Beyond `MAX_SUSPECTS` nothing is kept: such a suspect is judged
+    /// by its trend alone.
     pub(crate) fn remember(
         &mut self,
         kernel: &mut Kernel,
@@ -52,8 +62,8 @@ impl Evidence {
         resource: Resource,
     ) -> io::Result<()> {
         if self.remembered.len() < MAX_SUSPECTS {
-            let held = holdings(kernel, key, resource)?;
-            self.remembered.insert((key, resource), held.identities().take(MAX_REMEMBERED).collect());
+            let held = Holdings::list(kernel, key, resource)?;
+            self.remembered.insert((key, resource), held.identities().collect());
         }
         Ok(())
     }
@@ -63,31 +73,29 @@ impl Evidence {
         self.remembered.remove(&(key, resource));
     }
 
-    /// Looks up what leaks, the most frequent first.
-    pub(crate) fn examples(
+    /// Looks up what of it is still held, and puts the newest `growth` of that into words: what was there
+    /// before the growth is not the leak.
+    pub(crate) fn confirm(
         &mut self,
         kernel: &mut Kernel,
-        key: ProcKey,
-        resource: Resource,
-    ) -> io::Result<Vec<Example>> {
-        let held = holdings(kernel, key, resource)?;
-        let known = self.remembered.get(&(key, resource));
-        let survived = |identity: &Identity| known.is_none_or(|known| known.contains(identity));
-        Ok(summarise(held.newest_first(survived)))
+        (key, resource): (ProcKey, Resource),
+        growth: u32,
+    ) -> io::Result<Confirmation> {
+        let held = Holdings::list(kernel, key, resource)?;
+        Ok(confirm(held, self.remembered.get(&(key, resource)), growth))
     }
 }
 
-/// What a process holds now.
+fn confirm(held: Holdings, known: Option<&HashSet<Identity>>, growth: u32) -> Confirmation {
+    let survived = |identity: &Identity| known.is_none_or(|known| known.contains(identity));
+    let survivors = known.map(|_| held.identities().filter(survived).count() as u32);
+    Confirmation { survivors, examples: summarise(held.newest(survived, growth.min(MAX_DESCRIBED) as usize)) }
+}
+
+/// The newest that a process holds, newest first.
 enum Holdings {
     Files(Vec<FdRecord>),
     Threads(Vec<ThreadRecord>),
-}
-
-fn holdings(kernel: &mut Kernel, key: ProcKey, resource: Resource) -> io::Result<Holdings> {
-    match resource {
-        Resource::Fd => kernel.files(key.tgid).map(Holdings::Files),
-        Resource::Thread => kernel.threads(key.tgid).map(Holdings::Threads),
-    }
 }
 
 fn file_identity(record: &FdRecord) -> Identity {
@@ -99,32 +107,45 @@ fn thread_identity(record: &ThreadRecord) -> Identity {
 }
 
 impl Holdings {
-    fn identities(&self) -> Box<dyn Iterator<Item = Identity> + '_> {
-        match self {
-            Self::Files(files) => Box::new(files.iter().rev().map(file_identity)),
-            Self::Threads(threads) => Box::new(threads.iter().rev().map(thread_identity)),
+    fn list(kernel: &mut Kernel, key: ProcKey, resource: Resource) -> io::Result<Self> {
+        match resource {
+            Resource::Fd => {
+                // A leak takes the lowest free number again and again: the highest fds are its newest.
+                let mut newest = VecDeque::with_capacity(MAX_LISTED);
+                kernel.files(key, |record| {
+                    if newest.len() == MAX_LISTED {
+                        newest.pop_back();
+                    }
+                    newest.push_front(*record);
+                })?;
+                Ok(Self::Files(newest.into()))
+            }
+            Resource::Thread => {
+                let mut threads = kernel.threads(key)?;
+                threads.sort_unstable_by_key(|thread| std::cmp::Reverse(thread.start_boottime));
+                threads.truncate(MAX_LISTED);
+                Ok(Self::Threads(threads))
+            }
         }
     }
 
-    /// Kind and words of the newest that pass the test. A leak takes the lowest free number again and
-    /// again, so the highest fds are its newest.
-    fn newest_first(self, survived: impl Fn(&Identity) -> bool) -> Vec<(String, String)> {
+    fn identities(&self) -> Box<dyn Iterator<Item = Identity> + '_> {
+        match self {
+            Self::Files(files) => Box::new(files.iter().map(file_identity)),
+            Self::Threads(threads) => Box::new(threads.iter().map(thread_identity)),
+        }
+    }
+
+    /// Kind and words of the newest that pass the test.
+    fn newest(self, survived: impl Fn(&Identity) -> bool, limit: usize) -> Vec<(String, String)> {
         match self {
             Self::Files(files) => {
-                let files = files.iter().rev().filter(|file| survived(&file_identity(file)));
-                files
-                    .take(MAX_DESCRIBED)
-                    .map(OpenFile::describe)
-                    .map(|file| (file.kind, file.target))
-                    .collect()
+                let files = files.iter().filter(|file| survived(&file_identity(file))).take(limit);
+                files.map(OpenFile::describe).map(|file| (file.kind, file.target)).collect()
             }
-            Self::Threads(mut threads) => {
-                threads.sort_unstable_by_key(|thread| std::cmp::Reverse(thread.start_boottime));
-                let threads = threads.iter().filter(|thread| survived(&thread_identity(thread)));
-                threads
-                    .take(MAX_DESCRIBED)
-                    .map(|thread| ("thread".to_owned(), text::terminated(&thread.comm)))
-                    .collect()
+            Self::Threads(threads) => {
+                let threads = threads.iter().filter(|thread| survived(&thread_identity(thread))).take(limit);
+                threads.map(|thread| ("thread".to_owned(), text::terminated(&thread.comm))).collect()
             }
         }
     }
@@ -158,16 +179,20 @@ mod tests {
     }
 
     #[test]
-    fn only_survivors_are_examples_and_the_most_frequent_come_first() {
-        let held = Holdings::Threads(vec![
-            thread(1, 10, b"main"),
-            thread(2, 20, b"leaky"),
-            thread(3, 30, b"leaky"),
-            thread(4, 40, b"passing"),
-        ]);
-        let before: HashSet<_> = [(1, 10), (2, 20), (3, 30), (4, 35)].into();
-        let examples = summarise(held.newest_first(|identity| before.contains(identity)));
-        let names: Vec<_> = examples.iter().map(|example| (example.what.as_str(), example.count)).collect();
-        assert_eq!(names, [("leaky", 2), ("main", 1)], "thread 4 is another one than before");
+    fn only_survivors_are_examples_and_what_was_there_before_the_growth_is_not() {
+        let mut threads: Vec<_> = (10..14).map(|tid| thread(tid, u64::from(tid), b"worker")).collect();
+        threads.extend([thread(20, 20, b"leaky"), thread(21, 21, b"leaky"), thread(22, 40, b"passing")]);
+        threads.reverse();
+        let before: HashSet<_> = (10..14).chain(20..23).map(|tid| (tid, u64::from(tid))).collect();
+        let found = confirm(Holdings::Threads(threads), Some(&before), 2);
+        assert_eq!(found.survivors, Some(6), "thread 22 is another one than before");
+        let expected = Example { what: "leaky".to_owned(), kind: "thread".to_owned(), count: 2 };
+        assert_eq!(found.examples, [expected]);
+    }
+
+    #[test]
+    fn without_a_memory_there_are_examples_but_no_survivors() {
+        let found = confirm(Holdings::Threads(vec![thread(1, 1, b"main")]), None, 5);
+        assert_eq!((found.survivors, found.examples.len()), (None, 1));
     }
 }

@@ -7,7 +7,7 @@ use tokio::sync::{mpsc::Receiver, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    detect::{Change, Detector, Finding, HostLimits, State},
+    detect::{Change, Detector, Finding, HostLimits},
     observe::{Input, Observation, Request},
     table::{HostView, Table},
 };
@@ -48,10 +48,8 @@ impl Host {
         match input {
             Input::Events(events) => events.iter().for_each(|event| self.table.apply(event)),
             Input::Pass(observation) => self.pass(&observation),
-            Input::Examples(key, resource, examples) => {
-                if let Some(finding) = self.detector.illustrate(key, resource, examples)
-                    && finding.state == State::Leaking
-                {
+            Input::Confirmed(key, resource, found) => {
+                if let Some(finding) = self.detector.confirm(key, resource, found) {
                     (self.report)(finding);
                 }
             }
@@ -64,10 +62,10 @@ impl Host {
         for change in self.detector.observe(&rows, observation.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => Request::Remember(key, resource),
-                Change::Leaking(key, resource) => Request::Examples(key, resource),
+                Change::Grown(key, resource, growth) => Request::Confirm(key, resource, growth),
                 Change::Quiet(key, resource) => Request::Forget(key, resource),
             };
-            // The observer is gone only while it is being restarted; the finding then goes without examples.
+            // The receiver outlives the observer, so this fails only when the agent is ending.
             let _ = self.requests.send(request);
         }
         self.passes += 1;

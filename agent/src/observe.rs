@@ -2,10 +2,7 @@
 //! leaks. Everything it learns goes to the table's owner, in order.
 
 use std::{
-    sync::{
-        Arc,
-        mpsc::{Receiver, TryRecvError},
-    },
+    sync::{Arc, mpsc::Receiver},
     time::{Duration, Instant},
 };
 
@@ -18,7 +15,7 @@ use crate::{
     clock,
     decode::Event,
     detect::Resource,
-    evidence::{Evidence, Example},
+    evidence::{Confirmation, Evidence},
     kernel::{Kernel, Ring, Status},
     procfs::Describer,
     table::Pass,
@@ -38,8 +35,8 @@ pub(crate) enum Input {
     Events(Vec<Event>),
     /// A pass over all processes.
     Pass(Box<Observation>),
-    /// The answer to `Request::Examples`.
-    Examples(ProcKey, Resource, Vec<Example>),
+    /// The answer to `Request::Confirm`.
+    Confirmed(ProcKey, Resource, Confirmation),
 }
 
 /// A pass and what it took.
@@ -61,8 +58,8 @@ pub(crate) struct Observation {
 pub(crate) enum Request {
     /// Remember what a suspect holds.
     Remember(ProcKey, Resource),
-    /// Look up what leaks.
-    Examples(ProcKey, Resource),
+    /// Look up what of it is still held, after the count has grown by this much.
+    Confirm(ProcKey, Resource, u32),
     /// No longer suspect.
     Forget(ProcKey, Resource),
 }
@@ -88,18 +85,23 @@ pub(crate) fn run(
             let (pass, ended) = pass(&mut kernel, &mut ring, &mut describer, events)?;
             let counts = kernel.counts().context("the ledger cannot be read")?;
             let programs = Arc::clone(&programs);
-            Input::Pass(Box::new(Observation { pass, ended, counts, rejected: ring.rejected(), programs }))
-        } else if events.is_empty() {
-            continue;
+            Some(Input::Pass(Box::new(Observation {
+                pass,
+                ended,
+                counts,
+                rejected: ring.rejected(),
+                programs,
+            })))
         } else {
-            Input::Events(events)
+            (!events.is_empty()).then_some(Input::Events(events))
         };
         // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
         // there is one place where events are lost.
-        if inputs.blocking_send(input).is_err() {
-            return Ok(());
+        for input in input.into_iter().chain(answer(&mut kernel, &mut evidence, requests)) {
+            if inputs.blocking_send(input).is_err() {
+                return Ok(());
+            }
         }
-        answer(&mut kernel, &mut evidence, requests, inputs);
     }
     Ok(())
 }
@@ -119,31 +121,27 @@ fn pass(
     Ok((Pass { began, before, records: records.into_iter().zip(words).collect(), after }, ended))
 }
 
-fn answer(
-    kernel: &mut Kernel,
-    evidence: &mut Evidence,
-    requests: &Receiver<Request>,
-    inputs: &Sender<Input>,
-) {
-    loop {
-        match requests.try_recv() {
-            Ok(Request::Remember(key, resource)) => {
-                if let Err(error) = evidence.remember(kernel, key, resource) {
-                    tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
-                }
+/// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
+/// host full of suspects.
+fn answer(kernel: &mut Kernel, evidence: &mut Evidence, requests: &Receiver<Request>) -> Option<Input> {
+    match requests.try_recv().ok()? {
+        Request::Remember(key, resource) => {
+            if let Err(error) = evidence.remember(kernel, key, resource) {
+                tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
             }
-            Ok(Request::Forget(key, resource)) => evidence.forget(key, resource),
-            Ok(Request::Examples(key, resource)) => {
-                // A finding without examples is still a finding.
-                let examples = evidence.examples(kernel, key, resource).unwrap_or_else(|error| {
-                    tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
-                    Vec::new()
-                });
-                if inputs.blocking_send(Input::Examples(key, resource, examples)).is_err() {
-                    return;
-                }
-            }
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            None
+        }
+        Request::Forget(key, resource) => {
+            evidence.forget(key, resource);
+            None
+        }
+        Request::Confirm(key, resource, growth) => {
+            // Without a list the trend has to speak for itself.
+            let found = evidence.confirm(kernel, (key, resource), growth).unwrap_or_else(|error| {
+                tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
+                Confirmation::default()
+            });
+            Some(Input::Confirmed(key, resource, found))
         }
     }
 }

@@ -125,7 +125,7 @@ unsafe fn process(ctx: *const c_void, task: Typed) -> Option<()> {
     Some(())
 }
 
-/// The threads of the process in `ITER_TGID`.
+/// The threads of the process in `ITER_PROCESS`.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
 extern "C" fn threads(ctx: *const c_void) -> i32 {
@@ -142,14 +142,13 @@ extern "C" fn threads(ctx: *const c_void) -> i32 {
 unsafe fn thread(ctx: *const c_void, task: Typed) -> Option<()> {
     // SAFETY: every pointer comes from the iterator.
     unsafe {
-        let tgid: u32 = load(task, offsets::TASK_TGID)?;
-        if tgid != maps::iter_tgid() {
+        if !maps::is_iterated(task) {
             return None;
         }
         let record = ThreadRecord {
             start_boottime: load(task, offsets::TASK_START_BOOTTIME)?,
             tid: load(task, offsets::TASK_PID)?,
-            tgid,
+            tgid: load(task, offsets::TASK_TGID)?,
             state: state(task),
             exit_state: load(task, offsets::TASK_EXIT_STATE).unwrap_or(0),
             comm: load(task, offsets::TASK_COMM)?,
@@ -159,7 +158,7 @@ unsafe fn thread(ctx: *const c_void, task: Typed) -> Option<()> {
     Some(())
 }
 
-/// The open files of the process in `ITER_TGID`. The kernel skips threads that share the leader's table;
+/// The open files of the process in `ITER_PROCESS`. The kernel skips threads that share the leader's table;
 /// a thread that has unshared it is left out, as in /proc/PID/fd.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
@@ -180,8 +179,7 @@ extern "C" fn files(ctx: *const c_void) -> i32 {
 unsafe fn open_file(ctx: *const c_void, task: Typed, fd: u32, file: Typed) -> Option<()> {
     // SAFETY: every pointer comes from the iterator or from a checked load through it.
     unsafe {
-        let tgid: u32 = load(task, offsets::TASK_TGID)?;
-        if tgid != maps::iter_tgid() {
+        if !maps::is_iterated(task) {
             return None;
         }
         let leader = follow(task, offsets::TASK_GROUP_LEADER)?;
@@ -191,7 +189,7 @@ unsafe fn open_file(ctx: *const c_void, task: Typed, fd: u32, file: Typed) -> Op
         }
         let mut record = FdRecord::zeroed();
         record.file = file as u64;
-        record.tgid = tgid;
+        record.tgid = load(task, offsets::TASK_TGID)?;
         record.fd = fd;
         record.flags = load(file, offsets::FILE_FLAGS)?;
         record.pos = load(file, offsets::FILE_POS)?;

@@ -8,7 +8,10 @@ use plumb_common::{
     counts,
     limits::{BITMAP_WORDS, COMM_LEN, RING_BYTES},
     offsets,
+    task::ProcKey,
 };
+
+use crate::kernel;
 
 /// Lifecycle and fd events, in the order of their reservation.
 #[map]
@@ -23,9 +26,9 @@ pub(crate) static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(count
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<[u64; BITMAP_WORDS as usize]> = PerCpuArray::with_max_entries(1, 0);
 
-/// The process whose threads or files the next pass is about; 0 for all.
+/// The process whose threads or files the next pass is about. Start 0 takes any process of that number.
 #[map]
-pub(crate) static ITER_TGID: Array<u32> = Array::with_max_entries(1, 0);
+pub(crate) static ITER_PROCESS: Array<ProcKey> = Array::with_max_entries(1, 0);
 
 /// Byte offsets of kernel fields, by `plumb_common::offsets` index.
 #[unsafe(no_mangle)]
@@ -61,8 +64,18 @@ pub(crate) fn filter_comm() -> [u8; COMM_LEN] {
     unsafe { core::ptr::read_volatile(&raw const FILTER_COMM) }
 }
 
-/// The process the running iterator is asked about; 0 for all.
+/// Whether the running iterator is asked about the process of this task.
+///
+/// # Safety
+/// `task` is a non-null typed pointer to a `task_struct`.
 #[inline(always)]
-pub(crate) fn iter_tgid() -> u32 {
-    ITER_TGID.get(0).copied().unwrap_or(0)
+pub(crate) unsafe fn is_iterated(task: kernel::Typed) -> bool {
+    let Some(asked) = ITER_PROCESS.get(0) else { return false };
+    // SAFETY: as required.
+    let tgid = unsafe { kernel::load::<u32>(task, offsets::TASK_TGID) };
+    if tgid != Some(asked.tgid) {
+        return false;
+    }
+    // SAFETY: as required.
+    asked.start_boottime == 0 || unsafe { kernel::process_of(task) } == Some(*asked)
 }

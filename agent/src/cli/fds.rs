@@ -24,7 +24,8 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let rows = ps::snapshot(&mut kernel)?;
     let process = rows.iter().find(|row| row.key.tgid == arguments.pid);
     let process = process.ok_or_else(|| no_such_process(arguments.pid))?;
-    let files = kernel.files(arguments.pid)?.iter().map(OpenFile::describe).collect();
+    let mut files = Vec::new();
+    kernel.files(process.key, |record| files.push(OpenFile::describe(record)))?;
     let document = Files::new(arguments.pid, process.info.comm.to_string(), files);
     let columns = [("FD", true), ("KIND", false), ("TARGET", false)];
     arguments.output.print(&document, &document.fds, &columns, |file| {

@@ -1,6 +1,7 @@
 //! `plumb threads`: the threads of a process by name, state and start.
 
 use clap::Args;
+use plumb_common::task::ProcKey;
 
 use super::{Outcome, no_such_process, output::Output};
 use crate::{
@@ -22,7 +23,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
     let mut kernel = Kernel::load_all(Plan::pass(&["threads"]))?;
-    let records = kernel.threads(arguments.pid)?;
+    let records = kernel.threads(ProcKey::new(arguments.pid, 0))?;
     let leader = records.iter().find(|record| record.tid == record.tgid).or(records.first());
     let comm = text::terminated(&leader.ok_or_else(|| no_such_process(arguments.pid))?.comm);
     let document = Threads::new(arguments.pid, comm, &records, Calendar::now());

@@ -1,17 +1,20 @@
 //! Leak verdicts from the table. Pure: it takes what a pass saw and a clock reading, and returns what
-//! changed.
+//! changed and what it wants to know.
 //!
 //! ```text
-//!            the floor rises twice            five times, and by 20
-//!   quiet ------------------------> suspect ------------------------> leaking
-//!     ^   or use above 0.8 of the      |    or twice, with use above     |
-//!     |   limit for a whole window     |    0.8 of the limit             |
-//!     +--------------------------------+---------------------------------+
-//!        half of the growth is given back, or five minutes without a rise,
-//!                      or the process ends, or runs a new image
+//!             the floor rises twice                 the floor rises five times and further,
+//!   quiet  -------------------------->  suspect  ------------------------------------------->  leaking
+//!     ^     or use stays above 0.8 of       |     and half of that was held at suspicion          |
+//!     |     the limit for a window          |     and still is; above 0.8 of the limit            |
+//!     |                                     |     two rises will do                               |
+//!     +-------------------------------------+-----------------------------------------------------+
+//!          half of the growth is given back, or five minutes pass without a rise, or what was
+//!          held has been replaced, or the process ends or runs a new image
 //! ```
 //!
-//! `suspect` never alerts. See `trend` for what a rise is.
+//! `suspect` never alerts. See `trend` for what a rise is and how much growth it takes. The second
+//! condition tells a leak from load: a server that has more connections than before, but other ones, is
+//! busy. Connections that live for minutes and only become more look like a leak, and are called one.
 
 mod trend;
 
@@ -23,8 +26,12 @@ use std::{
 use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
-use self::trend::Trend;
-use crate::{evidence::Example, procfs::ProcStatic, table::Row};
+use self::trend::{Level, Trend};
+use crate::{
+    evidence::{Confirmation, Example},
+    procfs::ProcStatic,
+    table::Row,
+};
 
 /// What can leak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -48,11 +55,9 @@ impl Resource {
 }
 
 /// How sure the verdict is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum State {
-    #[default]
-    Quiet,
     /// Worth a look; never alerts.
     Suspect,
     /// Reported.
@@ -64,7 +69,6 @@ impl State {
     #[must_use]
     pub(crate) fn word(self) -> &'static str {
         match self {
-            Self::Quiet => "quiet",
             Self::Suspect => "suspect",
             Self::Leaking => "leaking",
         }
@@ -116,16 +120,22 @@ impl Finding {
     }
 }
 
-/// A change of verdict.
+/// A change of verdict, with what the detector needs to go on.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Change {
     /// A process became suspect: remember what it holds now.
     Suspect(ProcKey, Resource),
-    /// It leaks.
-    Leaking(ProcKey, Resource),
-    /// It does no longer.
+    /// It has grown by this much since: is what it held still held? Answered by `Detector::confirm`.
+    Grown(ProcKey, Resource, u32),
+    /// No longer suspect or leaking: forget.
     Quiet(ProcKey, Resource),
 }
+
+/// What was held at suspicion is looked at again no sooner than this, in nanoseconds: to still hold it a
+/// moment later proves nothing.
+const PROOF: u64 = 29_000_000_000;
+/// After this time, in nanoseconds, an answer is not waited for any longer and is asked for again.
+const ANSWER: u64 = 30_000_000_000;
 
 /// The history of every process, and the verdicts.
 #[derive(Debug)]
@@ -138,7 +148,21 @@ pub(crate) struct Detector {
 #[derive(Debug)]
 struct History {
     exec_id: u64,
-    trends: [Trend; 2],
+    tracks: [Track; 2],
+}
+
+/// One count of one process.
+#[derive(Debug, Default)]
+struct Track {
+    trend: Trend,
+    /// As of the last pass.
+    level: Level,
+    /// When it became suspect.
+    suspected: u64,
+    /// When confirmation was last asked for; 0 for never.
+    asked: u64,
+    /// What was held is still held.
+    confirmed: bool,
 }
 
 impl Detector {
@@ -153,17 +177,40 @@ impl Detector {
         let mut alive = HashSet::with_capacity(rows.len());
         for row in rows.iter().filter(|row| !row.exited && !row.is_kernel_thread()) {
             alive.insert(row.key);
-            let fresh = || History { exec_id: row.exec_id, trends: Default::default() };
+            let fresh = || History { exec_id: row.exec_id, tracks: Default::default() };
             let history = self.histories.entry(row.key).or_insert_with(fresh);
             if history.exec_id != row.exec_id {
                 // Another program now: nothing that was learned holds.
                 *history = fresh();
                 forget(&mut self.findings, row.key, &mut changes);
             }
-            for (resource, trend) in Resource::ALL.into_iter().zip(&mut history.trends) {
+            for (resource, track) in Resource::ALL.into_iter().zip(&mut history.tracks) {
+                if resource == Resource::Fd && !row.fds_exact() {
+                    // No reading is better than a wrong one.
+                    continue;
+                }
                 let (live, limit) = usage(row, resource, self.limits);
-                let state = trend.observe(now, live, limit);
-                settle(&mut self.findings, row, resource, trend, (state, live, limit), &mut changes);
+                let level = track.trend.observe(now, live, limit);
+                if let Some(change) = track.step(row.key, resource, level, now) {
+                    changes.push(change);
+                }
+                let at = (row.key, resource);
+                let examples = self.findings.remove(&at).map(|finding| finding.examples).unwrap_or_default();
+                if let Some(state) = track.state(level) {
+                    let finding = Finding {
+                        state,
+                        resource,
+                        key: row.key,
+                        info: Arc::clone(&row.info),
+                        live,
+                        baseline: track.trend.baseline(),
+                        limit,
+                        growth_per_minute: track.trend.growth_per_minute(),
+                        first_seen: track.trend.since(),
+                        examples,
+                    };
+                    self.findings.insert(at, finding);
+                }
             }
         }
         self.histories.retain(|key, _| alive.contains(key));
@@ -173,15 +220,26 @@ impl Detector {
         changes
     }
 
-    /// Adds what was found to leak to a finding that is still there.
-    pub(crate) fn illustrate(
+    /// Takes the answer to `Change::Grown`. Returns the finding when it is a leak as of now.
+    pub(crate) fn confirm(
         &mut self,
         key: ProcKey,
         resource: Resource,
-        examples: Vec<Example>,
+        found: Confirmation,
     ) -> Option<&Finding> {
+        let track = &mut self.histories.get_mut(&key)?.tracks[resource as usize];
         let finding = self.findings.get_mut(&(key, resource))?;
-        finding.examples = examples;
+        if track.confirmed || track.asked == 0 {
+            return None;
+        }
+        // Nobody could remember: the trend speaks for itself.
+        if found.survivors.is_some_and(|survivors| survivors < track.trend.growth() / 2) {
+            track.trend.restart();
+            return None;
+        }
+        track.confirmed = true;
+        finding.state = State::Leaking;
+        finding.examples = found.examples;
         Some(finding)
     }
 
@@ -197,6 +255,42 @@ impl Detector {
     }
 }
 
+impl Track {
+    /// The verdict at a level; `None` is quiet.
+    fn state(&self, level: Level) -> Option<State> {
+        match level {
+            Level::Quiet => None,
+            Level::Grown if self.confirmed => Some(State::Leaking),
+            Level::Suspect | Level::Grown => Some(State::Suspect),
+        }
+    }
+
+    /// Keeps book of what the rest of the agent was asked for.
+    fn step(&mut self, key: ProcKey, resource: Resource, level: Level, now: u64) -> Option<Change> {
+        let was = std::mem::replace(&mut self.level, level);
+        match level {
+            Level::Quiet => {
+                (self.asked, self.confirmed) = (0, false);
+                (was != Level::Quiet).then_some(Change::Quiet(key, resource))
+            }
+            Level::Suspect | Level::Grown if was == Level::Quiet => {
+                self.suspected = now;
+                Some(Change::Suspect(key, resource))
+            }
+            Level::Suspect => {
+                self.confirmed = false;
+                None
+            }
+            Level::Grown if self.confirmed || now.saturating_sub(self.suspected) < PROOF => None,
+            Level::Grown if self.asked != 0 && now.saturating_sub(self.asked) < ANSWER => None,
+            Level::Grown => {
+                self.asked = now;
+                Some(Change::Grown(key, resource, self.trend.growth()))
+            }
+        }
+    }
+}
+
 /// How many a process has, and how many it may have.
 fn usage(row: &Row, resource: Resource, host: HostLimits) -> (u32, Option<u64>) {
     match resource {
@@ -205,44 +299,6 @@ fn usage(row: &Row, resource: Resource, host: HostLimits) -> (u32, Option<u64>) 
         Resource::Thread if row.uid == 0 => (row.threads, Some(host.threads)),
         Resource::Thread => (row.threads, Some(host.threads.min(row.nproc_limit))),
     }
-}
-
-fn settle(
-    findings: &mut HashMap<(ProcKey, Resource), Finding>,
-    row: &Row,
-    resource: Resource,
-    trend: &Trend,
-    (state, live, limit): (State, u32, Option<u64>),
-    changes: &mut Vec<Change>,
-) {
-    let at = (row.key, resource);
-    let before = findings.get(&at).map_or(State::Quiet, |finding| finding.state);
-    match state {
-        State::Quiet if before != State::Quiet => changes.push(Change::Quiet(row.key, resource)),
-        State::Suspect if before == State::Quiet => changes.push(Change::Suspect(row.key, resource)),
-        State::Leaking if before != State::Leaking => changes.push(Change::Leaking(row.key, resource)),
-        _ => {}
-    }
-    if state == State::Quiet {
-        findings.remove(&at);
-        return;
-    }
-    let examples = findings.remove(&at).map(|finding| finding.examples).unwrap_or_default();
-    findings.insert(
-        at,
-        Finding {
-            state,
-            resource,
-            key: row.key,
-            info: Arc::clone(&row.info),
-            live,
-            baseline: trend.baseline(),
-            limit,
-            growth_per_minute: trend.growth_per_minute(),
-            first_seen: trend.since(),
-            examples,
-        },
-    );
 }
 
 fn forget(findings: &mut HashMap<(ProcKey, Resource), Finding>, key: ProcKey, changes: &mut Vec<Change>) {

@@ -2,10 +2,11 @@
 //!
 //! What a program uses and gives back moves the count up and down; what it leaks moves the *minimum*
 //! up. So the count is reduced to its minimum per window, the floor, and a floor above the one before it
-//! is a rise. The baseline is the floor before the first rise. A pool that warms up rises once or twice;
-//! a leak rises and rises.
-
-use super::State;
+//! is a rise. The baseline is the floor before the first rise.
+//!
+//! A busy server's count wanders: with arrivals that know nothing of each other it strays from its mean by
+//! about the square root of it. Growth counts only beyond that, so a process with 400 connections has
+//! to grow by more than one with four.
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -13,12 +14,9 @@ const SECOND: u64 = 1_000_000_000;
 const WINDOW: u64 = 10 * SECOND;
 /// Windows without a rise after which the growth is taken for settled.
 const SETTLED_WINDOWS: u16 = 30;
-/// Rises and growth over the baseline that make a suspect.
-const SUSPECT_RISES: u16 = 2;
-const SUSPECT_GROWTH: u32 = 8;
-/// Rises and growth over the baseline that make a leak.
-const LEAKING_RISES: u16 = 5;
-const LEAKING_GROWTH: u32 = 20;
+/// Rises, least growth over the baseline, and growth in square roots of the baseline.
+const SUSPECT: (u16, f64, f64) = (2, 8.0, 4.0);
+const GROWN: (u16, f64, f64) = (5, 20.0, 8.0);
 /// Part of the limit above which fewer rises are waited for.
 const HIGH_USE: f64 = 0.8;
 
@@ -29,6 +27,8 @@ pub(super) struct Trend {
     /// Minimum of the last complete window; `None` before there is one.
     floor: Option<u32>,
     baseline: u32,
+    /// Highest floor since the baseline.
+    peak: u32,
     rises: u16,
     /// Complete windows since the last rise.
     flat: u16,
@@ -37,7 +37,17 @@ pub(super) struct Trend {
     /// When the first rise, or high use, began; and when the floor rose last. Nanoseconds since boot.
     since: u64,
     risen: u64,
-    state: State,
+    level: Level,
+}
+
+/// What the trend alone says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Level {
+    #[default]
+    Quiet,
+    Suspect,
+    /// Grown like a leak; what is still held must confirm it.
+    Grown,
 }
 
 /// The window that is being filled.
@@ -49,8 +59,8 @@ struct Window {
 }
 
 impl Trend {
-    /// Takes a reading and returns the state it leads to.
-    pub(super) fn observe(&mut self, now: u64, live: u32, limit: Option<u64>) -> State {
+    /// Takes a reading and returns the level it leads to.
+    pub(super) fn observe(&mut self, now: u64, live: u32, limit: Option<u64>) -> Level {
         let high = limit.is_some_and(|limit| f64::from(live) > HIGH_USE * limit as f64);
         let window = self.window.get_or_insert(Window { began: now, min: live, high });
         window.min = window.min.min(live);
@@ -60,57 +70,68 @@ impl Trend {
             self.window = Some(Window { began: now, min: live, high });
             self.close(complete, now);
         }
-        self.state
+        self.level
+    }
+
+    /// Begins anew from the present floor: the growth was not what it looked like.
+    pub(super) fn restart(&mut self) {
+        self.settle(self.floor.unwrap_or(0));
+        self.level = Level::Quiet;
+    }
+
+    fn settle(&mut self, floor: u32) {
+        (self.baseline, self.peak, self.rises, self.flat) = (floor, floor, 0, 0);
     }
 
     fn close(&mut self, window: Window, now: u64) {
-        let Some(floor) = self.floor.replace(window.min) else {
-            self.baseline = window.min;
-            self.high = window.high;
-            self.judge(window.began);
-            return;
-        };
         self.high = window.high;
-        if window.min > floor {
-            if self.rises == 0 {
-                self.baseline = floor;
-                self.since = window.began;
-            }
-            self.rises = self.rises.saturating_add(1);
-            self.flat = 0;
-            self.risen = now;
-        } else {
-            self.flat = self.flat.saturating_add(1);
-            let given_back = self.growth() <= floor.saturating_sub(self.baseline) / 2;
-            if (window.min < floor && given_back) || self.flat >= SETTLED_WINDOWS {
-                self.baseline = window.min;
-                self.rises = 0;
+        match self.floor.replace(window.min) {
+            None => self.settle(window.min),
+            Some(floor) if window.min > floor => {
+                if self.rises == 0 {
+                    self.settle(floor);
+                    self.since = window.began;
+                }
+                self.rises = self.rises.saturating_add(1);
                 self.flat = 0;
+                self.risen = now;
+                self.peak = self.peak.max(window.min);
+            }
+            Some(floor) => {
+                self.flat = self.flat.saturating_add(1);
+                let given_back = self.growth() <= (self.peak - self.baseline) / 2;
+                if (window.min < floor && given_back) || self.flat >= SETTLED_WINDOWS {
+                    self.settle(window.min);
+                }
             }
         }
         self.judge(window.began);
     }
 
     fn judge(&mut self, began: u64) {
-        let rising = |rises, growth| self.rises >= rises && self.growth() >= growth;
-        let next = if rising(LEAKING_RISES, LEAKING_GROWTH)
-            || (self.high && rising(SUSPECT_RISES, SUSPECT_GROWTH))
-            // Once leaking, what it has taken is the leak until it is given back or settles.
-            || (self.state == State::Leaking && self.rises > 0)
-        {
-            State::Leaking
-        } else if rising(SUSPECT_RISES, SUSPECT_GROWTH) || self.high {
-            State::Suspect
-        } else {
-            State::Quiet
+        let beyond = |(rises, least, roots): (u16, f64, f64)| {
+            let growth = f64::from(self.growth());
+            self.rises >= rises && growth >= least.max(roots * f64::from(self.baseline).sqrt())
         };
-        if self.rises == 0 && self.high && self.state == State::Quiet {
+        let next = if beyond(GROWN)
+            || (self.high && beyond(SUSPECT))
+            // Once grown, it stays so until it is given back or settles.
+            || (self.level == Level::Grown && self.rises > 0)
+        {
+            Level::Grown
+        } else if beyond(SUSPECT) || self.high {
+            Level::Suspect
+        } else {
+            Level::Quiet
+        };
+        if self.rises == 0 && self.high && self.level == Level::Quiet {
             self.since = began;
         }
-        self.state = next;
+        self.level = next;
     }
 
-    fn growth(&self) -> u32 {
+    /// How far the floor lies above the baseline.
+    pub(super) fn growth(&self) -> u32 {
         self.floor.unwrap_or(0).saturating_sub(self.baseline)
     }
 

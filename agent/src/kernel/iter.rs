@@ -1,12 +1,15 @@
 //! One pass of an iterator: the list of what is there now.
 
-use std::io::{self, Read};
+use std::{
+    collections::HashMap,
+    io::{self, Read},
+};
 
 use aya::{maps::Array, programs};
 use bytemuck::Pod;
 use plumb_common::{
     file::FdRecord,
-    task::{TaskRecord, ThreadRecord},
+    task::{FLAG_STAND_IN, ProcKey, TaskRecord, ThreadRecord},
 };
 
 use super::load::Kernel;
@@ -15,39 +18,73 @@ use super::load::Kernel;
 const BUFFER: usize = 128 << 10;
 
 impl Kernel {
-    /// One record per process of the host, kernel threads included. A process may appear more than once
-    /// when its leader has exited (`task::FLAG_STAND_IN`).
+    /// One record per process of the host, kernel threads included.
     pub fn processes(&mut self) -> io::Result<Vec<TaskRecord>> {
-        self.pass("processes", 0)
+        let mut records = Vec::new();
+        self.pass("processes", ProcKey::new(0, 0), |record| records.push(record))?;
+        Ok(one_per_process(records))
     }
 
-    /// The threads of one process.
-    pub fn threads(&mut self, tgid: u32) -> io::Result<Vec<ThreadRecord>> {
-        self.pass("threads", tgid)
+    /// The threads of one process. Start 0 takes whatever process has the number.
+    pub fn threads(&mut self, process: ProcKey) -> io::Result<Vec<ThreadRecord>> {
+        let mut records = Vec::new();
+        self.pass("threads", process, |record| records.push(record))?;
+        Ok(records)
     }
 
-    /// The open files of one process, by fd.
-    pub fn files(&mut self, tgid: u32) -> io::Result<Vec<FdRecord>> {
-        self.pass("files", tgid)
+    /// Hands out the open files of one process, by fd. Start 0 takes whatever process has the number.
+    pub fn files(&mut self, process: ProcKey, mut each: impl FnMut(&FdRecord)) -> io::Result<()> {
+        let mut last = None;
+        let mut repeats = false;
+        self.pass("files", process, |record: FdRecord| {
+            // Once the leader has exited the kernel lists the shared table again for each other thread.
+            repeats |= last.is_some_and(|last| record.fd <= last);
+            if !repeats {
+                last = Some(record.fd);
+                each(&record);
+            }
+        })
     }
 
-    fn pass<T: Pod>(&mut self, program: &str, tgid: u32) -> io::Result<Vec<T>> {
-        let focus = self.ebpf.map_mut("ITER_TGID").ok_or(io::ErrorKind::NotFound)?;
-        let mut focus = Array::<_, u32>::try_from(focus).map_err(io::Error::other)?;
-        focus.set(0, tgid, 0).map_err(io::Error::other)?;
+    fn pass<T: Pod>(&mut self, program: &str, process: ProcKey, each: impl FnMut(T)) -> io::Result<()> {
+        let focus = self.ebpf.map_mut("ITER_PROCESS").ok_or(io::ErrorKind::NotFound)?;
+        let mut focus = Array::<_, [u64; 2]>::try_from(focus).map_err(io::Error::other)?;
+        focus.set(0, bytemuck::cast::<ProcKey, [u64; 2]>(process), 0).map_err(io::Error::other)?;
         let program = self.ebpf.program_mut(program).ok_or(io::ErrorKind::NotFound)?;
         let iterator = <&mut programs::Iter>::try_from(program).map_err(io::Error::other)?;
         let link = iterator.attach().and_then(|id| iterator.take_link(id)).map_err(io::Error::other)?;
-        records(&mut link.into_file().map_err(io::Error::other)?)
+        records(&mut link.into_file().map_err(io::Error::other)?, each)
     }
 }
 
+/// Gives a leader that has exited the fd table that another thread of its process still holds, and drops
+/// the records of those threads.
+fn one_per_process(mut records: Vec<TaskRecord>) -> Vec<TaskRecord> {
+    let stand_ins: Vec<TaskRecord> =
+        records.extract_if(.., |record| record.flags & FLAG_STAND_IN != 0).collect();
+    if stand_ins.is_empty() {
+        return records;
+    }
+    let mut tables: HashMap<ProcKey, TaskRecord> = HashMap::new();
+    for stand_in in stand_ins {
+        tables.entry(stand_in.key).or_insert(stand_in);
+    }
+    for record in &mut records {
+        if let Some(stand_in) = tables.get(&record.key)
+            && record.files == 0
+        {
+            (record.files, record.fds, record.rss_pages) = (stand_in.files, stand_in.fds, stand_in.rss_pages);
+            record.flags |= stand_in.flags;
+        }
+    }
+    records
+}
+
 /// Reads fixed-size records to the end. A read may end inside a record.
-fn records<T: Pod>(from: &mut impl Read) -> io::Result<Vec<T>> {
+fn records<T: Pod>(from: &mut impl Read, mut each: impl FnMut(T)) -> io::Result<()> {
     let size = size_of::<T>();
     let mut buffer = vec![0; BUFFER];
     let mut kept = 0;
-    let mut records = Vec::new();
     loop {
         let read = match from.read(&mut buffer[kept..]) {
             Ok(0) => break,
@@ -58,14 +95,14 @@ fn records<T: Pod>(from: &mut impl Read) -> io::Result<Vec<T>> {
         };
         let filled = kept + read;
         let whole = filled - filled % size;
-        records.extend(buffer[..whole].chunks_exact(size).map(bytemuck::pod_read_unaligned::<T>));
+        buffer[..whole].chunks_exact(size).map(bytemuck::pod_read_unaligned::<T>).for_each(&mut each);
         buffer.copy_within(whole..filled, 0);
         kept = filled - whole;
     }
     if kept > 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the pass ended inside a record"));
     }
-    Ok(records)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -88,9 +125,10 @@ mod tests {
     fn records_survive_any_cut_and_a_torn_end_is_an_error() {
         let bytes: Vec<u8> = (0..30u32).flat_map(u32::to_ne_bytes).collect();
         for piece in 1..20 {
-            let read: Vec<u32> = records(&mut Pieces(&bytes, piece)).unwrap();
+            let mut read: Vec<u32> = Vec::new();
+            records(&mut Pieces(&bytes, piece), |record| read.push(record)).unwrap();
             assert_eq!(read, (0..30).collect::<Vec<_>>(), "pieces of {piece}");
         }
-        assert!(records::<u32>(&mut Pieces(&bytes[..7], 3)).is_err());
+        assert!(records(&mut Pieces(&bytes[..7], 3), |_: u32| {}).is_err());
     }
 }

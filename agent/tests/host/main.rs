@@ -5,6 +5,7 @@
 mod support;
 
 use std::{
+    collections::VecDeque,
     fs,
     io::Write,
     net::TcpStream,
@@ -49,9 +50,14 @@ fn redis_nginx_and_a_compile_job_raise_nothing() {
     const WATCHED: Duration = Duration::from_secs(100);
     let agent = Agent::start(&[]);
     let dir = TempDir::new();
-    let (redis_port, nginx_port) = (free_port().to_string(), free_port());
-    let _redis =
-        server(Command::new("redis-server").args(["--port", &redis_port, "--save", "", "--dir"]).arg(&dir.0));
+    let (redis_port, nginx_port) = (free_port(), free_port());
+    let port = redis_port.to_string();
+    let _redis = server(
+        Command::new("redis-server")
+            .args(["--bind", "127.0.0.1", "--port", &port, "--save", "", "--dir"])
+            .arg(&dir.0),
+        redis_port,
+    );
     let config = format!(
         "daemon off; pid {0}/nginx.pid; error_log stderr crit; worker_processes 2;\n\
          events {{ worker_connections 512; }}\n\
@@ -62,41 +68,40 @@ fn redis_nginx_and_a_compile_job_raise_nothing() {
     );
     fs::write(dir.0.join("nginx.conf"), config).unwrap();
     fs::write(dir.0.join("index.html"), "hello").unwrap();
-    let _nginx = server(Command::new("nginx").args(["-c", &dir.join("nginx.conf")]).arg("-p").arg(&dir.0));
-
+    let _nginx =
+        server(Command::new("nginx").args(["-c", &dir.join("nginx.conf")]).arg("-p").arg(&dir.0), nginx_port);
     fs::write(dir.0.join("job.c"), "#include <stdio.h>\nint main(void) { return puts(\"x\") < 0; }\n")
         .unwrap();
+
     let end = Instant::now() + WATCHED;
-    let mut clients: Vec<TcpStream> = Vec::new();
-    let mut round = 0u32;
+    // Two kinds of clients beside the load: a pool that breathes, and connections that live for a while
+    // and are then replaced, so that the servers' counts wander.
+    let mut pool: Vec<TcpStream> = Vec::new();
+    let mut wandering: VecDeque<TcpStream> = VecDeque::new();
+    let mut rounds = 0u32;
     while Instant::now() < end {
-        round += 1;
-        // A pool that breathes: up to 60 connections, then none.
-        if round.is_multiple_of(40) {
-            clients.clear();
+        rounds += 1;
+        if rounds.is_multiple_of(40) {
+            pool.clear();
         }
-        if round % 40 < 30 {
-            for port in [redis_port.parse().unwrap(), nginx_port] {
-                if let Ok(client) = TcpStream::connect(("127.0.0.1", port)) {
-                    clients.push(client);
-                }
+        for port in [redis_port, nginx_port] {
+            if rounds % 40 < 30 {
+                pool.push(TcpStream::connect(("127.0.0.1", port)).unwrap());
             }
+            wandering.push_back(TcpStream::connect(("127.0.0.1", port)).unwrap());
         }
-        let quick = ["-p", &redis_port, "-n", "2000", "-c", "20", "-q", "-t", "set,get"];
-        Command::new("redis-benchmark")
-            .args(quick)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .unwrap();
+        while wandering.len() > 60 + (rounds.wrapping_mul(2_654_435_761) >> 27) as usize {
+            wandering.pop_front();
+        }
+        let quick = ["20", "redis-benchmark", "-p", &port, "-n", "2000", "-c", "20", "-q", "-t", "set,get"];
+        assert!(Command::new("timeout").args(quick).stdout(Stdio::null()).status().unwrap().success());
         let job = ["-O2", "-o", &dir.join("job"), &dir.join("job.c")];
         assert!(Command::new("cc").args(job).status().unwrap().success());
         thread::sleep(Duration::from_millis(100));
     }
-    assert!(round > 40, "{round} rounds");
-    assert!(!agent.log().contains("leaks"), "{}", agent.log());
-    let ours = agent.leaks();
-    assert!(!ours.iter().any(|finding| finding["state"] == "leaking"), "{ours:?}");
+    assert!(!agent.log().contains("leaks"), "after {rounds} rounds: {}", agent.log());
+    let findings = agent.leaks();
+    assert!(!findings.iter().any(|finding| finding["state"] == "leaking"), "{findings:?}");
 }
 
 /// A server that is told to stop, so that a master takes its workers along.
@@ -109,6 +114,12 @@ impl Drop for Server {
     }
 }
 
-fn server(command: &mut Command) -> Server {
-    Server(Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()))
+/// Starts a server and waits until it listens.
+fn server(command: &mut Command, port: u16) -> Server {
+    let mut server = Server(Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()));
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(server.0.0.try_wait().unwrap().is_none(), "{command:?} has ended");
+        thread::sleep(Duration::from_millis(50));
+    }
+    server
 }
