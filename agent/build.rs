@@ -4,9 +4,23 @@
 #[allow(dead_code, reason = "xtask uses the rest")]
 mod bpf_toolchain;
 
-use std::{env, path::Path, process::Command};
+use std::{
+    env,
+    path::Path,
+    process::{Command, ExitCode},
+};
 
-fn main() -> Result<(), String> {
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("cargo::error={error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<(), String> {
     let variable = |name| env::var(name).map_err(|error| format!("{name}: {error}"));
     let agent = variable("CARGO_MANIFEST_DIR")?;
     let workspace = Path::new(&agent).parent().ok_or("agent/ lies in the workspace")?;

@@ -106,8 +106,9 @@ fn hold_processes(count: usize) -> Result<()> {
     Ok(())
 }
 
-/// The leader ends and leaves the process to another thread.
+/// The leader ends and leaves the process to two other threads.
 fn leader_exits() -> Result<()> {
+    thread::spawn(forever);
     thread::Builder::new().name("heir".to_owned()).spawn(|| {
         while ready().unwrap_or(false) {}
         // SAFETY: ends the process without touching what the leader has left behind.

@@ -50,12 +50,22 @@ impl OpenFile {
         let name = text::terminated(&record.name);
         let (kind, target) = match record.mode & S_IFMT {
             _ if record.is_socket != 0 => ("socket".to_owned(), socket(&record.socket, record.inode)),
-            0o010_000 if name.is_empty() => ("pipe".to_owned(), format!("pipe:[{}]", record.inode)),
+            0o140_000 if name.is_empty() => ("socket".to_owned(), numbered(record, link, "socket:[")),
+            0o010_000 if name.is_empty() => ("pipe".to_owned(), numbered(record, link, "pipe:[")),
             // Anonymous inodes have no type; some names come in brackets, some do not.
             0 => (name.trim_matches(['[', ']']).to_owned(), format!("anon_inode:{name}")),
             mode => (mode_word(mode).to_owned(), path(record, link).unwrap_or(name)),
         };
         Self { fd: record.fd, kind, target }
+    }
+}
+
+/// A name with the inode in brackets, as /proc writes it. An event does not carry the inode.
+fn numbered(record: &FdRecord, link: Option<&[u8]>, prefix: &str) -> String {
+    match link {
+        Some(link) if record.inode == 0 && link.starts_with(prefix.as_bytes()) => text::printable(link),
+        _ if record.inode == 0 => prefix.trim_end_matches(":[").to_owned(),
+        _ => format!("{prefix}{}]", record.inode),
     }
 }
 

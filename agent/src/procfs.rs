@@ -102,8 +102,13 @@ impl Describer {
         let exe = fs::read_link(folder.join("exe")).ok();
         let exe = exe.map(|path| text::printable(path.as_os_str().as_bytes()));
         let cgroups = read_bounded(&folder.join("cgroup")).unwrap_or_default();
-        let group = group::of(&text::printable_lines(&cgroups), exe.as_deref().unwrap_or_default(), &comm);
-        ProcStatic { comm: comm.into(), exe: exe.map(Into::into), group: group.into() }
+        let cgroups = String::from_utf8_lossy(&cgroups);
+        let group = group::of(&cgroups, exe.as_deref().unwrap_or_default(), &comm);
+        ProcStatic {
+            comm: comm.into(),
+            exe: exe.map(Into::into),
+            group: text::printable(group.as_bytes()).into(),
+        }
     }
 }
 

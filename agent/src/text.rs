@@ -34,12 +34,6 @@ pub(crate) fn terminated(bytes: &[u8]) -> String {
     printable(bytes.split(|byte| *byte == 0).next().unwrap_or_default())
 }
 
-/// As `printable`, line by line.
-#[must_use]
-pub(crate) fn printable_lines(bytes: &[u8]) -> String {
-    bytes.split(|byte| *byte == b'\n').map(printable).collect::<Vec<_>>().join("\n")
-}
-
 /// Control characters, and those that reorder or hide the text around them.
 fn is_harmful(char: char) -> bool {
     char.is_control()

@@ -13,6 +13,9 @@ pub const KIND_RENAME: u32 = 3;
 pub const KIND_EXIT: u32 = 4;
 pub const KIND_FD: u32 = 5;
 
+/// In `Clone::flags` (linux/sched.h): the new task joins its creator's thread group.
+pub const CLONE_THREAD: u64 = 0x0001_0000;
+
 /// The beginning of every event.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

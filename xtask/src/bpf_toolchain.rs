@@ -35,14 +35,14 @@ impl Compiler {
     }
 }
 
-/// Where `cargo xtask` installs the linker.
-pub(crate) fn tools(workspace: &Path) -> PathBuf {
-    workspace.join("target/tools")
+/// Where `cargo xtask` installs the linker: another version, or one for another LLVM, lies elsewhere.
+pub(crate) fn linker_root(workspace: &Path, compiler: &Compiler) -> PathBuf {
+    workspace.join(format!("target/tools/bpf-linker-{LINKER_VERSION}-llvm{}", compiler.llvm))
 }
 
 /// The linker that `cargo xtask` has installed, if it is there.
-pub(crate) fn linker(workspace: &Path) -> Option<PathBuf> {
-    let linker = tools(workspace).join("bin/bpf-linker");
+pub(crate) fn linker(workspace: &Path, compiler: &Compiler) -> Option<PathBuf> {
+    let linker = linker_root(workspace, compiler).join("bin/bpf-linker");
     linker.is_file().then_some(linker)
 }
 
@@ -54,8 +54,8 @@ pub(crate) fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
             "{what} is not installed: the kernel programs cannot be built. Run `cargo xtask build` once, as root"
         )
     };
-    Compiler::find().ok_or_else(|| missing("the compiler for BPF"))?;
-    let linker = linker(workspace).ok_or_else(|| missing("bpf-linker"))?;
+    let compiler = Compiler::find().ok_or_else(|| missing("the compiler for BPF"))?;
+    let linker = linker(workspace, &compiler).ok_or_else(|| missing("bpf-linker"))?;
     let flags = [
         r#"--cfg=bpf_target_arch="x86_64""#,
         "-Cdebuginfo=2",

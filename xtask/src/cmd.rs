@@ -17,7 +17,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("cannot start {}", describe(command)))?;
     if !output.status.success() {
-        bail!("{} failed: {}\n{}", describe(command), output.status, String::from_utf8_lossy(&output.stderr));
+        let said = [output.stdout, output.stderr].concat();
+        bail!("{} failed: {}\n{}", describe(command), output.status, String::from_utf8_lossy(&said));
     }
     String::from_utf8(output.stdout).with_context(|| format!("{} did not print text", describe(command)))
 }

@@ -9,11 +9,12 @@ mod tidy;
 mod vm;
 
 use std::{
+    os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitCode},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use crate::cmd::run;
@@ -52,7 +53,9 @@ fn main() -> ExitCode {
         vm::init::main();
         return ExitCode::FAILURE;
     }
-    match Cli::parse().task.run() {
+    let done = Cli::parse().task.run();
+    setup::give_back();
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");
@@ -66,14 +69,20 @@ impl Task {
         match self {
             Self::Build => build(),
             Self::Run { arguments } => {
-                setup::require_root("run")?;
+                setup::require_root("loading kernel programs")?;
                 build()?;
-                run(Command::new(workspace().join("target/release/plumb")).arg("agent").args(arguments))
+                setup::give_back();
+                // In the place of this process: its exit code and the terminal's signals are the agent's.
+                let error = Command::new(workspace().join("target/release/plumb"))
+                    .arg("agent")
+                    .args(arguments)
+                    .exec();
+                Err(error).context("cannot start target/release/plumb")
             }
             Self::Test(arguments) => arguments.run(),
             Self::Lint => lint(),
             Self::Bench => {
-                setup::require_root("bench")?;
+                setup::require_root("loading kernel programs")?;
                 setup::for_build()?;
                 run(cargo("build").args(["--release", "--examples"]))?;
                 run(cargo("bench").args(["--package", "plumb", "--bench", "host"]))

@@ -1,12 +1,12 @@
 //! Installs what a step needs and is not there yet: one line each, what and why.
 
-use std::{path::Path, process::Command};
+use std::{fs, os::unix::fs::lchown, path::Path, process::Command, sync::Once};
 
 use anyhow::{Context, Result, bail};
 
 use crate::{
     bpf_toolchain::{self, Compiler, LINKER_VERSION},
-    cmd::run,
+    cmd::{output, run},
     workspace,
 };
 
@@ -29,41 +29,35 @@ pub(crate) fn for_build() -> Result<()> {
             package(
                 "libstd-rust-web-dev-bpf",
                 "/usr/lib/rustlib/bpfel-unknown-none",
-                "its core library for BPF",
+                "the core library for BPF, compiled",
             ),
         ])?;
     }
-    if bpf_toolchain::linker(workspace()).is_some() {
+    let compiler = Compiler::find().context("Debian's compiler for BPF is installed but does not answer")?;
+    if bpf_toolchain::linker(workspace(), &compiler).is_some() {
         return Ok(());
     }
-    let llvm = Compiler::find().context("Debian's compiler for BPF is installed but does not answer")?.llvm;
-    install(&[
-        package("g++", "/usr/bin/g++", "links LLVM, which is C++, into bpf-linker"),
-        package(
-            format!("llvm-{llvm}-dev"),
-            format!("/usr/lib/llvm-{llvm}/bin/llvm-config"),
-            "the LLVM that bpf-linker is built on",
-        ),
-        package(
-            format!("libpolly-{llvm}-dev"),
-            format!("/usr/lib/llvm-{llvm}/lib/libPolly.a"),
-            "a part of that LLVM which Debian packages apart",
-        ),
-    ])?;
+    let llvm = compiler.llvm;
+    install(&[package(
+        format!("llvm-{llvm}-dev"),
+        format!("/usr/lib/llvm-{llvm}/lib/libLLVM.so"),
+        "the LLVM that bpf-linker is built on",
+    )])?;
     eprintln!(
         "xtask: builds bpf-linker {LINKER_VERSION} into target/tools: the linker for BPF (about a minute)"
     );
     run(Command::new(env!("CARGO"))
         .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"))
-        .args(["install", "--quiet", "bpf-linker", "--version", LINKER_VERSION])
-        .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"])
-        .arg(bpf_toolchain::tools(workspace())))
+        .args(["install", "--quiet", "--locked", "bpf-linker", "--version", LINKER_VERSION])
+        .args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--no-track", "--root"])
+        .arg(bpf_toolchain::linker_root(workspace(), &compiler)))
 }
 
 /// What the tests need beyond the build: real servers, and an emulator for other kernels.
 pub(crate) fn for_test() -> Result<()> {
     install(&[
         package("redis-server", "/usr/bin/redis-server", "a real server that must raise no finding"),
+        package("redis-tools", "/usr/bin/redis-benchmark", "load for it"),
         package("nginx-light", "/usr/sbin/nginx", "a real server that must raise no finding"),
         package("prometheus", "/usr/bin/promtool", "promtool checks the metrics page"),
         package("qemu-system-x86", "/usr/bin/qemu-system-x86_64", "runs the tests on other kernels"),
@@ -75,19 +69,25 @@ fn install(packages: &[Package]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
+    let names: Vec<_> = missing.iter().map(|package| package.name.as_str()).collect();
     if !Path::new("/usr/bin/apt-get").exists() {
-        let names: Vec<_> = missing.iter().map(|package| package.name.as_str()).collect();
         bail!("this set-up knows Debian only; install the equivalent of: {}", names.join(" "));
     }
+    require_root(&format!("installing {}", names.join(" ")))?;
     for package in &missing {
         eprintln!("xtask: installs {}: {}", package.name, package.why);
     }
-    run(Command::new("apt-get").args(["update", "-qq"]))?;
-    run(Command::new("apt-get")
-        .args(["install", "-qq", "-y", "--no-install-recommends"])
-        .args(missing.iter().map(|package| &package.name))
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .stdout(std::io::stderr()))?;
+    // What dpkg has to say is of interest only when it fails.
+    static UPDATED: Once = Once::new();
+    let mut updated = Ok(String::new());
+    UPDATED.call_once(|| updated = output(Command::new("apt-get").args(["update", "-q"])));
+    updated?;
+    output(
+        Command::new("apt-get")
+            .args(["install", "-q", "-y", "--no-install-recommends"])
+            .args(names)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+    )?;
     for package in missing {
         if !Path::new(&package.proof).exists() {
             bail!("{} is installed but {} is not there", package.name, package.proof);
@@ -97,12 +97,41 @@ fn install(packages: &[Package]) -> Result<()> {
 }
 
 /// Refuses to go on without root, with the command that has it.
-pub(crate) fn require_root(subcommand: &str) -> Result<()> {
+pub(crate) fn require_root(what: &str) -> Result<()> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    bail!(
-        "installing packages and loading kernel programs need root. Run:\n  \
-         sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {subcommand}"
-    )
+    let mut command = String::from("env \"PATH=$PATH\" \"HOME=$HOME\"");
+    for variable in ["CARGO_HOME", "RUSTUP_HOME"] {
+        if std::env::var_os(variable).is_some() {
+            command += &format!(" \"{variable}=${variable}\"");
+        }
+    }
+    command += " cargo xtask";
+    for argument in std::env::args().skip(1) {
+        let plain = |char: char| char.is_ascii_alphanumeric() || "-_./:=,".contains(char);
+        command +=
+            &if argument.chars().all(plain) { format!(" {argument}") } else { format!(" {argument:?}") };
+    }
+    let full = if Path::new("/usr/bin/sudo").exists() {
+        format!("sudo {command}")
+    } else {
+        format!("su -c '{command}'")
+    };
+    bail!("{what} needs root. Run:\n  {full}")
+}
+
+/// Below sudo, gives what was built back to the user who called it, so that cargo works for them again.
+pub(crate) fn give_back() {
+    let id = |variable| std::env::var(variable).ok().and_then(|id| id.parse::<u32>().ok());
+    let (Some(uid), Some(gid)) = (id("SUDO_UID"), id("SUDO_GID")) else { return };
+    let mut paths = vec![workspace().join("target")];
+    while let Some(path) = paths.pop() {
+        // A file that cannot be given back stays root's; the next one may succeed.
+        let _ = lchown(&path, Some(uid), Some(gid));
+        let is_folder = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+        if is_folder && let Ok(entries) = fs::read_dir(&path) {
+            paths.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
+        }
+    }
 }

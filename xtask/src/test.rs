@@ -20,6 +20,7 @@ use crate::{
 
 /// The test binary that needs nothing but a kernel, and what it runs.
 const KERNEL_TESTS: &str = "kernel";
+const STORM: &str = "fds_up_to_the_hard_limit";
 const WORKLOAD: &str = "workload";
 /// A Debian kernel under emulation takes 3 to 5 minutes for the tests.
 const DEADLINE: Duration = Duration::from_secs(1200);
@@ -38,7 +39,7 @@ pub(crate) struct Arguments {
 
 impl Arguments {
     pub(crate) fn run(self) -> Result<()> {
-        setup::require_root("test")?;
+        setup::require_root("testing on this kernel")?;
         setup::for_build()?;
         setup::for_test()?;
         // The release profile, so that what is tested is what is shipped.
@@ -87,7 +88,10 @@ fn guest(tests: &Path) -> Guest {
             ("PLUMB_BIN".to_owned(), "/bin/plumb".to_owned()),
             ("PLUMB_WORKLOAD".to_owned(), "/bin/workload".to_owned()),
         ],
-        commands: vec![["/bin/tests", "--test-threads", "4"].map(str::to_owned).to_vec()],
+        // The test that holds 900,000 fds runs alone: to the others it would be a storm.
+        commands: [&["/bin/tests", "--test-threads", "4", "--skip", STORM][..], &["/bin/tests", STORM]]
+            .map(|command| command.iter().map(|word| (*word).to_owned()).collect())
+            .to_vec(),
         memory_mb: MEMORY_MB,
         deadline: DEADLINE,
     }

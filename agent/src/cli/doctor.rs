@@ -11,7 +11,7 @@ use super::{
 use crate::{
     document::{Check, Doctor},
     failure::Exit,
-    kernel::{self, Intent, Kernel, LoadError, Plan, Verdict},
+    kernel::{self, Intent, Kernel, LoadError, Plan, Status, Verdict},
 };
 
 #[derive(Args)]
@@ -40,9 +40,13 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             Exit::KernelCannot
         }
     };
-    for status in programs.iter().filter(|s| !s.is_attached() && s.program.intent == Intent::Required) {
-        let refused = matches!(status.verdict, Verdict::Refused { .. });
-        exit = if refused { Exit::MissingPrivilege } else { Exit::KernelCannot };
+    let required = |status: &&Status| status.program.intent == Intent::Required && !status.is_attached();
+    if let Some(status) = programs.iter().find(required) {
+        exit = if status.verdict.is_for_want_of_privilege() {
+            Exit::MissingPrivilege
+        } else {
+            Exit::KernelCannot
+        };
     }
     let document = Doctor::new(checks, programs);
     if arguments.output.format == Format::Table {

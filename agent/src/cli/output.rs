@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
 use crate::failure::{Exit, Failure};
@@ -46,7 +47,7 @@ impl Output {
             }
             Format::Table => table(columns, items.iter().map(row)),
         };
-        data(&text)
+        data(&text).map(|_| ())
     }
 }
 
@@ -57,15 +58,24 @@ pub(super) fn json<T: Serialize>(value: &T) -> Result<String, Failure> {
     })
 }
 
-/// Writes data to stdout. A reader that has gone away, as in `plumb ps | head`, is no error.
-pub(super) fn data(text: &str) -> Result<(), Failure> {
+/// Writes data to stdout. A reader that has gone away, as in `plumb ps | head`, is no error; false tells
+/// who goes on writing to stop.
+pub(super) fn data(text: &str) -> Result<bool, Failure> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => {
             Err(Failure::new(Exit::Error, format!("cannot write to stdout: {error}"), "check where it leads"))
         }
-        _ => Ok(()),
     }
+}
+
+/// Whether the reader of stdout, if it is a pipe, has gone away.
+pub(super) fn is_hung_up() -> bool {
+    let stdout = io::stdout();
+    let mut ready = [PollFd::new(&stdout, PollFlags::empty())];
+    poll(&mut ready, Some(&Timespec::default())).is_ok() && ready[0].revents().contains(PollFlags::ERR)
 }
 
 /// Writes a line to stderr.

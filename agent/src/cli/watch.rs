@@ -1,13 +1,23 @@
 //! `plumb watch`: process, thread and fd events as they happen. The fd program is attached for as long
 //! as somebody listens.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
 
 use clap::Args;
 use plumb_common::{
-    event::{Clone as CloneEvent, Exit as ExitEvent, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_REPLACED, FdChange},
+    event::{
+        CLONE_THREAD, Clone as CloneEvent, Exit as ExitEvent, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_REPLACED,
+        FdChange,
+    },
     limits::COMM_LEN,
     syscalls,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
 };
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -26,17 +36,12 @@ use crate::{
     text,
 };
 
-/// linux/sched.h.
-const CLONE_THREAD: u64 = 0x0001_0000;
 /// How long an event may wait before it is printed.
 const TICK: Duration = Duration::from_millis(100);
 const BATCH: usize = 4096;
 
 #[derive(Args)]
-#[command(
-    after_help = "Followed fd calls: open openat openat2 creat close close_range socket accept accept4 pipe \
-                        pipe2 dup dup2 dup3 fcntl(F_DUPFD). An fd that appears on another way is in `plumb fds`."
-)]
+#[command(after_help = followed())]
 pub(super) struct Arguments {
     /// Only this process; ends with it
     #[arg(long, short)]
@@ -51,6 +56,16 @@ pub(super) struct Arguments {
     output: Output,
 }
 
+/// What the stream covers, so that nobody takes silence for absence.
+fn followed() -> String {
+    let mut names: Vec<&str> = syscalls::TABLE.iter().map(|call| call.name).collect();
+    names.dedup();
+    format!(
+        "Followed fd calls: {}. An fd that comes or goes on another way is in `plumb fds` only.",
+        names.join(" ").replace("fcntl fcntl64", "fcntl(F_DUPFD)")
+    )
+}
+
 fn comm(name: &str) -> Result<[u8; COMM_LEN], String> {
     if name.is_empty() || name.len() >= COMM_LEN {
         return Err(format!("a name has 1 to {} bytes", COMM_LEN - 1));
@@ -61,11 +76,8 @@ fn comm(name: &str) -> Result<[u8; COMM_LEN], String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
-    if let Some(pid) = arguments.pid
-        && !std::path::Path::new(&format!("/proc/{pid}")).exists()
-    {
-        return Err(no_such_process(pid));
-    }
+    let target =
+        arguments.pid.map(|pid| Target::open(pid).ok_or_else(|| no_such_process(pid))).transpose()?;
     let stop = interrupted()?;
     let filter = Filter { tgid: arguments.pid, comm: arguments.comm };
     let mut kernel = Kernel::load_all(Plan::watch(filter))?;
@@ -95,7 +107,8 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             page.push('\n');
             gone |= arguments.pid.is_some() && matches!(event, Event::Exit(exit) if exit.group_dead != 0);
         }
-        output::data(&page)?;
+        // Also when nothing happens, an empty page asks whether somebody still reads.
+        let is_read = output::data(&page)? && !output::is_hung_up();
         let losses = lost(&kernel.counts()?) + ring.rejected();
         if losses > told {
             output::message(&format!(
@@ -104,11 +117,29 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             ));
             told = losses;
         }
-        if gone || (ending && !more) {
+        let is_over = target.as_ref().is_some_and(|target| !target.is_alive()) && events.is_empty();
+        if gone || is_over || !is_read || (ending && !more) {
             break;
         }
     }
     Ok(if stop.is_cancelled() { Exit::Interrupted } else { Exit::Ok })
+}
+
+/// The process that is watched; its number may be another's after its end, the pidfd is not.
+struct Target(OwnedFd);
+
+impl Target {
+    /// `None` when there is no such process, or when the number is that of a thread.
+    fn open(pid: u32) -> Option<Self> {
+        let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+        pidfd_open(pid, PidfdFlags::empty()).ok().map(Self)
+    }
+
+    /// A pidfd becomes readable when its process has ended (since 5.3).
+    fn is_alive(&self) -> bool {
+        let mut ready = [PollFd::new(&self.0, PollFlags::IN)];
+        poll(&mut ready, Some(&Timespec::default())).is_ok_and(|ready| ready == 0)
+    }
 }
 
 /// A token that ctrl-c or SIGTERM cancels.

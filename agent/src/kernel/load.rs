@@ -39,8 +39,8 @@ pub struct Filter {
 /// What to load.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Names out of `PROGRAMS`.
-    pub programs: &'static [&'static str],
+    /// Names out of `PROGRAMS`; `None` for all.
+    pub programs: Option<&'static [&'static str]>,
     pub filter: Filter,
     /// Size of the event ring in bytes; a power of two, at least one page.
     pub ring_bytes: u32,
@@ -49,7 +49,7 @@ pub struct Plan {
 impl Plan {
     /// Everything the agent follows all the time.
     pub const AGENT: Self = Self {
-        programs: &[
+        programs: Some(&[
             "task_newtask",
             "sched_process_exec",
             "task_rename",
@@ -57,38 +57,25 @@ impl Plan {
             "processes",
             "threads",
             "files",
-        ],
+        ]),
         filter: Filter { tgid: None, comm: None },
         ring_bytes: RING_BYTES,
     };
 
     /// All there is, for `plumb doctor`.
-    pub const DOCTOR: Self = Self {
-        programs: &[
-            "task_newtask",
-            "sched_process_exec",
-            "task_rename",
-            "sched_process_exit",
-            "sys_exit",
-            "processes",
-            "threads",
-            "files",
-        ],
-        ring_bytes: PAGE,
-        ..Self::AGENT
-    };
+    pub const DOCTOR: Self = Self { programs: None, ring_bytes: PAGE, ..Self::AGENT };
 
     /// The live stream.
     #[must_use]
     pub fn watch(filter: Filter) -> Self {
         Self {
-            programs: &[
+            programs: Some(&[
                 "task_newtask",
                 "sched_process_exec",
                 "task_rename",
                 "sched_process_exit",
                 "sys_exit",
-            ],
+            ]),
             filter,
             ring_bytes: RING_BYTES,
         }
@@ -97,7 +84,7 @@ impl Plan {
     /// One pass of these iterators.
     #[must_use]
     pub fn pass(programs: &'static [&'static str]) -> Self {
-        Self { programs, filter: Filter::default(), ring_bytes: PAGE }
+        Self { programs: Some(programs), filter: Filter::default(), ring_bytes: PAGE }
     }
 }
 
@@ -167,7 +154,8 @@ impl Kernel {
             .map_max_entries(EVENTS, plan.ring_bytes)
             .load(OBJECT)
             .map_err(|error| LoadError::Refused(chain(&error)))?;
-        let wanted = PROGRAMS.iter().filter(|program| plan.programs.contains(&program.name));
+        let wanted =
+            PROGRAMS.iter().filter(|program| plan.programs.is_none_or(|names| names.contains(&program.name)));
         let programs = wanted
             .map(|program| Status { program, verdict: attach(&mut ebpf, program, &btf, &offsets) })
             .collect();
@@ -198,10 +186,7 @@ impl Kernel {
                 name: status.program.name,
                 verdict: status.verdict.word(),
                 why: status.verdict.explain(),
-                privilege: matches!(
-                    status.verdict,
-                    Verdict::Refused { errno: libc::EPERM | libc::EACCES, .. }
-                ),
+                privilege: status.verdict.is_for_want_of_privilege(),
             }),
         }
     }
@@ -283,4 +268,19 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text.lines().next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_in_a_plan_is_a_program() {
+        let passes: &[&str] = &["processes", "threads", "files"];
+        for plan in [Plan::AGENT, Plan::watch(Filter::default()), Plan::pass(passes)] {
+            for name in plan.programs.unwrap_or_default() {
+                assert!(PROGRAMS.iter().any(|program| program.name == *name), "{name}");
+            }
+        }
+    }
 }

@@ -188,6 +188,12 @@ impl Verdict {
         }
     }
 
+    /// Whether more privilege would help.
+    #[must_use]
+    pub fn is_for_want_of_privilege(&self) -> bool {
+        matches!(self, Self::Refused { errno: libc::EPERM | libc::EACCES, .. })
+    }
+
     /// Reads the kernel's answer to a load or an attach.
     pub(super) fn of_refusal(error: &io::Error, log: &str) -> Self {
         match error.raw_os_error() {

@@ -63,7 +63,7 @@ fn a_process_whose_leader_has_exited_keeps_its_fds() {
     assert!(fds >= 3);
     assert_eq!(truth_of(workload.pid()).map_or(0, |truth| truth.fds), 0, "/proc loses sight of them");
     let shown = process(workload.pid());
-    assert_eq!((shown["fds"].as_u64(), shown["threads"].as_u64()), (Some(fds as u64), Some(2)), "{shown}");
+    assert_eq!((shown["fds"].as_u64(), shown["threads"].as_u64()), (Some(fds as u64), Some(3)), "{shown}");
     let document = plumb_json(&["fds", "--pid", &workload.pid().to_string()]);
     assert_eq!(document["fds"].as_array().unwrap().len(), fds);
 }
