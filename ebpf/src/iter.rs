@@ -27,6 +27,8 @@ use crate::{
 const PF_KTHREAD: u32 = 0x0020_0000;
 /// `enum` in linux/mm_types_task.h: MM_FILEPAGES, MM_ANONPAGES, MM_SHMEMPAGES (2 is swap).
 const RESIDENT: [usize; 3] = [0, 1, 3];
+/// Size of `struct percpu_counter` without lock debugging; where it is another, resident memory is 0.
+const PERCPU_COUNTER: usize = 40;
 /// asm-generic/resource.h.
 const RLIMIT_NPROC: usize = 6;
 const RLIMIT_NOFILE: usize = 7;
@@ -254,13 +256,20 @@ unsafe fn state(task: Typed) -> u32 {
 unsafe fn resident(task: Typed) -> Option<u64> {
     // SAFETY: as required.
     let mm = unsafe { follow(task, offsets::TASK_MM)? };
-    let base = mm as u64 + maps::offset(offsets::MM_RSS_STAT_COUNT)? as u64;
-    let stride = maps::offset(offsets::MM_RSS_STAT_STRIDE).unwrap_or(size_of::<i64>());
-    let mut pages = 0;
-    for kind in RESIDENT {
-        // Not a plain load: 5.10 refuses one into an array of a typedef.
-        pages += kernel::read_at::<i64>(base + (kind * stride) as u64)?.max(0);
-    }
+    // Not plain loads: 5.10 refuses one into an array of a typedef.
+    let counts = mm as u64 + maps::offset(offsets::MM_RSS_STAT_COUNT)? as u64;
+    let pages: i64 = match maps::offset(offsets::MM_RSS_STAT_STRIDE) {
+        Some(PERCPU_COUNTER) => {
+            const STEP: usize = PERCPU_COUNTER / size_of::<i64>();
+            let words = kernel::read_at::<[i64; 3 * STEP + 1]>(counts)?;
+            RESIDENT.map(|kind| words[kind * STEP].max(0)).iter().sum()
+        }
+        Some(_) => return None,
+        None => {
+            let words = kernel::read_at::<[i64; 4]>(counts)?;
+            RESIDENT.map(|kind| words[kind].max(0)).iter().sum()
+        }
+    };
     Some(pages as u64)
 }
 
@@ -277,6 +286,14 @@ unsafe fn count_fds(files: Typed) -> Option<(u32, u32)> {
     // Not a plain load: since 6.17 that yields a pointer, which a global function does not take.
     let bitmap = kernel::read::<u64>(fdt as u64, offsets::FDT_OPEN_FDS)?;
     let words = u64::from(max_fds) / 64;
+    // Most tables have 64 or 256 slots.
+    if words == 1 {
+        return Some((kernel::read_at::<u64>(bitmap)?.count_ones(), 0));
+    }
+    if words == 4 {
+        let [a, b, c, d] = kernel::read_at::<[u64; 4]>(bitmap)?;
+        return Some((a.count_ones() + b.count_ones() + c.count_ones() + d.count_ones(), 0));
+    }
     let fds = plumb_count_table(bitmap, words);
     if fds == FAULT {
         return None;

@@ -101,23 +101,22 @@ pub(crate) fn require_root(what: &str) -> Result<()> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
-    let mut command = String::from("env \"PATH=$PATH\" \"HOME=$HOME\"");
-    for variable in ["CARGO_HOME", "RUSTUP_HOME"] {
+    let has_sudo = Path::new("/usr/bin/sudo").exists();
+    // The caller's shell fills in the variables, also inside the quotes around the command for su.
+    let quote = if has_sudo { '"' } else { '\'' };
+    let mut command = String::from("env");
+    for variable in ["PATH", "HOME", "CARGO_HOME", "RUSTUP_HOME"] {
         if std::env::var_os(variable).is_some() {
-            command += &format!(" \"{variable}=${variable}\"");
+            command += &format!(" {quote}{variable}=${variable}{quote}");
         }
     }
     command += " cargo xtask";
     for argument in std::env::args().skip(1) {
         let plain = |char: char| char.is_ascii_alphanumeric() || "-_./:=,".contains(char);
-        command +=
-            &if argument.chars().all(plain) { format!(" {argument}") } else { format!(" {argument:?}") };
+        let is_plain = !argument.is_empty() && argument.chars().all(plain);
+        command += &if is_plain { format!(" {argument}") } else { format!(" {quote}{argument}{quote}") };
     }
-    let full = if Path::new("/usr/bin/sudo").exists() {
-        format!("sudo {command}")
-    } else {
-        format!("su -c '{command}'")
-    };
+    let full = if has_sudo { format!("sudo {command}") } else { format!("su -c \"{command}\"") };
     bail!("{what} needs root. Run:\n  {full}")
 }
 
