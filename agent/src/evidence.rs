@@ -73,23 +73,25 @@ impl Evidence {
         self.remembered.remove(&(key, resource));
     }
 
-    /// Looks up what of it is still held, and puts the newest `growth` of that into words: what was there
-    /// before the growth is not the leak.
+    /// Looks up what of it is still held, and puts the newest of that into words, as many as exceed the
+    /// baseline: what was there before the growth is not the leak.
     pub(crate) fn confirm(
         &mut self,
         kernel: &mut Kernel,
         (key, resource): (ProcKey, Resource),
-        growth: u32,
+        baseline: u32,
     ) -> io::Result<Confirmation> {
         let held = Holdings::list(kernel, key, resource)?;
-        Ok(confirm(held, self.remembered.get(&(key, resource)), growth))
+        Ok(confirm(held, self.remembered.get(&(key, resource)), baseline))
     }
 }
 
-fn confirm(held: Holdings, known: Option<&HashSet<Identity>>, growth: u32) -> Confirmation {
+fn confirm(held: Holdings, known: Option<&HashSet<Identity>>, baseline: u32) -> Confirmation {
     let survived = |identity: &Identity| known.is_none_or(|known| known.contains(identity));
-    let survivors = known.map(|_| held.identities().filter(survived).count() as u32);
-    Confirmation { survivors, examples: summarise(held.newest(survived, growth.min(MAX_DESCRIBED) as usize)) }
+    let survivors = held.identities().filter(survived).count() as u32;
+    let grown = survivors.saturating_sub(baseline).clamp(1, MAX_DESCRIBED);
+    let examples = summarise(held.newest(survived, grown as usize));
+    Confirmation { survivors: known.map(|_| survivors), examples }
 }
 
 /// The newest that a process holds, newest first.
@@ -184,7 +186,7 @@ mod tests {
         threads.extend([thread(20, 20, b"leaky"), thread(21, 21, b"leaky"), thread(22, 40, b"passing")]);
         threads.reverse();
         let before: HashSet<_> = (10..14).chain(20..23).map(|tid| (tid, u64::from(tid))).collect();
-        let found = confirm(Holdings::Threads(threads), Some(&before), 2);
+        let found = confirm(Holdings::Threads(threads), Some(&before), 4);
         assert_eq!(found.survivors, Some(6), "thread 22 is another one than before");
         let expected = Example { what: "leaky".to_owned(), kind: "thread".to_owned(), count: 2 };
         assert_eq!(found.examples, [expected]);
@@ -192,7 +194,7 @@ mod tests {
 
     #[test]
     fn without_a_memory_there_are_examples_but_no_survivors() {
-        let found = confirm(Holdings::Threads(vec![thread(1, 1, b"main")]), None, 5);
+        let found = confirm(Holdings::Threads(vec![thread(1, 1, b"main")]), None, 0);
         assert_eq!((found.survivors, found.examples.len()), (None, 1));
     }
 }

@@ -62,7 +62,7 @@ impl Host {
         for change in self.detector.observe(&rows, observation.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => Request::Remember(key, resource),
-                Change::Grown(key, resource, growth) => Request::Confirm(key, resource, growth),
+                Change::Grown(key, resource, baseline) => Request::Confirm(key, resource, baseline),
                 Change::Quiet(key, resource) => Request::Forget(key, resource),
             };
             // The receiver outlives the observer, so this fails only when the agent is ending.

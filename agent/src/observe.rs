@@ -58,7 +58,7 @@ pub(crate) struct Observation {
 pub(crate) enum Request {
     /// Remember what a suspect holds.
     Remember(ProcKey, Resource),
-    /// Look up what of it is still held, after the count has grown by this much.
+    /// Look up what of it is still held, now that the count has grown beyond this baseline.
     Confirm(ProcKey, Resource, u32),
     /// No longer suspect.
     Forget(ProcKey, Resource),
@@ -135,9 +135,9 @@ fn answer(kernel: &mut Kernel, evidence: &mut Evidence, requests: &Receiver<Requ
             evidence.forget(key, resource);
             None
         }
-        Request::Confirm(key, resource, growth) => {
+        Request::Confirm(key, resource, baseline) => {
             // Without a list the trend has to speak for itself.
-            let found = evidence.confirm(kernel, (key, resource), growth).unwrap_or_else(|error| {
+            let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {
                 tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
                 Confirmation::default()
             });

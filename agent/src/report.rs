@@ -60,13 +60,16 @@ fn sentence(finding: &Finding, calendar: Calendar) -> String {
     )
 }
 
-/// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (3x)`.
+/// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (30x)`. What is rare beside the first is left
+/// to the JSON.
 #[must_use]
 pub(crate) fn list(examples: &[Example]) -> String {
     if examples.is_empty() {
         return "unknown".to_owned();
     }
-    let words = examples.iter().take(3).map(|example| {
+    let most = examples.iter().map(|example| example.count).max().unwrap_or(0);
+    let frequent = examples.iter().filter(|example| example.count >= most.div_ceil(10));
+    let words = frequent.take(3).map(|example| {
         let quoted =
             if example.kind == "thread" { format!("thread {}", example.what) } else { example.what.clone() };
         if example.count > 1 { format!("{quoted} ({}x)", example.count) } else { quoted }

@@ -125,7 +125,7 @@ impl Finding {
 pub(crate) enum Change {
     /// A process became suspect: remember what it holds now.
     Suspect(ProcKey, Resource),
-    /// It has grown by this much since: is what it held still held? Answered by `Detector::confirm`.
+    /// It has grown beyond this baseline: is what it held then still held? Answered by `Detector::confirm`.
     Grown(ProcKey, Resource, u32),
     /// No longer suspect or leaking: forget.
     Quiet(ProcKey, Resource),
@@ -285,7 +285,7 @@ impl Track {
             Level::Grown if self.asked != 0 && now.saturating_sub(self.asked) < ANSWER => None,
             Level::Grown => {
                 self.asked = now;
-                Some(Change::Grown(key, resource, self.trend.growth()))
+                Some(Change::Grown(key, resource, self.trend.baseline()))
             }
         }
     }

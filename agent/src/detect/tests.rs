@@ -210,7 +210,7 @@ fn threads_are_judged_by_their_own_limit() {
         .flat_map(|second| detector.observe(&[row(5, 1 + second)], u64::from(second) * SECOND))
         .collect();
     let key = row(0, 0).key;
-    assert_eq!(changes, [Change::Suspect(key, Resource::Thread), Change::Grown(key, Resource::Thread, 50)]);
+    assert_eq!(changes, [Change::Suspect(key, Resource::Thread), Change::Grown(key, Resource::Thread, 1)]);
     assert_eq!(detector.findings()[0].state, State::Suspect, "not before it is confirmed");
     assert!(detector.confirm(key, Resource::Thread, Confirmation::default()).is_some());
     assert_eq!(detector.findings()[0].limit, Some(32_768));
