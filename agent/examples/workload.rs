@@ -25,8 +25,9 @@ fn main() -> Result<()> {
         ["hold-processes", count] => hold_processes(count.parse()?),
         ["leader-exits"] => leader_exits(),
         ["fd-calls", folder] => fd_calls(folder),
+        ["fd-storm", pairs] => fd_storm(pairs.parse()?),
         _ => Err("usage: workload leak-fds FILE | leak-threads | hold-fds N | hold-threads N | \
-                  hold-processes N | leader-exits | fd-calls FOLDER"
+                  hold-processes N | leader-exits | fd-calls FOLDER | fd-storm N"
             .into()),
     }
 }
@@ -183,6 +184,17 @@ fn fd_calls(folder: &str) -> Result<()> {
         writeln!(stdout, "{line}")?;
     }
     drop(stdout);
+    ready()?;
+    Ok(())
+}
+
+/// `pairs` times dup and close, and no other fd call.
+fn fd_storm(pairs: u32) -> Result<()> {
+    ready()?;
+    for _ in 0..pairs {
+        // SAFETY: dup and close take any number; this one was just made.
+        unsafe { check(libc::close(check(libc::dup(0))?))? };
+    }
     ready()?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use plumb_common::event::{
 
 /// One event of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Event {
+pub enum Event {
     Clone(CloneEvent),
     Exec(Exec),
     Rename(Rename),
@@ -19,7 +19,7 @@ pub(crate) enum Event {
 impl Event {
     /// Who caused it, and when.
     #[must_use]
-    pub(crate) fn header(&self) -> &Header {
+    pub fn header(&self) -> &Header {
         match self {
             Self::Clone(event) => &event.header,
             Self::Exec(event) => &event.header,
@@ -32,7 +32,7 @@ impl Event {
 
 /// Why bytes are not an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Rejected {
+pub enum Rejected {
     #[error("{0} bytes are too few for any event")]
     TooShort(usize),
     #[error("unknown kind {0}")]
@@ -42,7 +42,7 @@ pub(crate) enum Rejected {
 }
 
 /// Reads one record of the ring.
-pub(crate) fn event(bytes: &[u8]) -> Result<Event, Rejected> {
+pub fn event(bytes: &[u8]) -> Result<Event, Rejected> {
     let head = bytes.get(..4).ok_or(Rejected::TooShort(bytes.len()))?;
     match bytemuck::pod_read_unaligned::<u32>(head) {
         kind @ KIND_CLONE => exactly(kind, bytes).map(Event::Clone),

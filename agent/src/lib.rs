@@ -10,7 +10,7 @@ pub mod cli;
 mod clock;
 mod config;
 mod daemon;
-mod decode;
+pub mod decode;
 mod detect;
 mod document;
 mod evidence;

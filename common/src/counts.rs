@@ -1,4 +1,4 @@
-//! The ledger of the event ring: for every source, `seen = sent + filtered + lost`, by cause.
+//! The ledger of the event ring: for every source, `seen = sent + filtered + forged + lost`, by cause.
 //!
 //! The kernel side keeps a per-CPU array with one `u64` per (source, outcome); the agent sums it.
 

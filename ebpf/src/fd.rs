@@ -76,7 +76,13 @@ fn pair(task: u64, address: u64, how: u32) {
     // SAFETY: the helper checks the user address. The process may rewrite the memory: both numbers are
     // verified against the table like any other.
     let Ok([one, two]) = (unsafe { bpf_probe_read_user(address as *const [u32; 2]) }) else {
-        return emit::count(counts::FD, counts::FAULT);
+        // Two events, of a process that somebody may not have asked for.
+        for _ in 0..2 {
+            if emit::by_current(counts::FD, KIND_FD).is_some() {
+                emit::count(counts::FD, counts::FAULT);
+            }
+        }
+        return;
     };
     added(task, one, FD_OPENED, how);
     added(task, two, FD_OPENED, how);

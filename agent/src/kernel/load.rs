@@ -198,7 +198,7 @@ impl Kernel {
     }
 
     /// Hands out the event ring; there is one reader, so a second call is an error.
-    pub(crate) fn ring(&mut self) -> Result<Ring, RingError> {
+    pub fn ring(&mut self) -> Result<Ring, RingError> {
         self.ebpf.take_map(EVENTS).ok_or(RingError::Taken).and_then(Ring::new)
     }
 

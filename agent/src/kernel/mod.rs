@@ -10,4 +10,4 @@ pub use btf::BtfError;
 pub(crate) use btf::KERNEL_BTF;
 pub use load::{Filter, Kernel, LoadError, Plan, require_capabilities};
 pub use programs::{Intent, PROGRAMS, Status, Verdict};
-pub(crate) use ring::Ring;
+pub use ring::{Ring, RingError};

@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::decode::{self, Event};
 
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum RingError {
+pub enum RingError {
     #[error("the ring has its reader already")]
     Taken,
     #[error("the ring cannot be mapped: {0}")]
@@ -18,7 +18,7 @@ pub(crate) enum RingError {
 }
 
 /// The reading end of the ring.
-pub(crate) struct Ring {
+pub struct Ring {
     events: RingBuf<MapData>,
     rejected: u64,
 }
@@ -29,7 +29,7 @@ impl Ring {
     }
 
     /// Sleeps until the kernel asks to be read (an eighth of the ring is full) or the time is over.
-    pub(crate) fn wait(&self, timeout: Duration) -> Result<(), RingError> {
+    pub fn wait(&self, timeout: Duration) -> Result<(), RingError> {
         let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
         let mut ready = [PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN)];
         match poll(&mut ready, Some(&timeout)) {
@@ -39,7 +39,7 @@ impl Ring {
     }
 
     /// Takes what is there, at most `limit` events, in the order of their reservation.
-    pub(crate) fn drain(&mut self, limit: usize) -> Vec<Event> {
+    pub fn drain(&mut self, limit: usize) -> Vec<Event> {
         let mut batch = Vec::new();
         while batch.len() < limit
             && let Some(item) = self.events.next()
@@ -57,7 +57,7 @@ impl Ring {
 
     /// Events so far that `decode` did not understand.
     #[must_use]
-    pub(crate) fn rejected(&self) -> u64 {
+    pub fn rejected(&self) -> u64 {
         self.rejected
     }
 }

@@ -6,5 +6,6 @@
 mod support;
 
 mod agent;
+mod ledger;
 mod snapshot;
 mod watch;

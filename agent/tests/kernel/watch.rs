@@ -54,8 +54,7 @@ fn every_followed_call_is_seen_once_and_nothing_else() {
     let dir = TempDir::new();
     let mut workload = Workload::start_ready(&["fd-calls", &dir.join("")]);
     let watch = Watch::start(&["--pid", &workload.pid().to_string()]);
-    workload.go_on();
-    let expected = workload.lines_until_ready();
+    let expected = workload.stage();
     assert!(expected.len() > 20, "{expected:?}");
     // A path can be looked up only while the process lives; the stream is at most a moment behind.
     std::thread::sleep(Duration::from_secs(1));

@@ -137,6 +137,12 @@ impl Workload {
         self.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     }
 
+    /// Lets it do the next stage and waits until that is over.
+    pub(crate) fn stage(&mut self) -> Vec<String> {
+        self.go_on();
+        self.lines_until_ready()
+    }
+
     /// The lines it prints before it is ready the next time.
     pub(crate) fn lines_until_ready(&mut self) -> Vec<String> {
         let lines = self.stdout.by_ref().lines().map(Result::unwrap);
