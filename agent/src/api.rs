@@ -1,6 +1,6 @@
 //! HTTP: metrics and health over TCP, and over the control socket also what concerns single processes.
 
-use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -10,9 +10,17 @@ use axum::{
     routing::get,
     serve::Listener,
 };
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
     sync::watch,
+    task::JoinSet,
+    time,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -38,13 +46,60 @@ pub(crate) struct Shared {
     pub own: Own,
 }
 
+/// What a listener grants its clients: anybody may connect to it, and each connection costs an fd.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Connections at a time; further ones wait in the kernel's backlog.
+    pub connections: usize,
+    /// From the connection, or from the answer before, to the last byte of a request's head.
+    pub head: Duration,
+    /// From the connection to its end, whatever goes on.
+    pub life: Duration,
+}
+
+impl Limits {
+    /// `head` is half of what Prometheus waits for an answer: a scrape gets through even when idle
+    /// clients hold all places.
+    pub(crate) const AGENT: Self =
+        Self { connections: 64, head: Duration::from_secs(5), life: Duration::from_secs(30) };
+}
+
 /// Serves until it is told to stop; requests under way are finished.
-pub(crate) async fn serve<L>(listener: L, router: Router, stop: CancellationToken) -> io::Result<()>
+pub(crate) async fn serve<L: Listener>(
+    mut listener: L,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            (stream, _) = listener.accept(), if connections.len() < limits.connections => {
+                connections.spawn(connection(stream, router.clone(), limits, stop.clone()));
+            }
+        }
+    }
+    while connections.join_next().await.is_some() {}
+}
+
+/// Serves one connection. What goes wrong on it concerns nobody but its client.
+async fn connection<S>(stream: S, router: Router, limits: Limits, stop: CancellationToken)
 where
-    L: Listener,
-    L::Addr: fmt::Debug,
+    S: AsyncRead + AsyncWrite + Unpin,
 {
-    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(limits.head);
+    let mut served = pin!(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    tokio::select! {
+        _ = served.as_mut() => {}
+        () = time::sleep(limits.life) => {}
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            let _ = served.await;
+        }
+    }
 }
 
 /// A TCP listener that survives the worker that serves it.
@@ -86,7 +141,7 @@ async fn accepted<T, F: Future<Output = io::Result<T>>>(mut accept: impl FnMut()
             Ok(connection) => return connection,
             Err(error) => {
                 tracing::debug!(%error, "a connection was not accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
@@ -180,6 +235,11 @@ fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode,
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use axum::body::Bytes;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
     use crate::kernel::{PROGRAMS, Status, Verdict};
 
@@ -206,5 +266,64 @@ mod tests {
         let (status, lines) = readiness(&ready, Duration::from_secs(9), &[]);
         assert_eq!((status, lines[0].as_str()), (StatusCode::SERVICE_UNAVAILABLE, "not ready"));
         assert_eq!(readiness(&HostView::default(), STALE, &[]).0, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    /// For whoever takes part in a test and is not what it limits.
+    const LONG: Duration = Duration::from_secs(60);
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: plumb\r\nConnection: close\r\n\r\n";
+    const HALF: &[u8] = b"GET / HTTP/1.1\r\nHost: plumb\r\nX-Slow: ";
+
+    /// Serves on a port of its own.
+    async fn start(router: Router, limits: Limits) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(Tcp(Arc::new(listener)), router, limits, CancellationToken::new()));
+        address
+    }
+
+    async fn client(address: SocketAddr, sends: &[u8]) -> TcpStream {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(sends).await.unwrap();
+        client
+    }
+
+    /// All that comes until the other side closes.
+    async fn answer(mut client: TcpStream) -> String {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn idle_clients_and_a_half_sent_request_hold_their_places_for_a_bounded_time() {
+        let head = Duration::from_millis(300);
+        let limits = Limits { connections: 64, head, life: LONG };
+        let address = start(Router::new().route("/", get(index)), limits).await;
+        let began = Instant::now();
+        let mut slow = vec![client(address, HALF).await];
+        for _ in 0..100 {
+            slow.push(client(address, b"").await);
+        }
+        let answer = answer(client(address, REQUEST).await).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let took = began.elapsed();
+        assert!(took >= head, "{took:?}: more than 64 were served at a time");
+        assert!(took < LONG / 2, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_its_answer_is_cut_off() {
+        // More than the socket buffers on both sides keep.
+        let page = Bytes::from(vec![b' '; 64 << 20]);
+        let life = Duration::from_millis(300);
+        let limits = Limits { connections: 1, head: LONG, life };
+        let router = Router::new().route("/", get(index)).route("/page", get(async move || page.clone()));
+        let address = start(router, limits).await;
+        let began = Instant::now();
+        let _slow = client(address, b"GET /page HTTP/1.1\r\nHost: plumb\r\n\r\n").await;
+        let answer = answer(client(address, REQUEST).await).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let took = began.elapsed();
+        assert!(took >= life && took < LONG / 2, "{took:?}");
     }
 }

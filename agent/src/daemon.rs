@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use crate::{
-    api,
+    api::{self, Limits},
     config::{self, Config},
     detect::HostLimits,
     export::prometheus::Own,
@@ -97,12 +97,18 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let public = api::public(shared.clone());
     supervisor.spawn("metrics", move |stop| {
         let (listener, router) = (Arc::clone(&tcp), public.clone());
-        async move { Ok(api::serve(api::Tcp(listener), router, stop).await?) }
+        async move {
+            api::serve(api::Tcp(listener), router, Limits::AGENT, stop).await;
+            Ok(())
+        }
     });
     let control = api::control(shared);
     supervisor.spawn("control", move |stop| {
         let (listener, router) = (Arc::clone(&unix), control.clone());
-        async move { Ok(api::serve(api::Unix(listener), router, stop).await?) }
+        async move {
+            api::serve(api::Unix(listener), router, Limits::AGENT, stop).await;
+            Ok(())
+        }
     });
 
     tokio::pin!(shutdown);

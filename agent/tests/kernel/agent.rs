@@ -1,7 +1,10 @@
 //! The agent as a whole: from a leak in a program it has never seen to the finding.
 
 use std::{
-    fs, thread,
+    fs,
+    io::Write,
+    net::TcpStream,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -116,12 +119,36 @@ fn bpf_fds(pid: u32) -> usize {
         .count()
 }
 
+/// A client that never ends the head of its request.
+fn half_sent(agent: &Agent) -> TcpStream {
+    let mut client = TcpStream::connect(&agent.address).unwrap();
+    client.write_all(b"GET /metrics HTTP/1.1\r\nHost: plumb\r\nX-Slow: ").unwrap();
+    client
+}
+
+#[test]
+fn idle_clients_neither_take_its_fds_nor_keep_others_out() {
+    let agent = Agent::start(&[]);
+    let fds = || fs::read_dir(format!("/proc/{}/fd", agent.child.pid())).unwrap().count();
+    let before = fds();
+    let began = Instant::now();
+    let _slow = half_sent(&agent);
+    let _idle: Vec<_> = (0..100).map(|_| TcpStream::connect(&agent.address).unwrap()).collect();
+    // The control socket has places of its own.
+    assert_eq!(agent.get_control("/v1/leaks").unwrap().0, 200);
+    let taken = fds();
+    // 64 places, and a few files that it reads for a moment.
+    assert!(taken <= before + 64 + 6, "{before} fds, then {taken}");
+    assert_eq!(agent.get("/metrics").unwrap().0, 200);
+    let waited = began.elapsed();
+    assert!(waited < Duration::from_secs(30), "{waited:?}: 5 s are granted for the head of a request");
+}
+
 #[test]
 fn a_second_signal_ends_it_at_once() {
     let mut agent = Agent::start(&[]);
     // A request that never ends holds the graceful stop up.
-    let mut slow = std::net::TcpStream::connect(&agent.address).unwrap();
-    std::io::Write::write_all(&mut slow, b"GET /metrics HTTP/1.1\r\nHost: plumb\r\nX-Slow: ").unwrap();
+    let _slow = half_sent(&agent);
     thread::sleep(Duration::from_millis(300));
     agent.child.signal(Signal::TERM);
     while !agent.log().contains("stops") {
