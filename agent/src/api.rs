@@ -53,18 +53,24 @@ pub(crate) struct Limits {
     pub connections: usize,
     /// From the connection, or from the answer before, to the last byte of a request's head.
     pub head: Duration,
-    /// From the connection to its end, whatever goes on.
+    /// From the connection to its end, but for the request under way.
     pub life: Duration,
+    /// For the request under way when the life of its connection or the agent ends.
+    pub grace: Duration,
 }
 
 impl Limits {
     /// `head` is half of what Prometheus waits for an answer: a scrape gets through even when idle
     /// clients hold all places.
-    pub(crate) const AGENT: Self =
-        Self { connections: 64, head: Duration::from_secs(5), life: Duration::from_secs(30) };
+    pub(crate) const AGENT: Self = Self {
+        connections: 64,
+        head: Duration::from_secs(5),
+        life: Duration::from_secs(30),
+        grace: Duration::from_secs(1),
+    };
 }
 
-/// Serves until it is told to stop; requests under way are finished.
+/// Serves until it is told to stop; requests under way have `grace` to be finished.
 pub(crate) async fn serve<L: Listener>(
     mut listener: L,
     router: Router,
@@ -93,13 +99,12 @@ where
     http.timer(TokioTimer::new()).header_read_timeout(limits.head);
     let mut served = pin!(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
     tokio::select! {
-        _ = served.as_mut() => {}
+        _ = served.as_mut() => return,
         () = time::sleep(limits.life) => {}
-        () = stop.cancelled() => {
-            served.as_mut().graceful_shutdown();
-            let _ = served.await;
-        }
+        () = stop.cancelled() => {}
     }
+    served.as_mut().graceful_shutdown();
+    let _ = time::timeout(limits.grace, served).await;
 }
 
 /// A TCP listener that survives the worker that serves it.
@@ -238,7 +243,10 @@ mod tests {
     use std::time::Instant;
 
     use axum::body::Bytes;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        sync::Notify,
+    };
 
     use super::*;
     use crate::kernel::{PROGRAMS, Status, Verdict};
@@ -297,7 +305,7 @@ mod tests {
     #[tokio::test]
     async fn idle_clients_and_a_half_sent_request_hold_their_places_for_a_bounded_time() {
         let head = Duration::from_millis(300);
-        let limits = Limits { connections: 64, head, life: LONG };
+        let limits = Limits { connections: 64, head, life: LONG, grace: LONG };
         let address = start(Router::new().route("/", get(index)), limits).await;
         let began = Instant::now();
         let mut slow = vec![client(address, HALF).await];
@@ -316,7 +324,7 @@ mod tests {
         // More than the socket buffers on both sides keep.
         let page = Bytes::from(vec![b' '; 64 << 20]);
         let life = Duration::from_millis(300);
-        let limits = Limits { connections: 1, head: LONG, life };
+        let limits = Limits { connections: 1, head: LONG, life, grace: life };
         let router = Router::new().route("/", get(index)).route("/page", get(async move || page.clone()));
         let address = start(router, limits).await;
         let began = Instant::now();
@@ -324,6 +332,36 @@ mod tests {
         let answer = answer(client(address, REQUEST).await).await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         let took = began.elapsed();
-        assert!(took >= life && took < LONG / 2, "{took:?}");
+        assert!(took >= life * 2 && took < LONG / 2, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_stop_lets_requests_end_but_does_not_wait_for_slow_clients() {
+        let grace = Duration::from_millis(700);
+        let limits = Limits { connections: 64, head: LONG, life: LONG, grace };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (asked, stop) = (Arc::new(Notify::new()), CancellationToken::new());
+        let asks = Arc::clone(&asked);
+        let router = Router::new().route(
+            "/",
+            get(async move || {
+                asks.notify_one();
+                time::sleep(Duration::from_millis(50)).await;
+                "late"
+            }),
+        );
+        let serving = tokio::spawn(serve(Tcp(Arc::new(listener)), router, limits, stop.clone()));
+        let _slow = client(address, HALF).await;
+        let _idle = client(address, b"").await;
+        let under_way = client(address, REQUEST).await;
+        asked.notified().await;
+        let began = Instant::now();
+        stop.cancel();
+        let answer = answer(under_way).await;
+        assert!(answer.ends_with("late"), "{answer}");
+        serving.await.unwrap();
+        let took = began.elapsed();
+        assert!(took >= grace && took < LONG / 2, "{took:?}");
     }
 }

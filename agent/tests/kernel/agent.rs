@@ -145,13 +145,24 @@ fn idle_clients_neither_take_its_fds_nor_keep_others_out() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn a_half_sent_request_does_not_spoil_a_clean_end() {
     let mut agent = Agent::start(&[]);
-    // A request that never ends holds the graceful stop up.
     let _slow = half_sent(&agent);
     thread::sleep(Duration::from_millis(300));
     agent.child.signal(Signal::TERM);
+    assert_eq!(agent.child.0.wait().unwrap().code(), Some(0), "{}", agent.log());
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let mut agent = Agent::start(&[]);
+    // A request that never ends holds the graceful stop up for a second.
+    let _slow = half_sent(&agent);
+    thread::sleep(Duration::from_millis(300));
+    agent.child.signal(Signal::TERM);
+    let deadline = Instant::now() + Duration::from_secs(10);
     while !agent.log().contains("stops") {
+        assert!(Instant::now() < deadline, "{}", agent.log());
         thread::sleep(Duration::from_millis(10));
     }
     agent.child.signal(Signal::TERM);
