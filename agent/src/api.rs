@@ -34,6 +34,8 @@ use crate::{
 
 /// Without a pass for this long the agent is blind.
 const STALE: Duration = Duration::from_secs(5);
+/// Without a pass for this long the observer hangs; one that fails is started again by its supervisor.
+const HUNG: Duration = Duration::from_secs(30);
 
 /// After a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -44,6 +46,8 @@ pub(crate) struct Shared {
     pub views: watch::Receiver<Arc<HostView>>,
     pub workers: Workers,
     pub own: Own,
+    /// When the workers were started, nanoseconds since boot.
+    pub started: u64,
 }
 
 /// What a listener grants its clients: anybody may connect to it, and each connection costs an fd.
@@ -186,12 +190,8 @@ async fn leaks(State(shared): State<Shared>) -> Json<Leaks> {
 
 /// Whether restarting the agent would help.
 async fn healthz(State(shared): State<Shared>) -> (StatusCode, String) {
-    let failing: Vec<_> = not_running(&shared.workers);
-    if failing.is_empty() {
-        (StatusCode::OK, "ok\n".to_owned())
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, format!("failing: {}\n", failing.join(", ")))
-    }
+    let (passed, now) = (shared.views.borrow().time, clock::boottime());
+    health(passed, shared.started, now, not_running(&shared.workers))
 }
 
 /// Whether what the agent says can be relied on; what it cannot see is named line by line.
@@ -205,6 +205,19 @@ async fn readyz(State(shared): State<Shared>) -> (StatusCode, String) {
 fn not_running(workers: &Workers) -> Vec<String> {
     let failing = workers.list().into_iter().filter(|(_, worker)| worker.state != supervisor::State::Running);
     failing.map(|(name, worker)| format!("worker {name} is {}", worker.state.word())).collect()
+}
+
+/// `passed` is 0 before the first pass; all times are nanoseconds since boot.
+fn health(passed: u64, started: u64, now: u64, mut failing: Vec<String>) -> (StatusCode, String) {
+    let age = Duration::from_nanos(now.saturating_sub(passed.max(started)));
+    if age > HUNG {
+        failing.push(format!("no pass over the processes for {} s", age.as_secs()));
+    }
+    if failing.is_empty() {
+        (StatusCode::OK, "ok\n".to_owned())
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, format!("failing: {}\n", failing.join(", ")))
+    }
 }
 
 fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode, Vec<String>) {
@@ -274,6 +287,28 @@ mod tests {
         let (status, lines) = readiness(&ready, Duration::from_secs(9), &[]);
         assert_eq!((status, lines[0].as_str()), (StatusCode::SERVICE_UNAVAILABLE, "not ready"));
         assert_eq!(readiness(&HostView::default(), STALE, &[]).0, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[test]
+    fn an_observer_that_hangs_is_worth_a_restart() {
+        let second = |number: u64| number * 1_000_000_000;
+        let ok = (StatusCode::OK, "ok\n".to_owned());
+        let hung =
+            (StatusCode::SERVICE_UNAVAILABLE, "failing: no pass over the processes for 31 s\n".to_owned());
+        // Passed, started, now: without any pass the start counts.
+        assert_eq!(health(0, second(100), second(130), Vec::new()), ok);
+        assert_eq!(health(0, second(100), second(131), Vec::new()), hung);
+        assert_eq!(health(second(200), second(100), second(230), Vec::new()), ok);
+        assert_eq!(health(second(200), second(100), second(231), Vec::new()), hung);
+        // A pass may end between the two readings.
+        assert_eq!(health(second(201), second(100), second(200), Vec::new()), ok);
+
+        let (status, text) =
+            health(second(200), second(100), second(201), vec!["worker x is stopped".into()]);
+        assert_eq!(
+            (status, text.as_str()),
+            (StatusCode::SERVICE_UNAVAILABLE, "failing: worker x is stopped\n")
+        );
     }
 
     /// For whoever takes part in a test and is not what it limits.

@@ -17,6 +17,7 @@ use tokio::{
 
 use crate::{
     api::{self, Limits},
+    clock,
     config::{self, Config},
     detect::HostLimits,
     export::prometheus::Own,
@@ -92,7 +93,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     });
 
     let mut ready = view.clone();
-    let shared = api::Shared { views: view, workers: supervisor.workers(), own };
+    let shared = api::Shared { views: view, workers: supervisor.workers(), own, started: clock::boottime() };
     let (tcp, unix) = (Arc::new(tcp), Arc::new(unix));
     let public = api::public(shared.clone());
     supervisor.spawn("metrics", move |stop| {
