@@ -171,7 +171,7 @@ fn a_second_signal_ends_it_at_once() {
 
 #[test]
 fn a_second_agent_is_refused_and_the_first_goes_on() {
-    let agent = Agent::start(&[]);
+    let mut agent = Agent::start(&[]);
     let second =
         plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &agent.run_dir()]).output().unwrap();
     assert_eq!(second.status.code(), Some(1));
@@ -181,12 +181,16 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
     );
     assert_eq!(String::from_utf8(second.stderr).unwrap(), expected);
     assert_eq!(agent.get_control("/v1/leaks").unwrap().0, 200);
-    // One that was killed leaves its lock to the next.
+    // One that was killed leaves its lock to the next, which answers in its place.
     let run_dir = agent.run_dir();
     agent.child.signal(Signal::KILL);
-    thread::sleep(Duration::from_millis(200));
+    agent.child.0.wait().unwrap();
     let child = plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir]).spawn().unwrap();
     let mut next = Running(child);
-    thread::sleep(Duration::from_secs(3));
-    assert!(next.0.try_wait().unwrap().is_none(), "the second one runs");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while agent.get_control("/v1/leaks").is_none_or(|(status, _)| status != 200) {
+        let ended = next.0.try_wait().unwrap();
+        assert!(ended.is_none() && Instant::now() < deadline, "no answer: {ended:?}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
