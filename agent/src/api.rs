@@ -1,6 +1,6 @@
 //! HTTP: metrics and health over TCP, and over the control socket also what concerns single processes.
 
-use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -10,9 +10,17 @@ use axum::{
     routing::get,
     serve::Listener,
 };
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
     sync::watch,
+    task::JoinSet,
+    time,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +34,8 @@ use crate::{
 
 /// Without a pass for this long the agent is blind.
 const STALE: Duration = Duration::from_secs(5);
+/// Without a pass for this long the observer hangs; one that fails is started again by its supervisor.
+const HUNG: Duration = Duration::from_secs(30);
 
 /// After a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -36,15 +46,69 @@ pub(crate) struct Shared {
     pub views: watch::Receiver<Arc<HostView>>,
     pub workers: Workers,
     pub own: Own,
+    /// When the workers were started, nanoseconds since boot.
+    pub started: u64,
 }
 
-/// Serves until it is told to stop; requests under way are finished.
-pub(crate) async fn serve<L>(listener: L, router: Router, stop: CancellationToken) -> io::Result<()>
+/// What a listener grants its clients: anybody may connect to it, and each connection costs an fd.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Connections at a time; further ones wait in the kernel's backlog.
+    pub connections: usize,
+    /// From the connection, or from the answer before, to the last byte of a request's head.
+    pub head: Duration,
+    /// From the connection to its end, but for the request under way.
+    pub life: Duration,
+    /// For the request under way when the life of its connection or the agent ends.
+    pub grace: Duration,
+}
+
+impl Limits {
+    /// `head` is half of what Prometheus waits for an answer: a scrape gets through even when idle
+    /// clients hold all places.
+    pub(crate) const AGENT: Self = Self {
+        connections: 64,
+        head: Duration::from_secs(5),
+        life: Duration::from_secs(30),
+        grace: Duration::from_secs(1),
+    };
+}
+
+/// Serves until it is told to stop; requests under way have `grace` to be finished.
+pub(crate) async fn serve<L: Listener>(
+    mut listener: L,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            (stream, _) = listener.accept(), if connections.len() < limits.connections => {
+                connections.spawn(connection(stream, router.clone(), limits, stop.clone()));
+            }
+        }
+    }
+    while connections.join_next().await.is_some() {}
+}
+
+/// Serves one connection. What goes wrong on it concerns nobody but its client.
+async fn connection<S>(stream: S, router: Router, limits: Limits, stop: CancellationToken)
 where
-    L: Listener,
-    L::Addr: fmt::Debug,
+    S: AsyncRead + AsyncWrite + Unpin,
 {
-    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(limits.head);
+    let mut served = pin!(http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    tokio::select! {
+        _ = served.as_mut() => return,
+        () = time::sleep(limits.life) => {}
+        () = stop.cancelled() => {}
+    }
+    served.as_mut().graceful_shutdown();
+    let _ = time::timeout(limits.grace, served).await;
 }
 
 /// A TCP listener that survives the worker that serves it.
@@ -86,7 +150,7 @@ async fn accepted<T, F: Future<Output = io::Result<T>>>(mut accept: impl FnMut()
             Ok(connection) => return connection,
             Err(error) => {
                 tracing::debug!(%error, "a connection was not accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
@@ -126,12 +190,8 @@ async fn leaks(State(shared): State<Shared>) -> Json<Leaks> {
 
 /// Whether restarting the agent would help.
 async fn healthz(State(shared): State<Shared>) -> (StatusCode, String) {
-    let failing: Vec<_> = not_running(&shared.workers);
-    if failing.is_empty() {
-        (StatusCode::OK, "ok\n".to_owned())
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, format!("failing: {}\n", failing.join(", ")))
-    }
+    let (passed, now) = (shared.views.borrow().time, clock::boottime());
+    health(passed, shared.started, now, not_running(&shared.workers))
 }
 
 /// Whether what the agent says can be relied on; what it cannot see is named line by line.
@@ -145,6 +205,19 @@ async fn readyz(State(shared): State<Shared>) -> (StatusCode, String) {
 fn not_running(workers: &Workers) -> Vec<String> {
     let failing = workers.list().into_iter().filter(|(_, worker)| worker.state != supervisor::State::Running);
     failing.map(|(name, worker)| format!("worker {name} is {}", worker.state.word())).collect()
+}
+
+/// `passed` is 0 before the first pass; all times are nanoseconds since boot.
+fn health(passed: u64, started: u64, now: u64, mut failing: Vec<String>) -> (StatusCode, String) {
+    let age = Duration::from_nanos(now.saturating_sub(passed.max(started)));
+    if age > HUNG {
+        failing.push(format!("no pass over the processes for {} s", age.as_secs()));
+    }
+    if failing.is_empty() {
+        (StatusCode::OK, "ok\n".to_owned())
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, format!("failing: {}\n", failing.join(", ")))
+    }
 }
 
 fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode, Vec<String>) {
@@ -180,6 +253,14 @@ fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode,
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use axum::body::Bytes;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        sync::Notify,
+    };
+
     use super::*;
     use crate::kernel::{PROGRAMS, Status, Verdict};
 
@@ -206,5 +287,116 @@ mod tests {
         let (status, lines) = readiness(&ready, Duration::from_secs(9), &[]);
         assert_eq!((status, lines[0].as_str()), (StatusCode::SERVICE_UNAVAILABLE, "not ready"));
         assert_eq!(readiness(&HostView::default(), STALE, &[]).0, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[test]
+    fn an_observer_that_hangs_is_worth_a_restart() {
+        let second = |number: u64| number * 1_000_000_000;
+        let ok = (StatusCode::OK, "ok\n".to_owned());
+        let hung =
+            (StatusCode::SERVICE_UNAVAILABLE, "failing: no pass over the processes for 31 s\n".to_owned());
+        // Passed, started, now: without any pass the start counts.
+        assert_eq!(health(0, second(100), second(130), Vec::new()), ok);
+        assert_eq!(health(0, second(100), second(131), Vec::new()), hung);
+        assert_eq!(health(second(200), second(100), second(230), Vec::new()), ok);
+        assert_eq!(health(second(200), second(100), second(231), Vec::new()), hung);
+        // A pass may end between the two readings.
+        assert_eq!(health(second(201), second(100), second(200), Vec::new()), ok);
+
+        let (status, text) =
+            health(second(200), second(100), second(201), vec!["worker x is stopped".into()]);
+        assert_eq!(
+            (status, text.as_str()),
+            (StatusCode::SERVICE_UNAVAILABLE, "failing: worker x is stopped\n")
+        );
+    }
+
+    /// For whoever takes part in a test and is not what it limits.
+    const LONG: Duration = Duration::from_secs(60);
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: plumb\r\nConnection: close\r\n\r\n";
+    const HALF: &[u8] = b"GET / HTTP/1.1\r\nHost: plumb\r\nX-Slow: ";
+
+    /// Serves on a port of its own.
+    async fn start(router: Router, limits: Limits) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(Tcp(Arc::new(listener)), router, limits, CancellationToken::new()));
+        address
+    }
+
+    async fn client(address: SocketAddr, sends: &[u8]) -> TcpStream {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(sends).await.unwrap();
+        client
+    }
+
+    /// All that comes until the other side closes.
+    async fn answer(mut client: TcpStream) -> String {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn idle_clients_and_a_half_sent_request_hold_their_places_for_a_bounded_time() {
+        let head = Duration::from_millis(300);
+        let limits = Limits { connections: 64, head, life: LONG, grace: LONG };
+        let address = start(Router::new().route("/", get(index)), limits).await;
+        let began = Instant::now();
+        let mut slow = vec![client(address, HALF).await];
+        for _ in 0..100 {
+            slow.push(client(address, b"").await);
+        }
+        let answer = answer(client(address, REQUEST).await).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let took = began.elapsed();
+        assert!(took >= head, "{took:?}: more than 64 were served at a time");
+        assert!(took < LONG / 2, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_its_answer_is_cut_off() {
+        // More than the socket buffers on both sides keep.
+        let page = Bytes::from(vec![b' '; 64 << 20]);
+        let life = Duration::from_millis(300);
+        let limits = Limits { connections: 1, head: LONG, life, grace: life };
+        let router = Router::new().route("/", get(index)).route("/page", get(async move || page.clone()));
+        let address = start(router, limits).await;
+        let began = Instant::now();
+        let _slow = client(address, b"GET /page HTTP/1.1\r\nHost: plumb\r\n\r\n").await;
+        let answer = answer(client(address, REQUEST).await).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let took = began.elapsed();
+        assert!(took >= life * 2 && took < LONG / 2, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn a_stop_lets_requests_end_but_does_not_wait_for_slow_clients() {
+        let grace = Duration::from_millis(700);
+        let limits = Limits { connections: 64, head: LONG, life: LONG, grace };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (asked, stop) = (Arc::new(Notify::new()), CancellationToken::new());
+        let asks = Arc::clone(&asked);
+        let router = Router::new().route(
+            "/",
+            get(async move || {
+                asks.notify_one();
+                time::sleep(Duration::from_millis(50)).await;
+                "late"
+            }),
+        );
+        let serving = tokio::spawn(serve(Tcp(Arc::new(listener)), router, limits, stop.clone()));
+        let _slow = client(address, HALF).await;
+        let _idle = client(address, b"").await;
+        let under_way = client(address, REQUEST).await;
+        asked.notified().await;
+        let began = Instant::now();
+        stop.cancel();
+        let answer = answer(under_way).await;
+        assert!(answer.ends_with("late"), "{answer}");
+        serving.await.unwrap();
+        let took = began.elapsed();
+        assert!(took >= grace && took < LONG / 2, "{took:?}");
     }
 }

@@ -16,7 +16,8 @@ use tokio::{
 };
 
 use crate::{
-    api,
+    api::{self, Limits},
+    clock,
     config::{self, Config},
     detect::HostLimits,
     export::prometheus::Own,
@@ -92,17 +93,23 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     });
 
     let mut ready = view.clone();
-    let shared = api::Shared { views: view, workers: supervisor.workers(), own };
+    let shared = api::Shared { views: view, workers: supervisor.workers(), own, started: clock::boottime() };
     let (tcp, unix) = (Arc::new(tcp), Arc::new(unix));
     let public = api::public(shared.clone());
     supervisor.spawn("metrics", move |stop| {
         let (listener, router) = (Arc::clone(&tcp), public.clone());
-        async move { Ok(api::serve(api::Tcp(listener), router, stop).await?) }
+        async move {
+            api::serve(api::Tcp(listener), router, Limits::AGENT, stop).await;
+            Ok(())
+        }
     });
     let control = api::control(shared);
     supervisor.spawn("control", move |stop| {
         let (listener, router) = (Arc::clone(&unix), control.clone());
-        async move { Ok(api::serve(api::Unix(listener), router, stop).await?) }
+        async move {
+            api::serve(api::Unix(listener), router, Limits::AGENT, stop).await;
+            Ok(())
+        }
     });
 
     tokio::pin!(shutdown);
