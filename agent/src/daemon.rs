@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     time::Duration,
@@ -146,9 +146,19 @@ fn lock(run_dir: &Path) -> Result<File, Failure> {
         Failure::new(Exit::Error, cause, "name a writable folder with --run-dir")
     };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(failure)?;
+    if fs::metadata(run_dir).map_err(failure)?.permissions().mode() & 0o022 != 0 {
+        // Whoever can write there could put a link in the place of the lock or of the socket.
+        let cause = format!("the run folder {} can be written by others", run_dir.display());
+        return Err(Failure::new(
+            Exit::Error,
+            cause,
+            "take that away with chmod, or name another with --run-dir",
+        ));
+    }
     let path = run_dir.join("agent.lock");
-    let mut file =
-        File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(failure)?;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
+    let mut file = options.open(path).map_err(failure)?;
     if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut pid = String::new();
         let _ = (&file).take(16).read_to_string(&mut pid);

@@ -8,7 +8,7 @@ mod support;
 use std::{
     fs,
     net::TcpListener,
-    os::unix::process::CommandExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     process::{Command, Output},
 };
 
@@ -141,6 +141,24 @@ fn a_run_folder_that_cannot_be_made_is_named() {
          --run-dir"
     );
     assert_failure(&output, 1, &line);
+}
+
+#[test]
+fn a_run_folder_that_others_can_write_is_refused() {
+    let dir = TempDir::new();
+    let run_dir = dir.join("run");
+    fs::create_dir(&run_dir).unwrap();
+    fs::set_permissions(&run_dir, fs::Permissions::from_mode(0o777)).unwrap();
+    let line = format!(
+        "plumb: the run folder {run_dir} can be written by others; take that away with chmod, or name another with \
+         --run-dir"
+    );
+    assert_failure(&agent(&dir, &[]).output().unwrap(), 1, &line);
+    fs::set_permissions(&run_dir, fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::symlink("/etc/hostname", dir.0.join("run/agent.lock")).unwrap();
+    let output = agent(&dir, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("Too many levels of symbolic links"));
 }
 
 #[test]
