@@ -55,10 +55,13 @@ impl Table {
     pub(crate) fn reconcile(&mut self, pass: &Pass) {
         pass.before.iter().for_each(|event| self.apply(event));
         let mut unmerged = latest(&pass.records);
-        let announced: HashSet<ProcKey> = pass
+        let announced: HashMap<ProcKey, u64> = pass
             .after
             .iter()
-            .filter_map(|event| if let Event::Clone(event) = event { Some(event.child) } else { None })
+            .filter_map(|event| match event {
+                Event::Clone(event) => Some((event.child, event.header.time)),
+                _ => None,
+            })
             .collect();
         let mut found: HashSet<ProcKey> = HashSet::with_capacity(unmerged.len());
         for event in &pass.after {
@@ -80,7 +83,9 @@ impl Table {
         let seeded = std::mem::replace(&mut self.seeded, true);
         let drift = &mut self.drift;
         self.entries.retain(|key, entry| {
-            if found.contains(key) || key.start_boottime >= pass.began {
+            // A process announced since the pass began may have been attached behind the iterator. Its start
+            // says nothing of that: the kernel takes the time well before it attaches the process.
+            if found.contains(key) || announced.get(key).is_some_and(|time| *time >= pass.began) {
                 return true;
             }
             drift.exits_missed += u64::from(seeded && !entry.row.exited);
@@ -88,10 +93,12 @@ impl Table {
         });
     }
 
-    fn merge(&mut self, record: &TaskRecord, info: &Arc<ProcStatic>, announced: &HashSet<ProcKey>) {
+    fn merge(&mut self, record: &TaskRecord, info: &Arc<ProcStatic>, announced: &HashMap<ProcKey, u64>) {
         if self.seeded {
             match self.entries.get(&record.key) {
-                None if !announced.contains(&record.key) => self.drift.clones_missed += 1,
+                // The clone event of a young process may still be on its way.
+                None if record.time.saturating_sub(record.key.start_boottime) <= SETTLED => {}
+                None if !announced.contains_key(&record.key) => self.drift.clones_missed += 1,
                 Some(entry) if settled(entry.moved, record) => {
                     self.drift.threads += u64::from(entry.row.threads.abs_diff(record.threads));
                 }

@@ -105,6 +105,42 @@ fn a_process_born_during_a_pass_that_had_passed_it_is_kept() {
 }
 
 #[test]
+fn a_process_started_before_a_pass_and_attached_behind_the_iterator_is_kept() {
+    let parent = ProcKey::new(7, 1);
+    let child = ProcKey::new(8, 10 * SECOND - 5);
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND, 1, 3)],
+        after: vec![clone(parent, child, 8, 10 * SECOND + 6, 0)],
+        ..Pass::default()
+    });
+    assert_eq!(threads(&table, 8), Some(1));
+    table.reconcile(&Pass {
+        began: 11 * SECOND,
+        records: vec![record(7, 1, 11 * SECOND, 1, 3), record(8, 10 * SECOND - 5, 11 * SECOND, 1, 3)],
+        ..Pass::default()
+    });
+    assert_eq!(threads(&table, 8), Some(1));
+    assert_eq!(table.drift(), Drift::default());
+}
+
+#[test]
+fn a_process_whose_clone_event_comes_after_the_pass_is_not_missed() {
+    let parent = ProcKey::new(7, 1);
+    let child = ProcKey::new(8, 10 * SECOND - 5);
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND, 1, 3), record(8, 10 * SECOND - 5, 10 * SECOND + 1, 1, 3)],
+        ..Pass::default()
+    });
+    table.apply(&clone(parent, child, 8, 10 * SECOND + 4, 0));
+    assert_eq!(threads(&table, 8), Some(1));
+    assert_eq!(table.drift(), Drift::default());
+}
+
+#[test]
 fn a_reused_pid_is_another_process() {
     let mut table = seeded(vec![record(7, 1, SECOND, 4, 9)]);
     table.reconcile(&Pass {
