@@ -31,6 +31,9 @@ pub(crate) struct Table {
 #[derive(Clone, Debug)]
 struct Entry {
     row: Row,
+    /// Time of the record that the row was taken from, 0 while only events told of the process. Events
+    /// may come late: what is not younger is in the record.
+    adopted: u64,
     /// Time of the last clone or exit of this process that events told of.
     moved: u64,
 }
@@ -48,9 +51,10 @@ impl Table {
     }
 
     fn thread_started(&mut self, event: &CloneEvent) {
-        if let Some(entry) = self.entries.get_mut(&event.child) {
+        if let Some(entry) = self.entries.get_mut(&event.child)
+            && entry.advance(event.header.time)
+        {
             entry.row.threads += 1;
-            entry.moved = event.header.time;
         }
     }
 
@@ -71,16 +75,17 @@ impl Table {
             exited: false,
             ..copied
         };
-        self.entries.entry(event.child).or_insert(Entry { row, moved: event.header.time });
+        self.entries.entry(event.child).or_insert(Entry { row, adopted: 0, moved: event.header.time });
     }
 
     fn thread_exited(&mut self, event: &Exit) {
         let Some(entry) = self.entries.get_mut(&event.header.process) else { return };
-        entry.moved = event.header.time;
+        let later = entry.advance(event.header.time);
         if event.group_dead != 0 {
-            // The entry stays until a pass no longer finds it: until then it is a zombie.
+            // The entry stays until a pass no longer finds it: until then it is a zombie. A record read
+            // in the midst of the exit does not show it, so this holds for a late event too.
             entry.row.exited = true;
-        } else if event.header.tid != event.header.process.tgid {
+        } else if later && event.header.tid != event.header.process.tgid {
             entry.row.threads = entry.row.threads.saturating_sub(1);
         }
         // A leader that exits first still counts as a thread until the others are gone.
@@ -103,8 +108,21 @@ impl Table {
     /// Takes a record over as the truth about its process.
     fn adopt(&mut self, record: &TaskRecord, info: &Arc<ProcStatic>) {
         let row = Row::from_record(record, Arc::clone(info));
-        let entry = self.entries.entry(record.key).or_insert_with(|| Entry { row: row.clone(), moved: 0 });
+        let entry = self.entries.entry(record.key).or_insert_with(|| Entry {
+            row: row.clone(),
+            adopted: 0,
+            moved: 0,
+        });
         let exited = entry.row.exited || row.exited;
         entry.row = Row { exited, ..row };
+        entry.adopted = record.time;
+    }
+}
+
+impl Entry {
+    /// Notes an event at `time`. Whether the row does not contain it yet.
+    fn advance(&mut self, time: u64) -> bool {
+        self.moved = self.moved.max(time);
+        time > self.adopted
     }
 }

@@ -141,6 +141,19 @@ fn a_process_whose_clone_event_comes_after_the_pass_is_not_missed() {
 }
 
 #[test]
+fn late_events_change_nothing_but_that_a_process_has_exited() {
+    let (key, other) = (ProcKey::new(7, 1), ProcKey::new(8, 2));
+    let mut table = seeded(vec![record(7, 1, 10 * SECOND, 3, 3), record(8, 2, 10 * SECOND, 1, 3)]);
+    table.apply(&clone(key, key, 9, 10 * SECOND, CLONE_THREAD));
+    table.apply(&exit(key, 9, 9 * SECOND, false));
+    assert_eq!(threads(&table, 7), Some(3));
+    table.apply(&clone(key, key, 9, 10 * SECOND + 1, CLONE_THREAD));
+    assert_eq!(threads(&table, 7), Some(4));
+    table.apply(&exit(other, 8, 9 * SECOND, true));
+    assert_eq!(table.rows().iter().map(|row| row.exited).collect::<Vec<_>>(), [false, true]);
+}
+
+#[test]
 fn a_reused_pid_is_another_process() {
     let mut table = seeded(vec![record(7, 1, SECOND, 4, 9)]);
     table.reconcile(&Pass {
