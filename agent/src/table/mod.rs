@@ -8,7 +8,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use bytemuck::Zeroable;
 use plumb_common::{
-    event::{Clone as CloneEvent, Exit},
+    event::{Clone as CloneEvent, Exec, Exit},
     task::{ProcKey, TaskRecord},
 };
 
@@ -34,7 +34,7 @@ struct Entry {
     /// Time of the record that the row was taken from, 0 while only events told of the process. Events
     /// may come late: what is not younger is in the record.
     adopted: u64,
-    /// Time of the last clone or exit of this process that events told of.
+    /// Time of the last clone, exec or exit of this process that events told of.
     moved: u64,
 }
 
@@ -45,8 +45,9 @@ impl Table {
             Event::Clone(event) if event.flags & CLONE_THREAD != 0 => self.thread_started(event),
             Event::Clone(event) => self.process_started(event),
             Event::Exit(event) => self.thread_exited(event),
-            // A pass notices a new image or name by itself; these are for those who listen.
-            Event::Exec(_) | Event::Rename(_) | Event::Fd(_) => {}
+            Event::Exec(event) => self.image_replaced(event),
+            // A pass notices a new name by itself; these are for those who listen.
+            Event::Rename(_) | Event::Fd(_) => {}
         }
     }
 
@@ -89,6 +90,17 @@ impl Table {
             entry.row.threads = entry.row.threads.saturating_sub(1);
         }
         // A leader that exits first still counts as a thread until the others are gone.
+    }
+
+    fn image_replaced(&mut self, event: &Exec) {
+        // exec leaves one thread. When another than the leader calls it, the leader is killed and the
+        // caller takes its place: of the two only the leader exits, and a leader's exit counts for nothing.
+        // The new image itself is for the next pass to notice.
+        if let Some(entry) = self.entries.get_mut(&event.header.process)
+            && entry.advance(event.header.time)
+        {
+            entry.row.threads = 1;
+        }
     }
 
     /// Every process, in the order of start.

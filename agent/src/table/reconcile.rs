@@ -136,7 +136,8 @@ fn subjects(event: &Event) -> impl Iterator<Item = ProcKey> {
     let subject = match event {
         Event::Clone(event) => Some(event.child),
         Event::Exit(event) => Some(event.header.process),
-        Event::Exec(_) | Event::Rename(_) | Event::Fd(_) => None,
+        Event::Exec(event) => Some(event.header.process),
+        Event::Rename(_) | Event::Fd(_) => None,
     };
     subject.into_iter()
 }

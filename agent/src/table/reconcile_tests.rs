@@ -1,5 +1,5 @@
 use bytemuck::Zeroable;
-use plumb_common::event::{Clone as CloneEvent, Exit};
+use plumb_common::event::{Clone as CloneEvent, Exec, Exit};
 use proptest::prelude::*;
 
 use super::*;
@@ -30,6 +30,13 @@ fn exit(process: ProcKey, tid: u32, time: u64, group_dead: bool) -> Event {
     (event.header.process, event.header.tid, event.header.time) = (process, tid, time);
     event.group_dead = u32::from(group_dead);
     Event::Exit(event)
+}
+
+fn exec(process: ProcKey, old_tid: u32, time: u64) -> Event {
+    let mut event = Exec::zeroed();
+    (event.header.process, event.header.tid, event.header.time) = (process, process.tgid, time);
+    event.old_tid = old_tid;
+    Event::Exec(event)
 }
 
 fn seeded(records: Vec<(TaskRecord, Arc<ProcStatic>)>) -> Table {
@@ -151,6 +158,38 @@ fn late_events_change_nothing_but_that_a_process_has_exited() {
     assert_eq!(threads(&table, 7), Some(4));
     table.apply(&exit(other, 8, 9 * SECOND, true));
     assert_eq!(table.rows().iter().map(|row| row.exited).collect::<Vec<_>>(), [false, true]);
+}
+
+#[test]
+fn exec_by_any_thread_leaves_one() {
+    let key = ProcKey::new(7, 1);
+    let mut table = seeded(vec![record(7, 1, SECOND, 3, 3)]);
+    // Thread 9 calls exec: thread 8 and the leader are killed.
+    table.apply(&exit(key, 8, 5 * SECOND, false));
+    table.apply(&exit(key, 7, 5 * SECOND, false));
+    table.apply(&exec(key, 9, 5 * SECOND + 1));
+    assert_eq!(threads(&table, 7), Some(1));
+    table.reconcile(&Pass {
+        began: 10 * SECOND,
+        records: vec![record(7, 1, 10 * SECOND + 5, 4, 3)],
+        after: vec![
+            clone(key, key, 10, 10 * SECOND + 1, CLONE_THREAD),
+            clone(key, key, 11, 10 * SECOND + 2, CLONE_THREAD),
+            clone(key, key, 12, 10 * SECOND + 3, CLONE_THREAD),
+            exec(key, 7, 10 * SECOND + 9),
+        ],
+        ..Pass::default()
+    });
+    assert_eq!(threads(&table, 7), Some(1), "exec after the record");
+    table.reconcile(&Pass {
+        began: 11 * SECOND,
+        records: vec![record(7, 1, 11 * SECOND, 2, 3)],
+        before: vec![clone(key, key, 13, 10 * SECOND + 10, CLONE_THREAD)],
+        ..Pass::default()
+    });
+    table.apply(&exec(key, 7, 11 * SECOND));
+    assert_eq!(threads(&table, 7), Some(2), "a late exec is in the record");
+    assert_eq!(table.drift(), Drift::default());
 }
 
 #[test]
