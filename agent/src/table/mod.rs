@@ -9,7 +9,7 @@ use std::{collections::HashMap, sync::Arc};
 use bytemuck::Zeroable;
 use plumb_common::{
     event::{Clone as CloneEvent, Exec, Exit},
-    task::{ProcKey, TaskRecord},
+    task::{FLAG_FDS_UNKNOWN, ProcKey, TaskRecord},
 };
 
 pub(crate) use reconcile::{Drift, Pass};
@@ -65,7 +65,8 @@ impl Table {
         let copied = match self.entries.get(&event.header.process) {
             Some(parent) => parent.row.clone(),
             None => {
-                Row::from_record(&TaskRecord::zeroed(), Arc::new(ProcStatic::of_comm(&event.header.comm)))
+                let unknown = TaskRecord { flags: FLAG_FDS_UNKNOWN, ..TaskRecord::zeroed() };
+                Row::from_record(&unknown, Arc::new(ProcStatic::of_comm(&event.header.comm)))
             }
         };
         let row = Row {
@@ -126,7 +127,9 @@ impl Table {
             moved: 0,
         });
         let exited = entry.row.exited || row.exited;
-        entry.row = Row { exited, ..row };
+        // A count that could not be read is no sign that the fds are gone.
+        let fds = if row.flags & FLAG_FDS_UNKNOWN != 0 { entry.row.fds } else { row.fds };
+        entry.row = Row { exited, fds, ..row };
         entry.adopted = record.time;
     }
 }

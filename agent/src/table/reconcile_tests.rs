@@ -1,5 +1,8 @@
 use bytemuck::Zeroable;
-use plumb_common::event::{Clone as CloneEvent, Exec, Exit};
+use plumb_common::{
+    event::{Clone as CloneEvent, Exec, Exit},
+    task::FLAG_FDS_UNKNOWN,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -190,6 +193,25 @@ fn exec_by_any_thread_leaves_one() {
     table.apply(&exec(key, 7, 11 * SECOND));
     assert_eq!(threads(&table, 7), Some(2), "a late exec is in the record");
     assert_eq!(table.drift(), Drift::default());
+}
+
+#[test]
+fn fds_that_cannot_be_read_stay_as_they_were() {
+    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let (mut unread, info) = record(7, 1, 10 * SECOND, 1, 0);
+    unread.flags = FLAG_FDS_UNKNOWN;
+    table.reconcile(&Pass { began: 10 * SECOND, records: vec![(unread, info)], ..Pass::default() });
+    assert_eq!((table.rows()[0].fds, table.rows()[0].fds_exact()), (3, false));
+    let records = vec![record(7, 1, 11 * SECOND, 1, 0)];
+    table.reconcile(&Pass { began: 11 * SECOND, records, ..Pass::default() });
+    assert_eq!((table.rows()[0].fds, table.rows()[0].fds_exact()), (0, true));
+}
+
+#[test]
+fn the_child_of_an_unknown_parent_has_an_unknown_number_of_fds() {
+    let mut table = seeded(Vec::new());
+    table.apply(&clone(ProcKey::new(1, 1), ProcKey::new(7, 5 * SECOND), 7, 5 * SECOND, 0));
+    assert!(!table.rows()[0].fds_exact());
 }
 
 #[test]
