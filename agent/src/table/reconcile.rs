@@ -54,7 +54,7 @@ impl Table {
     /// Merges a pass. The first one seeds the table; from the second on differences are drift.
     pub(crate) fn reconcile(&mut self, pass: &Pass) {
         pass.before.iter().for_each(|event| self.apply(event));
-        let mut unmerged = latest(&pass.records);
+        let mut unmerged = one_per_process(&pass.records);
         let announced: HashMap<ProcKey, u64> = pass
             .after
             .iter()
@@ -114,19 +114,21 @@ fn settled(moved: u64, record: &TaskRecord) -> bool {
     record.exit_state == 0 && record.time.saturating_sub(moved) > SETTLED
 }
 
-/// One record per process: the leader's, or the last of those that stand in for it.
-fn latest(records: &[(TaskRecord, Arc<ProcStatic>)]) -> HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> {
+/// One record per process with the leader's words: the leader's record or, once that has exited and has no
+/// fds any more, the last of those that stand in for it.
+fn one_per_process(
+    records: &[(TaskRecord, Arc<ProcStatic>)],
+) -> HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> {
     let mut by_key: HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> = HashMap::with_capacity(records.len());
     for (record, info) in records {
-        // The leader comes first; one that has exited has no fds any more, the stand-in has.
-        by_key
-            .entry(record.key)
-            .and_modify(|kept| {
-                if record.flags & FLAG_STAND_IN != 0 {
-                    *kept = (record, kept.1);
-                }
-            })
-            .or_insert((record, info));
+        let (kept, words) = by_key.entry(record.key).or_insert((record, info));
+        if record.files != 0 || kept.files == 0 {
+            *kept = record;
+        }
+        // Records come in the order of thread ids, which start over: the leader need not be the first.
+        if record.flags & FLAG_STAND_IN == 0 {
+            *words = info;
+        }
     }
     by_key
 }

@@ -17,7 +17,7 @@ fn words() -> Arc<ProcStatic> {
 fn record(tgid: u32, start: u64, time: u64, threads: u32, fds: u32) -> (TaskRecord, Arc<ProcStatic>) {
     let mut record = TaskRecord::zeroed();
     record.key = ProcKey::new(tgid, start);
-    (record.time, record.threads, record.fds) = (time, threads, fds);
+    (record.time, record.threads, record.fds, record.files) = (time, threads, fds, 1);
     (record, words())
 }
 
@@ -232,19 +232,21 @@ fn a_reused_pid_is_another_process() {
 fn a_leader_that_exits_first_still_counts_and_its_stand_in_brings_the_fds() {
     let key = ProcKey::new(7, 1);
     let mut table = seeded(vec![record(7, 1, SECOND, 2, 3)]);
-    let (mut leader, info) = record(7, 1, 10 * SECOND, 2, 0);
-    leader.exit_state = 32;
+    table.apply(&exit(key, 7, 5 * SECOND, false));
+    let (mut leader, words) = record(7, 1, 10 * SECOND, 2, 0);
+    (leader.exit_state, leader.files) = (32, 0);
     let (mut stand_in, _) = record(7, 1, 10 * SECOND + 1, 2, 3);
     stand_in.flags = FLAG_STAND_IN;
-    table.reconcile(&Pass {
-        began: 10 * SECOND,
-        before: vec![exit(key, 7, 5 * SECOND, false)],
-        records: vec![(leader, Arc::clone(&info)), (stand_in, info)],
-        ..Pass::default()
-    });
-    let rows = table.rows();
-    assert_eq!((rows[0].threads, rows[0].fds, rows[0].exited), (2, 3, false));
-    assert_eq!(table.drift(), Drift::default());
+    let worker = Arc::new(ProcStatic { comm: "worker".into(), ..ProcStatic::clone(&words) });
+    let records = [(leader, words), (stand_in, worker)];
+    // Thread ids start over, so the leader's may be the higher one.
+    for records in [records.to_vec(), records.into_iter().rev().collect()] {
+        table.reconcile(&Pass { began: 10 * SECOND, records, ..Pass::default() });
+        let rows = table.rows();
+        assert_eq!((rows[0].threads, rows[0].fds, rows[0].exited), (2, 3, false));
+        assert_eq!(&*rows[0].info.comm, "test", "the leader's name is the process's");
+        assert_eq!(table.drift(), Drift::default());
+    }
 }
 
 /// What happens on a small host, in order.
