@@ -3,6 +3,8 @@
 
 mod drift;
 mod reconcile;
+#[cfg(test)]
+mod testing;
 mod view;
 
 use std::{
@@ -151,3 +153,7 @@ impl Table {
         entry.adopted = record.time;
     }
 }
+
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod model_tests;

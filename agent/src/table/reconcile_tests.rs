@@ -1,56 +1,10 @@
-use bytemuck::Zeroable;
-use plumb_common::{
-    event::{Clone as CloneEvent, Exec, Exit},
-    task::FLAG_FDS_UNKNOWN,
-};
-use proptest::prelude::*;
+use plumb_common::task::FLAG_FDS_UNKNOWN;
 
 use super::*;
-use crate::table::{CLONE_THREAD, Drift};
-
-const SECOND: u64 = 1_000_000_000;
-
-fn words() -> Arc<ProcStatic> {
-    Arc::new(ProcStatic { comm: "test".into(), exe: None, group: "test".into() })
-}
-
-fn record(tgid: u32, start: u64, time: u64, threads: u32, fds: u32) -> (TaskRecord, Arc<ProcStatic>) {
-    let mut record = TaskRecord::zeroed();
-    record.key = ProcKey::new(tgid, start);
-    (record.time, record.threads, record.fds, record.files) = (time, threads, fds, 1);
-    (record, words())
-}
-
-fn clone(parent: ProcKey, child: ProcKey, tid: u32, time: u64, flags: u64) -> Event {
-    let mut event = CloneEvent::zeroed();
-    (event.header.process, event.header.time) = (parent, time);
-    (event.child, event.child_tid, event.flags) = (child, tid, flags);
-    Event::Clone(event)
-}
-
-fn exit(process: ProcKey, tid: u32, time: u64, group_dead: bool) -> Event {
-    let mut event = Exit::zeroed();
-    (event.header.process, event.header.tid, event.header.time) = (process, tid, time);
-    event.group_dead = u32::from(group_dead);
-    Event::Exit(event)
-}
-
-fn exec(process: ProcKey, old_tid: u32, time: u64) -> Event {
-    let mut event = Exec::zeroed();
-    (event.header.process, event.header.tid, event.header.time) = (process, process.tgid, time);
-    event.old_tid = old_tid;
-    Event::Exec(event)
-}
-
-fn seeded(records: Vec<(TaskRecord, Arc<ProcStatic>)>) -> Table {
-    let mut table = Table::default();
-    // The first pass cannot know what happened just before it; the second one does.
-    for _ in 0..2 {
-        table.reconcile(&Pass { records: records.clone(), ..Pass::default() });
-    }
-    assert_eq!(table.drift(), Drift::default(), "the first passes are no drift");
-    table
-}
+use crate::table::{
+    CLONE_THREAD, Drift,
+    testing::{SECOND, clone, exec, exit, record, seeded},
+};
 
 fn threads(table: &Table, tgid: u32) -> Option<u32> {
     table.rows().iter().find(|row| row.key.tgid == tgid).map(|row| row.threads)
@@ -59,7 +13,7 @@ fn threads(table: &Table, tgid: u32) -> Option<u32> {
 #[test]
 fn events_after_a_record_are_applied_on_top_of_it_and_events_before_it_are_in_it() {
     let key = ProcKey::new(7, 1);
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND + 500, 3, 3)],
@@ -76,7 +30,7 @@ fn events_after_a_record_are_applied_on_top_of_it_and_events_before_it_are_in_it
 
 #[test]
 fn a_lost_clone_and_a_lost_exit_are_drift_and_are_healed() {
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3), record(8, 2, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3), record(8, 2, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 5, 3), record(9, 3, 10 * SECOND, 1, 3)],
@@ -92,7 +46,7 @@ fn a_lost_clone_and_a_lost_exit_are_drift_and_are_healed() {
 fn a_process_whose_clone_event_trails_its_record_is_not_missed() {
     let parent = ProcKey::new(7, 1);
     let child = ProcKey::new(8, 10 * SECOND - 5);
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3), record(8, 10 * SECOND - 5, 10 * SECOND + 1, 1, 3)],
@@ -107,7 +61,7 @@ fn a_process_whose_clone_event_trails_its_record_is_not_missed() {
 fn a_process_born_during_a_pass_that_had_passed_it_is_kept() {
     let parent = ProcKey::new(7, 1);
     let child = ProcKey::new(8, 10 * SECOND + 5);
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3)],
@@ -123,7 +77,7 @@ fn a_process_born_during_a_pass_that_had_passed_it_is_kept() {
 fn a_process_started_before_a_pass_and_attached_behind_the_iterator_is_kept() {
     let parent = ProcKey::new(7, 1);
     let child = ProcKey::new(8, 10 * SECOND - 5);
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3)],
@@ -144,7 +98,7 @@ fn a_process_started_before_a_pass_and_attached_behind_the_iterator_is_kept() {
 fn a_process_whose_clone_event_comes_after_the_pass_is_not_missed() {
     let parent = ProcKey::new(7, 1);
     let child = ProcKey::new(8, 10 * SECOND - 5);
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3), record(8, 10 * SECOND - 5, 10 * SECOND + 1, 1, 3)],
@@ -158,7 +112,7 @@ fn a_process_whose_clone_event_comes_after_the_pass_is_not_missed() {
 #[test]
 fn late_events_change_nothing_but_that_a_process_has_exited() {
     let (key, other) = (ProcKey::new(7, 1), ProcKey::new(8, 2));
-    let mut table = seeded(vec![record(7, 1, 10 * SECOND, 3, 3), record(8, 2, 10 * SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, 10 * SECOND, 3, 3), record(8, 2, 10 * SECOND, 1, 3)]);
     table.apply(&clone(key, key, 9, 10 * SECOND, CLONE_THREAD));
     table.apply(&exit(key, 9, 9 * SECOND, false));
     assert_eq!(threads(&table, 7), Some(3));
@@ -171,7 +125,7 @@ fn late_events_change_nothing_but_that_a_process_has_exited() {
 #[test]
 fn exec_by_any_thread_leaves_one() {
     let key = ProcKey::new(7, 1);
-    let mut table = seeded(vec![record(7, 1, SECOND, 3, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 3, 3)]);
     // Thread 9 calls exec: thread 8 and the leader are killed.
     table.apply(&exit(key, 8, 5 * SECOND, false));
     table.apply(&exit(key, 7, 5 * SECOND, false));
@@ -202,7 +156,7 @@ fn exec_by_any_thread_leaves_one() {
 
 #[test]
 fn fds_that_cannot_be_read_stay_as_they_were() {
-    let mut table = seeded(vec![record(7, 1, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 1, 3)]);
     let (mut unread, info) = record(7, 1, 10 * SECOND, 1, 0);
     unread.flags = FLAG_FDS_UNKNOWN;
     table.reconcile(&Pass { began: 10 * SECOND, records: vec![(unread, info)], ..Pass::default() });
@@ -214,7 +168,7 @@ fn fds_that_cannot_be_read_stay_as_they_were() {
 
 #[test]
 fn the_child_of_an_unknown_parent_has_an_unknown_number_of_fds() {
-    let mut table = seeded(Vec::new());
+    let mut table = seeded(&[]);
     table.apply(&clone(ProcKey::new(1, 1), ProcKey::new(7, 5 * SECOND), 7, 5 * SECOND, 0));
     assert!(!table.rows()[0].fds_exact());
 }
@@ -222,7 +176,7 @@ fn the_child_of_an_unknown_parent_has_an_unknown_number_of_fds() {
 #[test]
 fn events_that_come_after_their_pass_are_no_drift() {
     let (key, other, born) = (ProcKey::new(7, 1), ProcKey::new(8, 2), ProcKey::new(9, 5 * SECOND));
-    let mut table = seeded(vec![record(7, 1, SECOND, 2, 3), record(8, 2, SECOND, 1, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 2, 3), record(8, 2, SECOND, 1, 3)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 3, 3), record(9, 5 * SECOND, 10 * SECOND, 2, 3)],
@@ -244,7 +198,7 @@ fn events_that_come_after_their_pass_are_no_drift() {
 #[test]
 fn an_event_close_to_a_record_proves_nothing() {
     let key = ProcKey::new(7, 1);
-    let mut table = seeded(vec![record(7, 1, SECOND, 2, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 2, 3)]);
     // The thread is exiting while the record is read, and another is counted already.
     for (at, event) in [
         (10 * SECOND, exit(key, 8, 10 * SECOND - 9, false)),
@@ -261,7 +215,7 @@ fn an_event_close_to_a_record_proves_nothing() {
 
 #[test]
 fn a_reused_pid_is_another_process() {
-    let mut table = seeded(vec![record(7, 1, SECOND, 4, 9)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 4, 9)]);
     table.reconcile(&Pass {
         began: 10 * SECOND,
         before: vec![exit(ProcKey::new(7, 1), 7, 5 * SECOND, true)],
@@ -277,7 +231,7 @@ fn a_reused_pid_is_another_process() {
 #[test]
 fn a_leader_that_exits_first_still_counts_and_its_stand_in_brings_the_fds() {
     let key = ProcKey::new(7, 1);
-    let mut table = seeded(vec![record(7, 1, SECOND, 2, 3)]);
+    let mut table = seeded(&[record(7, 1, SECOND, 2, 3)]);
     table.apply(&exit(key, 7, 5 * SECOND, false));
     let (mut leader, words) = record(7, 1, 10 * SECOND, 2, 0);
     (leader.exit_state, leader.files) = (32, 0);
@@ -292,83 +246,5 @@ fn a_leader_that_exits_first_still_counts_and_its_stand_in_brings_the_fds() {
         assert_eq!((rows[0].threads, rows[0].fds, rows[0].exited), (2, 3, false));
         assert_eq!(&*rows[0].info.comm, "test", "the leader's name is the process's");
         assert_eq!(table.drift(), Drift::default());
-    }
-}
-
-/// What happens on a small host, in order.
-#[derive(Clone, Debug)]
-enum Op {
-    Fork(usize),
-    Thread(usize),
-    ThreadExit(usize),
-    ProcessExit(usize),
-    Pass { lost: usize },
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![
-        3 => any::<usize>().prop_map(Op::Fork),
-        4 => any::<usize>().prop_map(Op::Thread),
-        3 => any::<usize>().prop_map(Op::ThreadExit),
-        2 => any::<usize>().prop_map(Op::ProcessExit),
-        2 => (0usize..3).prop_map(|lost| Op::Pass { lost }),
-    ]
-}
-
-proptest! {
-    /// Whatever happens and whichever events are lost, after a pass the table equals the host; and when
-    /// nothing was lost there is no drift.
-    #[test]
-    fn after_a_pass_the_table_is_the_truth(ops in proptest::collection::vec(op(), 1..120)) {
-        let first = ProcKey::new(1, 1);
-        let mut model: Vec<(ProcKey, u32)> = vec![(first, 1)];
-        let mut table = seeded(vec![record(1, 1, 1, 1, 0)]);
-        let (mut now, mut next_tgid) = (SECOND, 2);
-        let mut pending: Vec<Event> = Vec::new();
-        let mut lost_any = false;
-        for op in ops.into_iter().chain([Op::Pass { lost: 0 }]) {
-            now += SECOND;
-            match op {
-                Op::Fork(i) => {
-                    let parent = model[i % model.len()].0;
-                    // Few numbers, so that pids are reused.
-                    let tgid = 2 + next_tgid % 5;
-                    next_tgid += 1;
-                    if model.iter().any(|(key, _)| key.tgid == tgid) { continue }
-                    let child = ProcKey::new(tgid, now);
-                    pending.push(clone(parent, child, tgid, now, 0));
-                    model.push((child, 1));
-                }
-                Op::Thread(i) => {
-                    let i = i % model.len();
-                    model[i].1 += 1;
-                    pending.push(clone(model[i].0, model[i].0, 1000, now, CLONE_THREAD));
-                }
-                Op::ThreadExit(i) => {
-                    let i = i % model.len();
-                    if model[i].1 < 2 { continue }
-                    model[i].1 -= 1;
-                    pending.push(exit(model[i].0, 1000, now, false));
-                }
-                Op::ProcessExit(i) => {
-                    let i = i % model.len();
-                    if model[i].0 == first { continue }
-                    let (key, _) = model.remove(i);
-                    pending.push(exit(key, key.tgid, now, true));
-                }
-                Op::Pass { lost } => {
-                    lost_any |= lost.min(pending.len()) > 0;
-                    pending.truncate(pending.len() - lost.min(pending.len()));
-                    let before = std::mem::take(&mut pending);
-                    let records = model.iter().map(|(key, n)| record(key.tgid, key.start_boottime, now, *n, 0));
-                    table.reconcile(&Pass { began: now, before, records: records.collect(), after: vec![] });
-                    let mut expected = model.clone();
-                    expected.sort_unstable();
-                    let found: Vec<_> = table.rows().iter().map(|row| (row.key, row.threads)).collect();
-                    prop_assert_eq!(found, expected);
-                    prop_assert!(lost_any || table.drift() == Drift::default(), "{:?}", table.drift());
-                }
-            }
-        }
     }
 }
