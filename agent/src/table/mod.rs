@@ -1,20 +1,28 @@
 //! The process table: every process of the host with its counts. Pure: it takes events and passes, and
 //! returns how far the events had drifted from what a pass found.
 
+mod drift;
 mod reconcile;
+#[cfg(test)]
+mod testing;
 mod view;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use bytemuck::Zeroable;
 use plumb_common::{
-    event::{Clone as CloneEvent, Exit},
-    task::{ProcKey, TaskRecord},
+    event::{Clone as CloneEvent, Exec, Exit, Header},
+    task::{FLAG_FDS_UNKNOWN, ProcKey, TaskRecord},
 };
 
-pub(crate) use reconcile::{Drift, Pass};
+pub(crate) use drift::Drift;
+pub(crate) use reconcile::Pass;
 pub(crate) use view::{HostView, Row, lost};
 
+use self::drift::Owed;
 use crate::{decode::Event, procfs::ProcStatic};
 
 /// linux/sched.h: the new task joins the creator's thread group.
@@ -24,6 +32,8 @@ const CLONE_THREAD: u64 = 0x0001_0000;
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     entries: HashMap<ProcKey, Entry>,
+    /// Processes that the last pass no longer found and whose exit no event has told of.
+    gone: HashSet<ProcKey>,
     seeded: bool,
     drift: Drift,
 }
@@ -31,8 +41,13 @@ pub(crate) struct Table {
 #[derive(Clone, Debug)]
 struct Entry {
     row: Row,
-    /// Time of the last clone or exit of this process that events told of.
+    /// Time of the record that the row was taken from, 0 while only events told of the process. Events
+    /// may come late: what is not younger is in the record.
+    adopted: u64,
+    /// Time of the last known clone, exec or exit of this process.
     moved: u64,
+    /// What the events have not told of that record yet.
+    owed: Owed,
 }
 
 impl Table {
@@ -42,15 +57,15 @@ impl Table {
             Event::Clone(event) if event.flags & CLONE_THREAD != 0 => self.thread_started(event),
             Event::Clone(event) => self.process_started(event),
             Event::Exit(event) => self.thread_exited(event),
-            // A pass notices a new image or name by itself; these are for those who listen.
-            Event::Exec(_) | Event::Rename(_) | Event::Fd(_) => {}
+            Event::Exec(event) => self.image_replaced(event),
+            // A pass notices a new name by itself; these are for those who listen.
+            Event::Rename(_) | Event::Fd(_) => {}
         }
     }
 
     fn thread_started(&mut self, event: &CloneEvent) {
         if let Some(entry) = self.entries.get_mut(&event.child) {
-            entry.row.threads += 1;
-            entry.moved = event.header.time;
+            entry.advance(event.header.time, 1);
         }
     }
 
@@ -60,7 +75,8 @@ impl Table {
         let copied = match self.entries.get(&event.header.process) {
             Some(parent) => parent.row.clone(),
             None => {
-                Row::from_record(&TaskRecord::zeroed(), Arc::new(ProcStatic::of_comm(&event.header.comm)))
+                let unknown = TaskRecord { flags: FLAG_FDS_UNKNOWN, ..TaskRecord::zeroed() };
+                Row::from_record(&unknown, Arc::new(ProcStatic::of_comm(&event.header.comm)))
             }
         };
         let row = Row {
@@ -71,19 +87,38 @@ impl Table {
             exited: false,
             ..copied
         };
-        self.entries.entry(event.child).or_insert(Entry { row, moved: event.header.time });
+        let fresh = Entry { row, adopted: 0, moved: event.header.time, owed: Owed::NOTHING };
+        self.entries.entry(event.child).or_insert(fresh).owed.clone = false;
     }
 
     fn thread_exited(&mut self, event: &Exit) {
-        let Some(entry) = self.entries.get_mut(&event.header.process) else { return };
-        entry.moved = event.header.time;
-        if event.group_dead != 0 {
-            // The entry stays until a pass no longer finds it: until then it is a zombie.
-            entry.row.exited = true;
-        } else if event.header.tid != event.header.process.tgid {
-            entry.row.threads = entry.row.threads.saturating_sub(1);
-        }
+        let Header { process, tid, time, .. } = event.header;
+        let Some(entry) = self.entries.get_mut(&process) else {
+            if event.group_dead != 0 {
+                self.gone.remove(&process);
+            }
+            return;
+        };
         // A leader that exits first still counts as a thread until the others are gone.
+        let counts = event.group_dead == 0 && tid != process.tgid;
+        entry.advance(time, if counts { -1 } else { 0 });
+        if event.group_dead != 0 {
+            // The entry stays until a pass no longer finds it: until then it is a zombie. A record read
+            // in the midst of the exit does not show it, so this holds for a late event too.
+            entry.row.exited = true;
+        }
+    }
+
+    fn image_replaced(&mut self, event: &Exec) {
+        // exec leaves one thread. When another than the leader calls it, the leader is killed and the
+        // caller takes its place: of the two only the leader exits, and a leader's exit counts for nothing.
+        // The new image itself is for the next pass to notice.
+        let Header { process, time, .. } = event.header;
+        if let Some(entry) = self.entries.get_mut(&process)
+            && entry.advance(time, if event.old_tid == process.tgid { 0 } else { -1 })
+        {
+            entry.row.threads = 1;
+        }
     }
 
     /// Every process, in the order of start.
@@ -103,8 +138,22 @@ impl Table {
     /// Takes a record over as the truth about its process.
     fn adopt(&mut self, record: &TaskRecord, info: &Arc<ProcStatic>) {
         let row = Row::from_record(record, Arc::clone(info));
-        let entry = self.entries.entry(record.key).or_insert_with(|| Entry { row: row.clone(), moved: 0 });
+        let entry = self.entries.entry(record.key).or_insert_with(|| Entry {
+            // It began with one thread.
+            row: Row { threads: 1, ..row.clone() },
+            adopted: 0,
+            moved: record.key.start_boottime,
+            owed: Owed::CLONE,
+        });
+        entry.owed = if self.seeded { entry.owed_for(record) } else { Owed::UNKNOWN };
         let exited = entry.row.exited || row.exited;
-        entry.row = Row { exited, ..row };
+        // A count that could not be read is no sign that the fds are gone.
+        let fds = if row.flags & FLAG_FDS_UNKNOWN != 0 { entry.row.fds } else { row.fds };
+        entry.row = Row { exited, fds, ..row };
+        entry.adopted = record.time;
     }
 }
+
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod model_tests;

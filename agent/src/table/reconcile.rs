@@ -1,5 +1,5 @@
 //! Events meet the truth: a pass is merged record by record, each at its own time, and what the events
-//! had got wrong is counted by cause.
+//! had got wrong is noted.
 //!
 //! A pass is not one instant. Each record holds at its own time stamp, so it is merged just before the
 //! first event of its process that is later than it.
@@ -14,10 +14,6 @@ use plumb_common::task::{FLAG_STAND_IN, ProcKey, TaskRecord};
 use super::Table;
 use crate::{decode::Event, procfs::ProcStatic};
 
-/// Thread counts are compared only for a process whose events lie this far away, in nanoseconds: a
-/// thread is counted by the kernel a moment before its clone event and until a moment after its exit event.
-const SETTLED: u64 = 50_000_000;
-
 /// One pass of the iterator over all processes, with the events around it.
 #[derive(Debug, Default)]
 pub(crate) struct Pass {
@@ -31,95 +27,60 @@ pub(crate) struct Pass {
     pub after: Vec<Event>,
 }
 
-/// How far the events had drifted from a pass.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Drift {
-    /// Processes that a pass found and no clone event had told of.
-    pub clones_missed: u64,
-    /// Processes that were gone without an exit event.
-    pub exits_missed: u64,
-    /// Sum of differences of thread counts.
-    pub threads: u64,
-}
-
-impl Drift {
-    /// By cause, as exported.
-    #[must_use]
-    pub(crate) fn by_cause(&self) -> [(&'static str, u64); 3] {
-        [("clone_missed", self.clones_missed), ("exit_missed", self.exits_missed), ("threads", self.threads)]
-    }
-}
-
 impl Table {
     /// Merges a pass. The first one seeds the table; from the second on differences are drift.
     pub(crate) fn reconcile(&mut self, pass: &Pass) {
         pass.before.iter().for_each(|event| self.apply(event));
-        let mut unmerged = latest(&pass.records);
-        let announced: HashSet<ProcKey> = pass
-            .after
-            .iter()
-            .filter_map(|event| if let Event::Clone(event) = event { Some(event.child) } else { None })
-            .collect();
-        let mut found: HashSet<ProcKey> = HashSet::with_capacity(unmerged.len());
+        self.count_drift();
+        let mut unmerged = one_per_process(&pass.records);
+        let mut found: HashSet<ProcKey> = unmerged.keys().copied().collect();
         for event in &pass.after {
             for key in subjects(event) {
                 if let Some((record, info)) = unmerged.get(&key)
                     && record.time < event.header().time
                 {
-                    self.merge(record, info, &announced);
-                    found.insert(key);
+                    self.adopt(record, info);
                     unmerged.remove(&key);
                 }
             }
             self.apply(event);
+            // A process announced since the pass began may have been attached behind the iterator. Its start
+            // says nothing of that: the kernel takes the time well before it attaches the process.
+            if let Event::Clone(event) = event
+                && event.header.time >= pass.began
+            {
+                found.insert(event.child);
+            }
         }
-        for (key, (record, info)) in unmerged {
-            self.merge(record, info, &announced);
-            found.insert(key);
+        for (record, info) in unmerged.into_values() {
+            self.adopt(record, info);
         }
         let seeded = std::mem::replace(&mut self.seeded, true);
-        let drift = &mut self.drift;
         self.entries.retain(|key, entry| {
-            if found.contains(key) || key.start_boottime >= pass.began {
-                return true;
+            let kept = found.contains(key);
+            if !kept && seeded && !entry.row.exited {
+                self.gone.insert(*key);
             }
-            drift.exits_missed += u64::from(seeded && !entry.row.exited);
-            false
+            kept
         });
     }
-
-    fn merge(&mut self, record: &TaskRecord, info: &Arc<ProcStatic>, announced: &HashSet<ProcKey>) {
-        if self.seeded {
-            match self.entries.get(&record.key) {
-                None if !announced.contains(&record.key) => self.drift.clones_missed += 1,
-                Some(entry) if settled(entry.moved, record) => {
-                    self.drift.threads += u64::from(entry.row.threads.abs_diff(record.threads));
-                }
-                _ => {}
-            }
-        }
-        self.adopt(record, info);
-    }
 }
 
-/// Whether the last event of a process is far enough away to compare its thread count.
-fn settled(moved: u64, record: &TaskRecord) -> bool {
-    record.exit_state == 0 && record.time.saturating_sub(moved) > SETTLED
-}
-
-/// One record per process: the leader's, or the last of those that stand in for it.
-fn latest(records: &[(TaskRecord, Arc<ProcStatic>)]) -> HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> {
+/// One record per process with the leader's words: the leader's record or, once that has exited and has no
+/// fds any more, the last of those that stand in for it.
+fn one_per_process(
+    records: &[(TaskRecord, Arc<ProcStatic>)],
+) -> HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> {
     let mut by_key: HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> = HashMap::with_capacity(records.len());
     for (record, info) in records {
-        // The leader comes first; one that has exited has no fds any more, the stand-in has.
-        by_key
-            .entry(record.key)
-            .and_modify(|kept| {
-                if record.flags & FLAG_STAND_IN != 0 {
-                    *kept = (record, kept.1);
-                }
-            })
-            .or_insert((record, info));
+        let (kept, words) = by_key.entry(record.key).or_insert((record, info));
+        if record.files != 0 || kept.files == 0 {
+            *kept = record;
+        }
+        // Records come in the order of thread ids, which start over: the leader need not be the first.
+        if record.flags & FLAG_STAND_IN == 0 {
+            *words = info;
+        }
     }
     by_key
 }
@@ -129,7 +90,8 @@ fn subjects(event: &Event) -> impl Iterator<Item = ProcKey> {
     let subject = match event {
         Event::Clone(event) => Some(event.child),
         Event::Exit(event) => Some(event.header.process),
-        Event::Exec(_) | Event::Rename(_) | Event::Fd(_) => None,
+        Event::Exec(event) => Some(event.header.process),
+        Event::Rename(_) | Event::Fd(_) => None,
     };
     subject.into_iter()
 }

@@ -26,7 +26,8 @@ pub(crate) struct Row {
     pub rss_bytes: u64,
     pub ppid: u32,
     pub uid: u32,
-    /// Open fds. A lower bound if the table is larger than the kernel side counts, 0 if unknown.
+    /// Open fds. A lower bound if the table is larger than the kernel side counts; if it could not be
+    /// read, the number before, or 0 if there is none.
     pub fds: u32,
     pub threads: u32,
     /// Scheduler state bits.
