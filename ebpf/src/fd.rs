@@ -76,16 +76,20 @@ fn pair(task: u64, address: u64, how: u32) {
     // SAFETY: the helper checks the user address. The process may rewrite the memory: both numbers are
     // verified against the table like any other.
     let Ok([one, two]) = (unsafe { bpf_probe_read_user(address as *const [u32; 2]) }) else {
-        // Two events, of a process that somebody may not have asked for.
-        for _ in 0..2 {
-            if emit::by_current(counts::FD, KIND_FD).is_some() {
-                emit::count(counts::FD, counts::FAULT);
-            }
-        }
-        return;
+        return faulted(2);
     };
     added(task, one, FD_OPENED, how);
     added(task, two, FD_OPENED, how);
+}
+
+/// Counts events whose fds could not be read, if somebody asked for this process.
+#[inline(never)]
+fn faulted(events: u32) {
+    if emit::by_current(counts::FD, KIND_FD).is_some() {
+        for _ in 0..events {
+            emit::count(counts::FD, counts::FAULT);
+        }
+    }
 }
 
 #[inline(never)]
@@ -96,7 +100,10 @@ fn added(task: u64, fd: u32, change: u32, how: u32) {
         Some((_, 0)) => return emit::count(counts::FD, counts::FORGED),
         Some(found) => found,
     };
-    let mut event = FdChange { header, files, file, fd, fd_last: fd, change, how, ..FdChange::zeroed() };
+    // Field by field: a literal would stand on the stack twice, which has 512 bytes for all calls.
+    let mut event = FdChange::zeroed();
+    (event.header, event.files, event.file) = (header, files, file);
+    (event.fd, event.fd_last, event.change, event.how) = (fd, fd, change, how);
     if let Some(inode) = kernel::read::<u64>(file, offsets::FILE_INODE) {
         event.mode = u32::from(kernel::read::<u16>(inode, offsets::INODE_MODE).unwrap_or(0));
     }
@@ -113,7 +120,9 @@ fn removed(task: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
     match kernel::read::<u64>(task, offsets::TASK_FILES) {
         None => emit::count(counts::FD, counts::FAULT),
         Some(files) => {
-            let event = FdChange { header, files, fd, fd_last, change, how, ..FdChange::zeroed() };
+            let mut event = FdChange::zeroed();
+            (event.header, event.files) = (header, files);
+            (event.fd, event.fd_last, event.change, event.how) = (fd, fd_last, change, how);
             emit::send(counts::FD, event);
         }
     }

@@ -107,6 +107,8 @@ fn records<T: Pod>(from: &mut impl Read, mut each: impl FnMut(T)) -> io::Result<
 
 #[cfg(test)]
 mod tests {
+    use bytemuck::Zeroable;
+
     use super::*;
 
     /// Gives its bytes in pieces of a fixed size.
@@ -118,6 +120,25 @@ mod tests {
             to[..piece].copy_from_slice(&self.0[..piece]);
             self.0 = &self.0[piece..];
             Ok(piece)
+        }
+    }
+
+    #[test]
+    fn a_leader_that_has_exited_is_given_the_table_of_its_heirs_and_they_are_left_out() {
+        let record = |tgid, files, fds, flags| TaskRecord {
+            key: ProcKey::new(tgid, 1),
+            files,
+            fds,
+            flags,
+            ..TaskRecord::zeroed()
+        };
+        // Thread ids start over, so an heir's may be the lower one.
+        let heir = record(7, 99, 5, FLAG_STAND_IN);
+        let others = [record(8, 1, 3, 0), record(9, 0, 0, 0)];
+        for records in [[heir, record(7, 0, 0, 0), heir], [record(7, 0, 0, 0), heir, heir]] {
+            let records = records.into_iter().chain(others).collect();
+            let expected = [record(7, 99, 5, FLAG_STAND_IN), others[0], others[1]];
+            assert_eq!(one_per_process(records), expected);
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 
 use bytemuck::Zeroable;
 use plumb_common::{
-    event::{Clone as CloneEvent, Exec, Exit, Header},
+    event::{CLONE_THREAD, Clone as CloneEvent, Exec, Exit, Header},
     task::{FLAG_FDS_UNKNOWN, ProcKey, TaskRecord},
 };
 
@@ -24,9 +24,6 @@ pub(crate) use view::{HostView, Row, lost};
 
 use self::drift::Owed;
 use crate::{decode::Event, procfs::ProcStatic};
-
-/// linux/sched.h: the new task joins the creator's thread group.
-const CLONE_THREAD: u64 = 0x0001_0000;
 
 /// The table. Events keep it fresh between passes; a pass is the truth.
 #[derive(Debug, Default)]

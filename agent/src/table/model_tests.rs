@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use plumb_common::task::{FLAG_STAND_IN, ProcKey, TaskRecord};
+use plumb_common::task::{ProcKey, TaskRecord};
 use proptest::{collection::vec, prelude::*, sample::Index};
 
 use super::{
@@ -63,7 +63,6 @@ struct PassPlan {
     nothing_late: bool,
     /// For each process, the number of moments that its record waits for.
     reads: Vec<usize>,
-    leader_last: bool,
     during: Vec<(u64, Op)>,
 }
 
@@ -91,7 +90,6 @@ struct Host {
     /// How many of them should have arrived with the last pass.
     late: usize,
     reads: Vec<Read>,
-    leader_last: bool,
     records: Vec<(TaskRecord, Arc<ProcStatic>)>,
     /// Every process that was there at some time since the last pass began.
     seen: Vec<ProcKey>,
@@ -110,7 +108,6 @@ impl Host {
             ring: Vec::new(),
             late: 0,
             reads: Vec::new(),
-            leader_last: false,
             records: Vec::new(),
             seen: Vec::new(),
             dirty: false,
@@ -140,22 +137,15 @@ impl Host {
         let Some(process) = self.processes.iter().find(|process| process.key.tgid == tgid).cloned() else {
             return;
         };
-        let leader = (0, !process.leader || process.zombie);
-        let stand_in = (FLAG_STAND_IN, false);
-        let shown = match (process.leader || process.zombie, self.leader_last) {
-            (true, _) => vec![leader],
-            (false, false) => vec![leader, stand_in],
-            (false, true) => vec![stand_in, leader],
-        };
-        for (flags, exited) in shown {
-            let (start, threads) = (process.key.start_boottime, process.threads);
-            let (mut record, words) = record(tgid, start, self.tick(), threads, 3);
-            record.flags = flags;
-            if exited {
-                (record.exit_state, record.files, record.fds) = (EXIT_ZOMBIE, 0, 0);
-            }
-            self.records.push((record, words));
+        let (start, threads) = (process.key.start_boottime, process.threads);
+        let (mut record, words) = record(tgid, start, self.tick(), threads, 3);
+        if !process.leader || process.zombie {
+            record.exit_state = EXIT_ZOMBIE;
         }
+        if process.zombie {
+            (record.files, record.fds) = (0, 0);
+        }
+        self.records.push((record, words));
     }
 
     /// A process that is not dead yet.
@@ -301,7 +291,6 @@ impl Host {
         let began = self.tick();
         self.seen = self.processes.iter().map(|process| process.key).collect();
         let dirty_before = std::mem::take(&mut self.dirty);
-        self.leader_last = plan.leader_last;
         self.reads = (1..=TGIDS).zip(plan.reads).map(|(tgid, moments)| Read { tgid, moments }).collect();
         for (gap, op) in plan.during {
             self.op(gap, op);
@@ -378,13 +367,12 @@ fn ops(lossy: bool) -> BoxedStrategy<Op> {
 fn pass(lossy: bool) -> impl Strategy<Value = PassPlan> {
     let counts = (any::<usize>(), any::<usize>());
     let reads = vec(0usize..24, TGIDS as usize);
-    (counts, any::<bool>(), reads, any::<bool>(), vec((gap(), ops(lossy)), 0..10)).prop_map(
-        |((before, after), nothing_late, reads, leader_last, during)| PassPlan {
+    (counts, any::<bool>(), reads, vec((gap(), ops(lossy)), 0..10)).prop_map(
+        |((before, after), nothing_late, reads, during)| PassPlan {
             before,
             after,
             nothing_late,
             reads,
-            leader_last,
             during,
         },
     )
@@ -406,7 +394,6 @@ fn quiet_pass() -> Step {
         after: 0,
         nothing_late: true,
         reads: vec![0; TGIDS as usize],
-        leader_last: false,
         during: Vec::new(),
     })
 }

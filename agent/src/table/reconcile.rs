@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use plumb_common::task::{FLAG_STAND_IN, ProcKey, TaskRecord};
+use plumb_common::task::{ProcKey, TaskRecord};
 
 use super::Table;
 use crate::{decode::Event, procfs::ProcStatic};
@@ -32,7 +32,8 @@ impl Table {
     pub(crate) fn reconcile(&mut self, pass: &Pass) {
         pass.before.iter().for_each(|event| self.apply(event));
         self.count_drift();
-        let mut unmerged = one_per_process(&pass.records);
+        let mut unmerged: HashMap<ProcKey, _> =
+            pass.records.iter().map(|(record, info)| (record.key, (record, info))).collect();
         let mut found: HashSet<ProcKey> = unmerged.keys().copied().collect();
         for event in &pass.after {
             for key in subjects(event) {
@@ -64,25 +65,6 @@ impl Table {
             kept
         });
     }
-}
-
-/// One record per process with the leader's words: the leader's record or, once that has exited and has no
-/// fds any more, the last of those that stand in for it.
-fn one_per_process(
-    records: &[(TaskRecord, Arc<ProcStatic>)],
-) -> HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> {
-    let mut by_key: HashMap<ProcKey, (&TaskRecord, &Arc<ProcStatic>)> = HashMap::with_capacity(records.len());
-    for (record, info) in records {
-        let (kept, words) = by_key.entry(record.key).or_insert((record, info));
-        if record.files != 0 || kept.files == 0 {
-            *kept = record;
-        }
-        // Records come in the order of thread ids, which start over: the leader need not be the first.
-        if record.flags & FLAG_STAND_IN == 0 {
-            *words = info;
-        }
-    }
-    by_key
 }
 
 /// The processes whose row an event changes.
