@@ -18,6 +18,9 @@ use crate::{
 
 #[derive(Args)]
 pub(super) struct Arguments {
+    /// List kernel threads in the table too; JSON always has them
+    #[arg(long)]
+    kernel_threads: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -26,6 +29,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let rows = snapshot(&mut Kernel::load_required(Plan::pass(&["processes"]))?)?;
     let mut document = Processes::new(&rows, Calendar::now());
     if arguments.output.format == output::Format::Table {
+        document.processes.retain(|process| arguments.kernel_threads || !process.kernel_thread);
         document.processes.sort_by_key(|process| std::cmp::Reverse((process.fds, process.threads)));
     }
     let columns = [
