@@ -172,13 +172,9 @@ fn a_second_signal_ends_it_at_once() {
     // A request that never ends holds the graceful stop up for a second.
     let _slow = half_sent(&agent);
     thread::sleep(Duration::from_millis(300));
+    // Two different ones: of two equal ones the kernel may deliver one.
     agent.child.signal(Signal::TERM);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !agent.log().contains("stops") {
-        assert!(Instant::now() < deadline, "{}", agent.log());
-        thread::sleep(Duration::from_millis(10));
-    }
-    agent.child.signal(Signal::TERM);
+    agent.child.signal(Signal::INT);
     assert_eq!(agent.child.0.wait().unwrap().code(), Some(130), "{}", agent.log());
 }
 
