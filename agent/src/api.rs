@@ -29,7 +29,7 @@ use crate::{
     document::Leaks,
     export::prometheus::{self, Own},
     supervisor::{self, Workers},
-    table::HostView,
+    view::HostView,
 };
 
 /// Without a pass for this long the agent is blind.

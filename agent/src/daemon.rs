@@ -26,7 +26,7 @@ use crate::{
     kernel::{self, Kernel, Plan},
     observe, report,
     supervisor::{Supervisor, on_thread},
-    table::HostView,
+    view::HostView,
 };
 
 /// Observations under way between the observer and the table's owner; beyond it the observer waits.

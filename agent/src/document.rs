@@ -4,8 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Calendar,
-    detect::{Finding, Resource, State},
-    evidence::Example,
+    detect::{Example, Finding, Resource, State},
     files::OpenFile,
     kernel::Status,
     table::Row,

@@ -6,13 +6,16 @@ use std::{
     io,
 };
 
+use crate::{
+    detect::{Confirmation, Example, Resource},
+    files::OpenFile,
+    kernel::Kernel,
+    text,
+};
 use plumb_common::{
     file::FdRecord,
     task::{ProcKey, ThreadRecord},
 };
-use serde::{Deserialize, Serialize};
-
-use crate::{detect::Resource, files::OpenFile, kernel::Kernel, text};
 
 /// Suspects whose holdings are remembered at the same time.
 const MAX_SUSPECTS: usize = 64;
@@ -22,26 +25,6 @@ const MAX_LISTED: usize = 4096;
 const MAX_DESCRIBED: u32 = 256;
 /// Examples per finding.
 const MAX_EXAMPLES: usize = 5;
-
-/// One kind of thing that leaks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Example {
-    /// Path, addresses, anonymous kind, or thread name.
-    pub(crate) what: String,
-    /// `file`, `socket`, `eventfd`, …, or `thread`.
-    pub(crate) kind: String,
-    /// How many of the newest survivors look like this.
-    pub(crate) count: u32,
-}
-
-/// What speaks for or against a leak.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Confirmation {
-    /// How many of those held at suspicion are still held; `None` when nobody could remember them.
-    pub(crate) survivors: Option<u32>,
-    /// What the newest of them are, the most frequent first.
-    pub(crate) examples: Vec<Example>,
-}
 
 /// Tells one open file or thread from the next that gets its number.
 type Identity = (u32, u64);

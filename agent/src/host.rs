@@ -9,7 +9,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     detect::{Change, Detector, Finding, HostLimits},
     observe::{Input, Observation, Request},
-    table::{HostView, Table},
+    table::Table,
+    view::HostView,
 };
 
 /// Tells people of a leak.

@@ -26,3 +26,4 @@ mod report;
 mod supervisor;
 mod table;
 mod text;
+mod view;

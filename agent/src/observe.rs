@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock,
     decode::Event,
-    detect::Resource,
-    evidence::{Confirmation, Evidence},
+    detect::{Confirmation, Resource},
+    evidence::Evidence,
     kernel::{Kernel, Ring, Status},
     procfs::Describer,
     table::Pass,

@@ -5,9 +5,8 @@ use std::time::Duration;
 use crate::{
     clock::Calendar,
     config::LogFormat,
-    detect::{Finding, Resource},
+    detect::{Example, Finding, Resource},
     document::Leak,
-    evidence::Example,
 };
 
 /// Logs a leak, once.

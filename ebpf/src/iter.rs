@@ -127,6 +127,22 @@ unsafe fn process(ctx: *const c_void, task: Typed) -> Option<()> {
     Some(())
 }
 
+/// Whether the running iterator is asked about the process of this task.
+///
+/// # Safety
+/// `task` is a non-null typed pointer to a `task_struct`.
+#[inline(always)]
+unsafe fn is_iterated(task: Typed) -> bool {
+    let Some(asked) = maps::ITER_PROCESS.get(0) else { return false };
+    // SAFETY: as required.
+    let tgid = unsafe { load::<u32>(task, offsets::TASK_TGID) };
+    if tgid != Some(asked.tgid) {
+        return false;
+    }
+    // SAFETY: as required.
+    asked.start_boottime == 0 || unsafe { kernel::process_of(task) } == Some(*asked)
+}
+
 /// The threads of the process in `ITER_PROCESS`.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
@@ -144,7 +160,7 @@ extern "C" fn threads(ctx: *const c_void) -> i32 {
 unsafe fn thread(ctx: *const c_void, task: Typed) -> Option<()> {
     // SAFETY: every pointer comes from the iterator.
     unsafe {
-        if !maps::is_iterated(task) {
+        if !is_iterated(task) {
             return None;
         }
         let record = ThreadRecord {
@@ -181,7 +197,7 @@ extern "C" fn files(ctx: *const c_void) -> i32 {
 unsafe fn open_file(ctx: *const c_void, task: Typed, fd: u32, file: Typed) -> Option<()> {
     // SAFETY: every pointer comes from the iterator or from a checked load through it.
     unsafe {
-        if !maps::is_iterated(task) {
+        if !is_iterated(task) {
             return None;
         }
         let leader = follow(task, offsets::TASK_GROUP_LEADER)?;

@@ -11,8 +11,6 @@ use plumb_common::{
     task::ProcKey,
 };
 
-use crate::kernel;
-
 /// Lifecycle and fd events, in the order of their reservation.
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
@@ -62,20 +60,4 @@ pub(crate) fn filter_tgid() -> u32 {
 pub(crate) fn filter_comm() -> [u8; COMM_LEN] {
     // SAFETY: as above.
     unsafe { core::ptr::read_volatile(&raw const FILTER_COMM) }
-}
-
-/// Whether the running iterator is asked about the process of this task.
-///
-/// # Safety
-/// `task` is a non-null typed pointer to a `task_struct`.
-#[inline(always)]
-pub(crate) unsafe fn is_iterated(task: kernel::Typed) -> bool {
-    let Some(asked) = ITER_PROCESS.get(0) else { return false };
-    // SAFETY: as required.
-    let tgid = unsafe { kernel::load::<u32>(task, offsets::TASK_TGID) };
-    if tgid != Some(asked.tgid) {
-        return false;
-    }
-    // SAFETY: as required.
-    asked.start_boottime == 0 || unsafe { kernel::process_of(task) } == Some(*asked)
 }

@@ -32,8 +32,7 @@ use crate::{
     failure::{Exit, Failure},
     files::OpenFile,
     kernel::{Filter, Kernel, Plan},
-    table::lost,
-    text,
+    text, view,
 };
 
 /// How long an event may wait before it is printed.
@@ -109,7 +108,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         }
         // Also when nothing happens, an empty page asks whether somebody still reads.
         let is_read = output::data(&page)? && !output::is_hung_up();
-        let losses = lost(&kernel.counts()?) + ring.rejected();
+        let losses = view::lost(&kernel.counts()?) + ring.rejected();
         if losses > told {
             output::message(&format!(
                 "plumb: {} events were lost: they came faster than they were read",

@@ -27,11 +27,7 @@ use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
 use self::trend::{Level, Trend};
-use crate::{
-    evidence::{Confirmation, Example},
-    procfs::ProcStatic,
-    table::Row,
-};
+use crate::{procfs::ProcStatic, table::Row};
 
 /// What can leak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -73,6 +69,26 @@ impl State {
             Self::Leaking => "leaking",
         }
     }
+}
+
+/// One kind of thing that leaks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Example {
+    /// Path, addresses, anonymous kind, or thread name.
+    pub(crate) what: String,
+    /// `file`, `socket`, `eventfd`, …, or `thread`.
+    pub(crate) kind: String,
+    /// How many of the newest survivors look like this.
+    pub(crate) count: u32,
+}
+
+/// What speaks for or against a leak.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Confirmation {
+    /// How many of those held at suspicion are still held; `None` when nobody could remember them.
+    pub(crate) survivors: Option<u32>,
+    /// What the newest of them are, the most frequent first.
+    pub(crate) examples: Vec<Example>,
 }
 
 /// Limits that hold for the whole host.

@@ -14,7 +14,8 @@ use prometheus::{IntCounterVec, Opts, Registry, TextEncoder};
 use crate::{
     detect::{Finding, State},
     supervisor::{self, Workers},
-    table::{HostView, Row},
+    table::Row,
+    view::HostView,
 };
 
 /// What the scraper must be told.

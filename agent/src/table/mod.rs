@@ -3,9 +3,9 @@
 
 mod drift;
 mod reconcile;
+mod row;
 #[cfg(test)]
 mod testing;
-mod view;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,7 +20,7 @@ use plumb_common::{
 
 pub(crate) use drift::Drift;
 pub(crate) use reconcile::Pass;
-pub(crate) use view::{HostView, Row, lost};
+pub(crate) use row::Row;
 
 use self::drift::Owed;
 use crate::{decode::Event, procfs::ProcStatic};

@@ -1,0 +1,50 @@
+//! What readers see: the host at one moment.
+
+use std::sync::Arc;
+
+use plumb_common::counts;
+
+use crate::{
+    detect::Finding,
+    kernel::Status,
+    table::{Drift, Row},
+};
+
+/// The host at one moment.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct HostView {
+    /// Passes so far; 0 before the first.
+    pub passes: u64,
+    /// When the last pass ended, nanoseconds since boot.
+    pub time: u64,
+    /// How long it took, nanoseconds.
+    pub pass_nanos: u64,
+    pub rows: Vec<Row>,
+    pub findings: Vec<Finding>,
+    pub drift: Drift,
+    /// The kernel's ledger, by `counts::index`.
+    pub counts: [u64; counts::LEN as usize],
+    /// Events the decoder rejected.
+    pub rejected: u64,
+    /// Events lost between the last two passes.
+    pub lost_lately: u64,
+    /// Each kernel program with its verdict.
+    pub programs: Arc<[Status]>,
+}
+
+impl HostView {
+    /// Events lost so far, whatever the cause.
+    #[must_use]
+    pub(crate) fn lost(&self) -> u64 {
+        lost(&self.counts) + self.rejected
+    }
+}
+
+/// Sum of the outcomes that are losses.
+#[must_use]
+pub(crate) fn lost(counts: &[u64; counts::LEN as usize]) -> u64 {
+    let losses = [counts::RING_FULL, counts::FAULT];
+    let of_source =
+        |source| losses.map(|outcome| counts[counts::index(source, outcome) as usize]).iter().sum::<u64>();
+    (0..counts::SOURCES.len() as u32).map(of_source).sum()
+}
