@@ -44,7 +44,7 @@ impl Evidence {
         key: ProcKey,
         resource: Resource,
     ) -> io::Result<()> {
-        if self.remembered.len() < MAX_SUSPECTS {
+        if self.remembered.len() < MAX_SUSPECTS || self.remembered.contains_key(&(key, resource)) {
             let held = Holdings::list(kernel, key, resource)?;
             self.remembered.insert((key, resource), held.identities().collect());
         }

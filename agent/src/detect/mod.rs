@@ -211,8 +211,9 @@ impl Detector {
                     changes.push(change);
                 }
                 let at = (row.key, resource);
-                let examples = self.findings.remove(&at).map(|finding| finding.examples).unwrap_or_default();
+                let before = self.findings.remove(&at);
                 if let Some(state) = track.state(level) {
+                    let examples = before.map(|finding| finding.examples).unwrap_or_default();
                     let finding = Finding {
                         state,
                         resource,
@@ -226,6 +227,8 @@ impl Detector {
                         examples,
                     };
                     self.findings.insert(at, finding);
+                } else if before.is_some() {
+                    changes.push(Change::Quiet(row.key, resource));
                 }
             }
         }
@@ -251,6 +254,8 @@ impl Detector {
         // Nobody could remember: the trend speaks for itself.
         if found.survivors.is_some_and(|survivors| survivors < track.trend.growth() / 2) {
             track.trend.restart();
+            // Whatever makes it suspect again, what it holds then is to be remembered.
+            (track.level, track.asked) = (Level::Quiet, 0);
             return None;
         }
         track.confirmed = true;
@@ -281,13 +286,13 @@ impl Track {
         }
     }
 
-    /// Keeps book of what the rest of the agent was asked for.
+    /// Keeps book of what the rest of the agent has been asked for, and says what to ask now.
     fn step(&mut self, key: ProcKey, resource: Resource, level: Level, now: u64) -> Option<Change> {
         let was = std::mem::replace(&mut self.level, level);
         match level {
             Level::Quiet => {
                 (self.asked, self.confirmed) = (0, false);
-                (was != Level::Quiet).then_some(Change::Quiet(key, resource))
+                None
             }
             Level::Suspect | Level::Grown if was == Level::Quiet => {
                 self.suspected = now;

@@ -219,6 +219,34 @@ fn threads_are_judged_by_their_own_limit() {
 }
 
 #[test]
+fn what_was_replaced_is_no_leak_and_what_it_holds_next_is_remembered_anew() {
+    let mut detector = Detector::new(LIMITS);
+    let key = row(0, 0).key;
+    let refuted = || Confirmation { survivors: Some(0), examples: Vec::new() };
+    let mut seen = Vec::new();
+    // High use keeps it suspect all the time.
+    for second in 0..400 {
+        for change in
+            detector.observe(&[Row { fd_limit: 600, ..row(500 + second, 1) }], u64::from(second) * SECOND)
+        {
+            seen.push(match change {
+                Change::Suspect(..) => "suspect",
+                Change::Quiet(..) => "quiet",
+                Change::Grown(..) => {
+                    assert_eq!(detector.confirm(key, Resource::Fd, refuted()), None);
+                    "grown"
+                }
+            });
+        }
+    }
+    assert!(detector.findings().iter().all(|finding| finding.state == State::Suspect));
+    assert!(seen.len() >= 4, "{seen:?}");
+    for pair in seen.windows(2) {
+        assert!(pair[0] != "grown" || pair[1] == "suspect", "{seen:?}");
+    }
+}
+
+#[test]
 fn the_history_of_a_process_stays_within_its_budget() {
     let bytes = size_of::<(ProcKey, History)>();
     // With the row (128 B) and the slack of two hash tables this stays below 512 B per process.
