@@ -1,6 +1,12 @@
 //! The one-shot commands against /proc.
 
-use std::{collections::BTreeMap, fs, os::fd::AsRawFd};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::AsRawFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
@@ -56,6 +62,12 @@ fn fds_up_to_the_hard_limit_are_counted_right() {
 #[test]
 fn a_process_whose_leader_has_exited_keeps_its_fds() {
     let workload = Workload::start_ready(&["leader-exits"]);
+    // The heir says that it is ready while the leader may still be on its way out.
+    let end = Instant::now() + Duration::from_secs(30);
+    while !truth_of(workload.pid()).unwrap().leaderless {
+        assert!(Instant::now() < end, "the leader does not exit");
+        thread::sleep(Duration::from_millis(10));
+    }
     let heir = fs::read_dir(format!("/proc/{}/task", workload.pid())).unwrap();
     let heir = heir.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let heir = heir.into_iter().find(|tid| *tid != workload.pid().to_string()).unwrap();
