@@ -7,7 +7,10 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
-use crate::failure::{Exit, Failure};
+use crate::{
+    document::SCHEMA,
+    failure::{Exit, Failure},
+};
 
 /// Form of the data on stdout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -28,6 +31,14 @@ pub(super) struct Output {
     pub(super) format: Format,
 }
 
+/// One line of `jsonl`: a document of its own.
+#[derive(Serialize)]
+struct Line<'a, I> {
+    schema: &'static str,
+    #[serde(flatten)]
+    item: &'a I,
+}
+
 /// A column's heading and whether it holds numbers.
 pub(super) type Column = (&'static str, bool);
 
@@ -43,7 +54,12 @@ impl Output {
         let text = match self.format {
             Format::Json => json(document)? + "\n",
             Format::Jsonl => {
-                items.iter().map(|item| Ok(json(item)? + "\n")).collect::<Result<_, Failure>>()?
+                let line = |item| {
+                    Ok(json(&Line { schema: SCHEMA, item })?
+                        + "
+")
+                };
+                items.iter().map(line).collect::<Result<_, Failure>>()?
             }
             Format::Table => table(columns, items.iter().map(row)),
         };

@@ -215,6 +215,18 @@ fn flags_come_before_the_environment_and_that_before_the_file() {
 }
 
 #[test]
+fn every_line_of_jsonl_is_a_document_of_its_own() {
+    let output = plumb_ok(&["ps", "-o", "jsonl"]);
+    let lines = String::from_utf8(output.stdout).unwrap();
+    assert!(lines.lines().count() > 3);
+    for line in lines.lines() {
+        let document: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(document["schema"], "plumb/v1");
+        assert!(document["pid"].is_u64() && document["fds"].is_u64(), "{document}");
+    }
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_error() {
     let script = format!(
         "{} ps | head -n 1 >/dev/null; echo ${{PIPESTATUS[0]}}",
