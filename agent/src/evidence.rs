@@ -19,8 +19,8 @@ use plumb_common::{
 
 /// Suspects whose holdings are remembered at the same time.
 const MAX_SUSPECTS: usize = 64;
-/// The newest identities looked at per process; with `MAX_SUSPECTS` this bounds memory at 4 MiB.
-const MAX_LISTED: usize = 4096;
+/// The newest identities kept per process; with `MAX_SUSPECTS` this bounds memory at a few MiB.
+const MAX_KEPT: usize = 4096;
 /// Survivors that are put into words.
 const MAX_DESCRIBED: u32 = 256;
 /// Examples per finding.
@@ -29,10 +29,18 @@ const MAX_EXAMPLES: usize = 5;
 /// Tells one open file or thread from the next that gets its number.
 type Identity = (u32, u64);
 
+/// What a suspect held: all of it, or the newest as a sample.
+#[derive(Debug)]
+struct Memory {
+    sample: HashSet<Identity>,
+    /// How many it held in all.
+    held: u32,
+}
+
 /// What suspects held when they became suspect.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {
-    remembered: HashMap<(ProcKey, Resource), HashSet<Identity>>,
+    remembered: HashMap<(ProcKey, Resource), Memory>,
 }
 
 impl Evidence {
@@ -45,8 +53,9 @@ impl Evidence {
         resource: Resource,
     ) -> io::Result<()> {
         if self.remembered.len() < MAX_SUSPECTS || self.remembered.contains_key(&(key, resource)) {
-            let held = Holdings::list(kernel, key, resource)?;
-            self.remembered.insert((key, resource), held.identities().collect());
+            let held = list(kernel, key, resource, |_| true)?;
+            let sample = held.newest.iter().map(Holding::identity).collect();
+            self.remembered.insert((key, resource), Memory { sample, held: held.count });
         }
         Ok(())
     }
@@ -64,80 +73,94 @@ impl Evidence {
         (key, resource): (ProcKey, Resource),
         baseline: u32,
     ) -> io::Result<Confirmation> {
-        let held = Holdings::list(kernel, key, resource)?;
-        Ok(confirm(held, self.remembered.get(&(key, resource)), baseline))
+        let memory = self.remembered.get(&(key, resource));
+        // All that is held now is looked at: what a fast leak held at suspicion is not among its newest.
+        let survived = |identity| memory.is_none_or(|memory| memory.sample.contains(&identity));
+        Ok(confirm(&list(kernel, key, resource, survived)?, memory, baseline))
     }
 }
 
-fn confirm(held: Holdings, known: Option<&HashSet<Identity>>, baseline: u32) -> Confirmation {
-    let survived = |identity: &Identity| known.is_none_or(|known| known.contains(identity));
-    let survivors = held.identities().filter(survived).count() as u32;
-    let grown = survivors.saturating_sub(baseline).clamp(1, MAX_DESCRIBED);
-    let examples = summarise(held.newest(survived, grown as usize));
-    Confirmation { survivors: known.map(|_| survivors), examples }
+/// `still` is what of the sample is still held.
+fn confirm(still: &Held, memory: Option<&Memory>, baseline: u32) -> Confirmation {
+    // What holds for the sample holds for the rest.
+    let survivors = memory.map(|memory| {
+        let sampled = memory.sample.len().max(1) as u64;
+        u32::try_from(u64::from(still.count) * u64::from(memory.held) / sampled).unwrap_or(u32::MAX)
+    });
+    let grown = survivors.unwrap_or(still.count).saturating_sub(baseline).clamp(1, MAX_DESCRIBED);
+    let examples = summarise(still.newest.iter().take(grown as usize).map(Holding::words));
+    Confirmation { survivors, examples }
 }
 
-/// The newest that a process holds, newest first.
-enum Holdings {
-    Files(Vec<FdRecord>),
-    Threads(Vec<ThreadRecord>),
+/// Something a process holds.
+enum Holding {
+    File(FdRecord),
+    Thread(ThreadRecord),
 }
 
-fn file_identity(record: &FdRecord) -> Identity {
-    (record.fd, record.file)
-}
-
-fn thread_identity(record: &ThreadRecord) -> Identity {
-    (record.tid, record.start_boottime)
-}
-
-impl Holdings {
-    fn list(kernel: &mut Kernel, key: ProcKey, resource: Resource) -> io::Result<Self> {
-        match resource {
-            Resource::Fd => {
-                // A leak takes the lowest free number again and again: the highest fds are its newest.
-                let mut newest = VecDeque::with_capacity(MAX_LISTED);
-                kernel.files(key, |record| {
-                    if newest.len() == MAX_LISTED {
-                        newest.pop_back();
-                    }
-                    newest.push_front(*record);
-                })?;
-                Ok(Self::Files(newest.into()))
-            }
-            Resource::Thread => {
-                let mut threads = kernel.threads(key)?;
-                threads.sort_unstable_by_key(|thread| std::cmp::Reverse(thread.start_boottime));
-                threads.truncate(MAX_LISTED);
-                Ok(Self::Threads(threads))
-            }
-        }
-    }
-
-    fn identities(&self) -> Box<dyn Iterator<Item = Identity> + '_> {
+impl Holding {
+    fn identity(&self) -> Identity {
         match self {
-            Self::Files(files) => Box::new(files.iter().map(file_identity)),
-            Self::Threads(threads) => Box::new(threads.iter().map(thread_identity)),
+            Self::File(record) => (record.fd, record.file),
+            Self::Thread(record) => (record.tid, record.start_boottime),
         }
     }
 
-    /// Kind and words of the newest that pass the test.
-    fn newest(self, survived: impl Fn(&Identity) -> bool, limit: usize) -> Vec<(String, String)> {
+    /// Kind and words.
+    fn words(&self) -> (String, String) {
         match self {
-            Self::Files(files) => {
-                let files = files.iter().filter(|file| survived(&file_identity(file))).take(limit);
-                files.map(OpenFile::describe).map(|file| (file.kind, file.target)).collect()
+            Self::File(record) => {
+                let file = OpenFile::describe(record);
+                (file.kind, file.target)
             }
-            Self::Threads(threads) => {
-                let threads = threads.iter().filter(|thread| survived(&thread_identity(thread))).take(limit);
-                threads.map(|thread| ("thread".to_owned(), text::terminated(&thread.comm))).collect()
-            }
+            Self::Thread(record) => ("thread".to_owned(), text::terminated(&record.comm)),
         }
     }
+}
+
+/// What a process holds of some kind: how many, and the newest of them, newest first.
+#[derive(Default)]
+struct Held {
+    count: u32,
+    newest: VecDeque<Holding>,
+}
+
+impl Held {
+    /// Takes the next newer one.
+    fn push(&mut self, holding: Holding) {
+        self.count += 1;
+        self.newest.push_front(holding);
+        self.newest.truncate(MAX_KEPT);
+    }
+}
+
+/// Goes through all that a process holds, the oldest first, and keeps what is wanted.
+fn list(
+    kernel: &mut Kernel,
+    key: ProcKey,
+    resource: Resource,
+    wanted: impl Fn(Identity) -> bool,
+) -> io::Result<Held> {
+    let mut held = Held::default();
+    let mut take = |holding: Holding| {
+        if wanted(holding.identity()) {
+            held.push(holding);
+        }
+    };
+    match resource {
+        // A leak takes the lowest free number again and again: the highest fds are its newest.
+        Resource::Fd => kernel.files(key, |record| take(Holding::File(*record)))?,
+        Resource::Thread => {
+            let mut threads = kernel.threads(key)?;
+            threads.sort_unstable_by_key(|thread| thread.start_boottime);
+            threads.into_iter().map(Holding::Thread).for_each(take);
+        }
+    }
+    Ok(held)
 }
 
 /// Counts equal ones, the most frequent first.
-fn summarise(described: Vec<(String, String)>) -> Vec<Example> {
+fn summarise(described: impl Iterator<Item = (String, String)>) -> Vec<Example> {
     let mut examples: Vec<Example> = Vec::new();
     for (kind, what) in described {
         match examples.iter_mut().find(|example| example.kind == kind && example.what == what) {
@@ -163,21 +186,46 @@ mod tests {
         record
     }
 
+    fn held(threads: impl IntoIterator<Item = ThreadRecord>, memory: Option<&Memory>) -> Held {
+        let mut held = Held::default();
+        for holding in threads.into_iter().map(Holding::Thread) {
+            if memory.is_none_or(|memory| memory.sample.contains(&holding.identity())) {
+                held.push(holding);
+            }
+        }
+        held
+    }
+
+    fn remembered(held: &Held) -> Memory {
+        Memory { sample: held.newest.iter().map(Holding::identity).collect(), held: held.count }
+    }
+
     #[test]
     fn only_survivors_are_examples_and_what_was_there_before_the_growth_is_not() {
-        let mut threads: Vec<_> = (10..14).map(|tid| thread(tid, u64::from(tid), b"worker")).collect();
-        threads.extend([thread(20, 20, b"leaky"), thread(21, 21, b"leaky"), thread(22, 40, b"passing")]);
-        threads.reverse();
-        let before: HashSet<_> = (10..14).chain(20..23).map(|tid| (tid, u64::from(tid))).collect();
-        let found = confirm(Holdings::Threads(threads), Some(&before), 4);
+        let workers = (10..14).map(|tid| thread(tid, u64::from(tid), b"worker"));
+        let leaked = [20, 21].map(|tid| thread(tid, u64::from(tid), b"leaky"));
+        let before = workers.clone().chain(leaked).chain([thread(22, 22, b"passing")]);
+        let memory = remembered(&held(before, None));
+        let now = workers.chain(leaked).chain([thread(22, 40, b"passing")]);
+        let found = confirm(&held(now, Some(&memory)), Some(&memory), 4);
         assert_eq!(found.survivors, Some(6), "thread 22 is another one than before");
         let expected = Example { what: "leaky".to_owned(), kind: "thread".to_owned(), count: 2 };
         assert_eq!(found.examples, [expected]);
     }
 
     #[test]
+    fn a_leak_that_is_faster_than_memory_is_long_is_confirmed_from_a_sample() {
+        let leaked = |count| (0..count).map(|tid| thread(tid, u64::from(tid), b"leaky"));
+        let memory = remembered(&held(leaked(30_000), None));
+        assert_eq!((memory.sample.len(), memory.held), (MAX_KEPT, 30_000));
+        let found = confirm(&held(leaked(60_000), Some(&memory)), Some(&memory), 0);
+        assert_eq!(found.survivors, Some(30_000));
+        assert_eq!(found.examples[0].count, MAX_DESCRIBED);
+    }
+
+    #[test]
     fn without_a_memory_there_are_examples_but_no_survivors() {
-        let found = confirm(Holdings::Threads(vec![thread(1, 1, b"main")]), None, 0);
+        let found = confirm(&held([thread(1, 1, b"main")], None), None, 0);
         assert_eq!((found.survivors, found.examples.len()), (None, 1));
     }
 }
