@@ -231,7 +231,7 @@ fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode,
     };
     let is_blind = blind.is_some();
     lines.extend(blind);
-    for status in view.programs.iter().filter(|status| !status.is_attached()) {
+    for status in view.programs.iter().filter(|status| !status.is_fine()) {
         let (name, gives) = (status.program.name, status.program.gives);
         lines.push(format!(
             "program {name} is {}: no {gives} ({})",

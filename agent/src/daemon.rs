@@ -43,7 +43,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let address = tcp.local_addr().unwrap_or(config.listen);
     let (unix, socket) = listen_control(&config)?;
     let kernel = Kernel::load_required(Plan::AGENT)?;
-    for status in kernel.programs().iter().filter(|status| !status.is_attached()) {
+    for status in kernel.programs().iter().filter(|status| !status.is_fine()) {
         tracing::warn!(
             program = status.program.name,
             verdict = status.verdict.word(),

@@ -221,6 +221,8 @@ pub(crate) struct Check {
 pub(crate) struct ProgramStatus {
     pub name: &'static str,
     pub intent: crate::kernel::Intent,
+    /// Nothing is missing because of it.
+    pub ok: bool,
     pub verdict: &'static str,
     pub detail: String,
     pub gives: &'static str,
@@ -232,6 +234,7 @@ impl Doctor {
         let status = |status: &Status| ProgramStatus {
             name: status.program.name,
             intent: status.program.intent,
+            ok: status.is_fine(),
             verdict: status.verdict.word(),
             detail: status.verdict.explain(),
             gives: status.program.gives,

@@ -20,6 +20,7 @@ mod files;
 mod group;
 mod host;
 pub mod kernel;
+mod line;
 mod observe;
 mod procfs;
 mod report;

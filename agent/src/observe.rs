@@ -89,7 +89,7 @@ pub(crate) fn run(
                 pass,
                 ended,
                 counts,
-                rejected: ring.rejected(),
+                rejected: ring.ledger().rejected,
                 programs,
             })))
         } else {

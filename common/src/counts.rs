@@ -11,7 +11,7 @@ pub const EXIT: u32 = 3;
 pub const FD: u32 = 4;
 
 /// What became of it.
-pub const OUTCOMES: [&str; 5] = ["sent", "filtered", "ring_full", "forged", "fault"];
+pub const OUTCOMES: [&str; 6] = ["sent", "filtered", "ring_full", "forged", "fault", "quota"];
 /// Written to the ring.
 pub const SENT: u32 = 0;
 /// The listener asked for another process.
@@ -22,6 +22,11 @@ pub const RING_FULL: u32 = 2;
 pub const FORGED: u32 = 3;
 /// Lost: kernel or user memory could not be read.
 pub const FAULT: u32 = 4;
+/// Lost: the ring was filling up, and the cgroup had used its share of it.
+pub const QUOTA: u32 = 5;
+
+/// The outcomes that are losses.
+pub const LOSSES: [u32; 3] = [RING_FULL, FAULT, QUOTA];
 
 /// Entries of the array.
 pub const LEN: u32 = (SOURCES.len() * OUTCOMES.len()) as u32;

@@ -79,10 +79,14 @@ pub struct Exit {
 pub const FD_OPENED: u32 = 1;
 /// dup2 or dup3: like opened, and whatever was open at that number has been closed.
 pub const FD_REPLACED: u32 = 2;
-/// `fd` to `fd_last` are closed; what was not open in between stayed so.
+/// `fd` to `fd_last` are closed; what was not open in between stayed so. With `FD_UNKNOWN` one fd that held
+/// `file`, of which only the file is known.
 pub const FD_CLOSED: u32 = 3;
 /// `fd` to `fd_last` will be closed at the next exec.
 pub const FD_CLOSE_ON_EXEC: u32 = 4;
+
+/// In `FdChange::fd` of a removal: the hook was told the file, not the number.
+pub const FD_UNKNOWN: u32 = u32::MAX;
 
 /// The only fd event, whatever hook saw it.
 #[repr(C)]
@@ -91,19 +95,30 @@ pub struct FdChange {
     pub header: Header,
     /// Address of the `files_struct` the change was made in.
     pub files: u64,
-    /// Address of the `struct file` found in the slot; 0 for a removal.
+    /// Address of the `struct file` found in the slot; for a removal that of the file, 0 if only its number
+    /// is known.
     pub file: u64,
     pub fd: u32,
     /// Last fd of a range, else equal to `fd`.
     pub fd_last: u32,
     /// `FD_*`.
     pub change: u32,
-    /// Index into `syscalls::TABLE`.
+    /// Index into `syscalls::TABLE`, or `syscalls::OTHER`.
     pub how: u32,
-    /// As in `file::FdRecord`; 0 for a removal.
+    /// As in `file::FdRecord`; 0 without a file.
     pub mode: u32,
     /// Always 0.
     pub reserved: u32,
-    /// As in `file::FdRecord`; empty for a removal.
+    /// As in `file::FdRecord`; empty without a file.
     pub name: [u8; NAME_LEN],
+}
+
+/// Whose fd events reach the ring of the agent, beside the processes it watches.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct FdControl {
+    /// 1: everybody's.
+    pub all: u32,
+    /// This thread's, 0 for none: the agent's canary.
+    pub canary_tid: u32,
 }

@@ -16,3 +16,12 @@ pub const BITMAP_WORDS: u32 = 256;
 /// Calls of that function per table. 256 x 256 words hold 4,194,304 fds; what lies beyond is not
 /// counted and the record says so (`task::FLAG_FDS_TRUNCATED`).
 pub const BITMAP_CALLS: u32 = 256;
+
+/// Processes whose fd events the agent can follow at a time.
+pub const MAX_WATCHED: u32 = 1024;
+
+/// Cgroups whose use of a filling ring is told apart; beyond it the least recently seen is forgotten.
+pub const MAX_SHARES: u32 = 1024;
+
+/// For how long a cgroup's use of a filling ring counts against it, in nanoseconds.
+pub const SHARE_WINDOW: u64 = 100_000_000;

@@ -41,6 +41,7 @@ offsets! {
     TASK_CRED = "task_struct.cred",
     TASK_CSS_SET = "task_struct.cgroups",
     TASK_THREAD_STATUS = "task_struct.thread_info.status",
+    TASK_STACK = "task_struct.stack",
     CRED_UID = "cred.uid",
     SIGNAL_NR_THREADS = "signal_struct.nr_threads",
     SIGNAL_LIVE = "signal_struct.live",

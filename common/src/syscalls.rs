@@ -15,6 +15,20 @@ pub const CLOSES: u32 = 4;
 pub const CLOSES_RANGE: u32 = 5;
 /// As `RETURNS` when the second argument is `F_DUPFD` or `F_DUPFD_CLOEXEC`.
 pub const FCNTL: u32 = 6;
+/// As `PAIR`, with the address in the fourth argument.
+pub const PAIR_IN_FOURTH: u32 = 7;
+/// As `RETURNS` when the first argument is -1: any other is the fd that is changed and returned.
+pub const SIGNALFD: u32 = 8;
+/// As `RETURNS` when the first argument, a command of `enum bpf_cmd`, makes an fd.
+pub const BPF: u32 = 9;
+/// As `RETURNS` when the first argument is `SECCOMP_SET_MODE_FILTER` and the second asks for a listener.
+pub const SECCOMP: u32 = 10;
+/// The 32-bit entry's multiplexer of socket calls: as `RETURNS` when the first argument is `SYS_SOCKET`,
+/// `SYS_ACCEPT` or `SYS_ACCEPT4`.
+pub const SOCKETCALL: u32 = 11;
+
+/// In an event: the hook fired outside the calls of `TABLE`.
+pub const OTHER: u32 = u32::MAX;
 
 /// One syscall.
 #[derive(Clone, Copy, Debug)]
@@ -35,24 +49,53 @@ const fn call(name: &'static str, nr: u32, nr_compat: u32, shape: u32) -> Syscal
 /// No such call through that entry.
 pub const NONE: u32 = u32::MAX;
 
-pub const TABLE: [Syscall; 16] = [
+pub const TABLE: [Syscall; 45] = [
     call("open", 2, 5, RETURNS),
     call("openat", 257, 295, RETURNS),
     call("openat2", 437, 437, RETURNS),
     call("creat", 85, 8, RETURNS),
+    call("open_by_handle_at", 304, 342, RETURNS),
     call("close", 3, 6, CLOSES),
     call("close_range", 436, 436, CLOSES_RANGE),
-    call("socket", 41, 359, RETURNS),
-    call("accept", 43, NONE, RETURNS),
-    call("accept4", 288, 364, RETURNS),
-    call("pipe", 22, 42, PAIR),
-    call("pipe2", 293, 331, PAIR),
     call("dup", 32, 41, RETURNS),
     call("dup2", 33, 63, REPLACES),
     call("dup3", 292, 330, REPLACES),
     call("fcntl", 72, 55, FCNTL),
     // The 32-bit entry has a second fcntl, for large files.
     call("fcntl64", NONE, 221, FCNTL),
+    call("pipe", 22, 42, PAIR),
+    call("pipe2", 293, 331, PAIR),
+    call("socket", 41, 359, RETURNS),
+    call("socketpair", 53, 360, PAIR_IN_FOURTH),
+    call("accept", 43, NONE, RETURNS),
+    call("accept4", 288, 364, RETURNS),
+    call("socketcall", NONE, 102, SOCKETCALL),
+    call("epoll_create", 213, 254, RETURNS),
+    call("epoll_create1", 291, 329, RETURNS),
+    call("eventfd", 284, 323, RETURNS),
+    call("eventfd2", 290, 328, RETURNS),
+    call("timerfd_create", 283, 322, RETURNS),
+    call("signalfd", 282, 321, SIGNALFD),
+    call("signalfd4", 289, 327, SIGNALFD),
+    call("inotify_init", 253, 291, RETURNS),
+    call("inotify_init1", 294, 332, RETURNS),
+    call("fanotify_init", 300, 338, RETURNS),
+    call("memfd_create", 319, 356, RETURNS),
+    call("memfd_secret", 447, 447, RETURNS),
+    call("userfaultfd", 323, 374, RETURNS),
+    call("perf_event_open", 298, 336, RETURNS),
+    call("io_uring_setup", 425, 425, RETURNS),
+    call("mq_open", 240, 277, RETURNS),
+    call("pidfd_open", 434, 434, RETURNS),
+    call("pidfd_getfd", 438, 438, RETURNS),
+    call("landlock_create_ruleset", 444, 444, RETURNS),
+    call("open_tree", 428, 428, RETURNS),
+    call("open_tree_attr", 467, 467, RETURNS),
+    call("fsopen", 430, 430, RETURNS),
+    call("fspick", 433, 433, RETURNS),
+    call("fsmount", 432, 432, RETURNS),
+    call("bpf", 321, 357, BPF),
+    call("seccomp", 317, 354, SECCOMP),
 ];
 
 /// In `BY_NUMBER`: not followed.

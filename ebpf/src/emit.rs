@@ -2,7 +2,13 @@
 
 use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_boot_ns};
 use bytemuck::Pod;
-use plumb_common::{counts, event::Header, limits::COMM_LEN, offsets, task::ProcKey};
+use plumb_common::{
+    counts,
+    event::Header,
+    limits::{COMM_LEN, SHARE_WINDOW},
+    offsets,
+    task::ProcKey,
+};
 
 use crate::{kernel, maps};
 
@@ -33,13 +39,40 @@ pub(crate) fn now() -> u64 {
 /// that its own tick finds the event.
 #[inline(always)]
 pub(crate) fn send<T: Pod>(source: u32, event: T) {
+    let size = maps::EVENTS.query(SIZE);
+    let used = maps::EVENTS.query(AVAILABLE);
+    if used >= size / 2 && !is_within_share(used, size, size_of::<T>() as u64) {
+        return count(source, counts::QUOTA);
+    }
     let Some(mut entry) = maps::EVENTS.reserve::<T>(0) else {
         return count(source, counts::RING_FULL);
     };
     entry.write(event);
-    let wake = maps::EVENTS.query(AVAILABLE) >= maps::EVENTS.query(SIZE) / 8;
-    entry.submit(if wake { FORCE_WAKEUP } else { NO_WAKEUP });
+    entry.submit(if used >= size / 8 { FORCE_WAKEUP } else { NO_WAKEUP });
     count(source, counts::SENT);
+}
+
+/// Notes what the running task's cgroups use of a ring that is filling up. In its last quarter each set of
+/// cgroups has a sixteenth of the ring per window, so that a storm in one leaves room to the others.
+#[inline(never)]
+fn is_within_share(used: u64, size: u64, bytes: u64) -> bool {
+    let cgroups = kernel::read::<u64>(kernel::current(), offsets::TASK_CSS_SET).unwrap_or(0);
+    let time = now();
+    let Some(share) = maps::SHARES.get_ptr_mut(&cgroups) else {
+        // A full map forgets its oldest entry, so this fails only for a moment: then nobody is refused.
+        let _ = maps::SHARES.insert(&cgroups, &maps::Share { since: time, bytes }, 0);
+        return true;
+    };
+    // SAFETY: a map value; a lost addition on another CPU makes the share a little larger.
+    let share = unsafe { &mut *share };
+    if time.wrapping_sub(share.since) > SHARE_WINDOW {
+        (share.since, share.bytes) = (time, 0);
+    }
+    if used >= size / 4 * 3 && share.bytes >= size / 16 {
+        return false;
+    }
+    share.bytes += bytes;
+    true
 }
 
 /// The header of an event that the running task caused; `None`, counted, when nobody asked for it or the
@@ -48,13 +81,21 @@ pub(crate) fn send<T: Pod>(source: u32, event: T) {
 pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
     let ids = bpf_get_current_pid_tgid();
     let tgid = (ids >> 32) as u32;
+    // Asked before anything is read: on a busy host most events are nobody's.
+    let watched = if source == counts::FD { watched(tgid, ids as u32) } else { Watched::Everybody };
+    if let Watched::No = watched {
+        count(source, counts::FILTERED);
+        return None;
+    }
     let leader = kernel::read::<u64>(kernel::current(), offsets::TASK_GROUP_LEADER);
     let start = leader.and_then(|leader| kernel::read::<u64>(leader, offsets::TASK_START_BOOTTIME));
     let (Some(leader), Some(start), Ok(comm)) = (leader, start, bpf_get_current_comm()) else {
         count(source, counts::FAULT);
         return None;
     };
-    if !wanted(tgid, leader) {
+    // The number of a watched process that has ended may be another's by now.
+    let is_another = if let Watched::Since(watched) = watched { watched != start } else { false };
+    if is_another || !wanted(tgid, leader) {
         count(source, counts::FILTERED);
         return None;
     }
@@ -89,6 +130,31 @@ pub(crate) unsafe fn about(
         return None;
     }
     Some(Header { kind, tid, time: now(), process, comm })
+}
+
+/// Whether the fd events of a process are asked for.
+enum Watched {
+    No,
+    Everybody,
+    /// Those of the process that started then.
+    Since(u64),
+}
+
+#[inline(always)]
+fn watched(tgid: u32, tid: u32) -> Watched {
+    if !maps::watched_only() {
+        return Watched::Everybody;
+    }
+    if let Some(control) = maps::FD_CONTROL.get(0)
+        && (control.all != 0 || control.canary_tid == tid)
+    {
+        return Watched::Everybody;
+    }
+    // SAFETY: the value is read at once; a change in between only makes the answer an old one.
+    match unsafe { maps::WATCHED.get(&tgid) } {
+        Some(start) => Watched::Since(*start),
+        None => Watched::No,
+    }
 }
 
 #[inline(always)]

@@ -1,11 +1,13 @@
 //! plumb's kernel programs. They count, verify and hand on; what a number means is decided in the agent.
 //!
-//! `task` follows clone, exec, rename and exit; `fd` turns every hook into one `FdChange`; `iter` answers
-//! "what is there now". `emit` is the only writer of the ring, `kernel` the only reader of kernel structs.
+//! `task` follows clone, exec, rename and exit; `fd` turns every hook into one `FdChange`; `iter` answers "what
+//! is there now". `emit` is the only writer of the ring, `kernel` the only reader of kernel structs.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 mod emit;
 mod fd;
+mod fd_functions;
+mod fd_sys_exit;
 mod iter;
 mod kernel;
 mod maps;

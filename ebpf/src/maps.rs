@@ -2,11 +2,12 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use plumb_common::{
     counts,
-    limits::{BITMAP_WORDS, COMM_LEN, RING_BYTES},
+    event::FdControl,
+    limits::{BITMAP_WORDS, COMM_LEN, MAX_SHARES, MAX_WATCHED, RING_BYTES},
     offsets,
     task::ProcKey,
 };
@@ -28,6 +29,30 @@ pub(crate) static SCRATCH: PerCpuArray<[u64; BITMAP_WORDS as usize]> = PerCpuArr
 #[map]
 pub(crate) static ITER_PROCESS: Array<ProcKey> = Array::with_max_entries(1, 0);
 
+/// Whose fd events reach the ring, when `WATCHED_ONLY` is set.
+#[map]
+pub(crate) static FD_CONTROL: Array<FdControl> = Array::with_max_entries(1, 0);
+
+/// The watched processes: start by thread group id. Only the agent writes it; a process that finds no room
+/// is not watched, and the agent says so.
+#[map]
+pub(crate) static WATCHED: HashMap<u32, u64> = HashMap::with_max_entries(MAX_WATCHED, 0);
+
+/// What each cgroup has used of a ring that is filling up. A guide for who must wait, not an account: the
+/// least recently seen may be forgotten.
+#[map]
+pub(crate) static SHARES: LruHashMap<u64, Share> = LruHashMap::with_max_entries(MAX_SHARES, 0);
+
+/// One cgroup's use of the ring.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Share {
+    /// Start of the window, nanoseconds since boot.
+    pub since: u64,
+    /// Bytes sent since.
+    pub bytes: u64,
+}
+
 /// Byte offsets of kernel fields, by `plumb_common::offsets` index.
 #[unsafe(no_mangle)]
 static OFFSETS: [u32; offsets::LEN] = [offsets::MISSING; offsets::LEN];
@@ -39,6 +64,14 @@ static FILTER_TGID: u32 = 0;
 /// Only events of processes whose leader has this name reach the ring; all zero for any.
 #[unsafe(no_mangle)]
 static FILTER_COMM: [u8; COMM_LEN] = [0; COMM_LEN];
+
+/// 1: of the fd events only those of `FD_CONTROL` and `WATCHED` reach the ring.
+#[unsafe(no_mangle)]
+static WATCHED_ONLY: u32 = 0;
+
+/// 1: the kernel has `bpf_task_pt_regs` (since 5.15).
+#[unsafe(no_mangle)]
+static HAS_TASK_PT_REGS: u32 = 0;
 
 /// Offset of a kernel field, `None` when this kernel has no such field. `index` is a constant, so the
 /// verifier knows the value and removes the branch that is not taken.
@@ -60,4 +93,16 @@ pub(crate) fn filter_tgid() -> u32 {
 pub(crate) fn filter_comm() -> [u8; COMM_LEN] {
     // SAFETY: as above.
     unsafe { core::ptr::read_volatile(&raw const FILTER_COMM) }
+}
+
+#[inline(always)]
+pub(crate) fn watched_only() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const WATCHED_ONLY) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn has_task_pt_regs() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const HAS_TASK_PT_REGS) != 0 }
 }

@@ -1,6 +1,6 @@
 //! `plumb doctor`: what this kernel lets plumb see.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use clap::Args;
 
@@ -11,7 +11,7 @@ use super::{
 use crate::{
     document::{Check, Doctor},
     failure::Exit,
-    kernel::{self, Intent, Kernel, LoadError, Plan, Status, Verdict},
+    kernel::{self, Intent, Kernel, LoadError, Plan, Status},
 };
 
 #[derive(Args)]
@@ -40,7 +40,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             Exit::KernelCannot
         }
     };
-    let required = |status: &&Status| status.program.intent == Intent::Required && !status.is_attached();
+    let required = |status: &&Status| status.program.intent == Intent::Required && !status.is_fine();
     if let Some(status) = programs.iter().find(required) {
         exit = if status.verdict.is_for_want_of_privilege() {
             Exit::MissingPrivilege
@@ -63,10 +63,12 @@ fn text(document: &Doctor, exit: Exit) -> String {
         lines.push(format!("{} {}: {}", mark(check.ok), check.name, check.detail));
     }
     for program in &document.programs {
-        let attached = program.verdict == Verdict::Attached.word();
-        let mut line = format!("{} program {}: {}", mark(attached), program.name, program.verdict);
-        if !attached {
-            line += &format!(" ({}); without it there is no {}", program.detail, program.gives);
+        let mut line = format!("{} program {}: {}", mark(program.ok), program.name, program.verdict);
+        if !program.detail.is_empty() {
+            line += &format!(" ({})", program.detail);
+        }
+        if !program.ok {
+            line += &format!("; without it there is no {}", program.gives);
         }
         lines.push(line);
     }
@@ -101,11 +103,8 @@ fn types() -> Check {
     Check { name: "kernel types (BTF)", ok, detail }
 }
 
-/// The initial pid namespace has a fixed inode (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
 fn pid_namespace() -> Check {
-    const INITIAL: &str = "pid:[4026531836]";
-    let link = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    let ok = link == Path::new(INITIAL);
+    let ok = kernel::sees_host_pids();
     let detail = if ok {
         "the host's".to_owned()
     } else {

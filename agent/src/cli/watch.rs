@@ -6,20 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::Args;
-use plumb_common::{
-    event::{
-        CLONE_THREAD, Clone as CloneEvent, Exit as ExitEvent, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_REPLACED,
-        FdChange,
-    },
-    limits::COMM_LEN,
-    syscalls,
-};
+use clap::{Args, ValueEnum};
+use plumb_common::{limits::COMM_LEN, syscalls};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, pidfd_open},
 };
-use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -30,14 +22,16 @@ use crate::{
     clock::Calendar,
     decode::Event,
     failure::{Exit, Failure},
-    files::OpenFile,
-    kernel::{Filter, Kernel, Plan},
-    text, view,
+    kernel::{Fds, Filter, Kernel, Plan, Seam},
+    line::{Counted, EventCounts, Line},
+    view,
 };
 
 /// How long an event may wait before it is printed.
 const TICK: Duration = Duration::from_millis(100);
 const BATCH: usize = 4096;
+/// Between two looks at the ledger.
+const LEDGER_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Args)]
 #[command(after_help = followed())]
@@ -51,8 +45,24 @@ pub(super) struct Arguments {
     /// End after this time, such as 10s or 5m
     #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
     duration: Option<Duration>,
+    /// Count events instead of printing them; the sums come at the end
+    #[arg(long)]
+    count: bool,
+    /// Attach the fd programs this way and no other [default: functions, or else sys_exit]
+    #[arg(long, value_enum, value_name = "WAY")]
+    via: Option<Via>,
     #[command(flatten)]
     output: Output,
+}
+
+/// How fds are followed.
+#[derive(Clone, Copy, ValueEnum)]
+enum Via {
+    /// The kernel's own functions: every way an fd comes or goes, free for other syscalls
+    Functions,
+    /// The results of syscalls: works where the functions cannot be attached
+    #[value(name = "sys_exit")]
+    SysExit,
 }
 
 /// What the stream covers, so that nobody takes silence for absence.
@@ -60,7 +70,8 @@ fn followed() -> String {
     let mut names: Vec<&str> = syscalls::TABLE.iter().map(|call| call.name).collect();
     names.dedup();
     format!(
-        "Followed fd calls: {}. An fd that comes or goes on another way is in `plumb fds` only.",
+        "Followed fd calls: {}. An fd that comes or goes on another way is seen through the kernel's functions \
+         (`--via functions`), else in `plumb fds` only; docs/fd-paths.md lists each.",
         names.join(" ").replace("fcntl fcntl64", "fcntl(F_DUPFD)")
     )
 }
@@ -78,50 +89,118 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let target =
         arguments.pid.map(|pid| Target::open(pid).ok_or_else(|| no_such_process(pid))).transpose()?;
     let stop = interrupted()?;
+    let via = arguments.via.map(|via| match via {
+        Via::Functions => Seam::Functions,
+        Via::SysExit => Seam::SysExit,
+    });
     let filter = Filter { tgid: arguments.pid, comm: arguments.comm };
-    let mut kernel = Kernel::load_all(Plan::watch(filter))?;
+    let mut kernel = Kernel::load_all(Plan { fds: Fds::All(via), ..Plan::watch(filter) })?;
     let bug = |error: &dyn std::fmt::Display| {
         Failure::new(Exit::Error, format!("the event stream ended: {error}"), "this is a bug of plumb")
     };
     let mut ring = kernel.ring().map_err(|error| bug(&error))?;
-    let calendar = Calendar::now();
-    let end = arguments.duration.map(|duration| Instant::now() + duration);
-    let mut told = 0;
+    let (began, cpu) = (Instant::now(), own_cpu());
+    let end = arguments.duration.map(|duration| began + duration);
+    let mut printer = Printer::new(arguments);
     output::message("plumb: watching; ctrl-c ends it");
-    if arguments.output.format == Format::Table {
-        output::data(&format!("{:<24} {:>7} {:>7} {:<15} EVENT\n", "TIME", "PID", "TID", "COMM"))?;
-    }
+    printer.begin()?;
+    let (mut told, mut next_look, mut more) = (0, began + LEDGER_EVERY, false);
+    let mut events = Vec::with_capacity(BATCH);
     loop {
-        ring.wait(TICK).map_err(|error| bug(&error))?;
+        if !more {
+            ring.wait(TICK).map_err(|error| bug(&error))?;
+        }
         // Whatever was sent before the end was asked for is still printed.
-        let ending = stop.is_cancelled() || end.is_some_and(|end| Instant::now() >= end);
-        let events = ring.drain(BATCH);
-        let more = events.len() == BATCH;
-        let mut page = String::new();
-        let mut gone = false;
-        for event in &events {
-            let line = Line::new(event, calendar);
-            page +=
-                &if arguments.output.format == Format::Table { line.text() } else { output::json(&line)? };
-            page.push('\n');
-            gone |= arguments.pid.is_some() && matches!(event, Event::Exit(exit) if exit.group_dead != 0);
-        }
+        let now = Instant::now();
+        let ending = stop.is_cancelled() || end.is_some_and(|end| now >= end);
+        events.clear();
+        ring.drain_into(&mut events, BATCH);
+        more = events.len() == BATCH;
         // Also when nothing happens, an empty page asks whether somebody still reads.
-        let is_read = output::data(&page)? && !output::is_hung_up();
-        let losses = view::lost(&kernel.counts()?) + ring.rejected();
-        if losses > told {
-            output::message(&format!(
-                "plumb: {} events were lost: they came faster than they were read",
-                losses - told
-            ));
-            told = losses;
-        }
+        let is_read = printer.take(&events)? && !output::is_hung_up();
+        let ends = |event: &Event| matches!(event, Event::Exit(exit) if exit.group_dead != 0);
+        let gone = arguments.pid.is_some() && events.iter().any(ends);
         let is_over = target.as_ref().is_some_and(|target| !target.is_alive()) && events.is_empty();
-        if gone || is_over || !is_read || (ending && !more) {
+        let is_last = gone || is_over || !is_read || (ending && !more);
+        if is_last || now >= next_look {
+            next_look = now + LEDGER_EVERY;
+            let losses = view::lost(&kernel.counts()?) + ring.ledger().rejected;
+            if losses > told {
+                let lost = losses - told;
+                output::message(&format!(
+                    "plumb: {lost} events were lost: they came faster than they were read"
+                ));
+                told = losses;
+            }
+        }
+        if is_last {
             break;
         }
     }
+    printer.end(&kernel, began.elapsed(), own_cpu().saturating_sub(cpu))?;
     Ok(if stop.is_cancelled() { Exit::Interrupted } else { Exit::Ok })
+}
+
+/// Where the events go: each to a line, or all into sums.
+enum Printer {
+    Lines { calendar: Calendar, format: Format },
+    Sums { counted: Counted, format: Format },
+}
+
+impl Printer {
+    fn new(arguments: &Arguments) -> Self {
+        let format = arguments.output.format;
+        if arguments.count {
+            Self::Sums { counted: Counted::default(), format }
+        } else {
+            Self::Lines { calendar: Calendar::now(), format }
+        }
+    }
+
+    fn begin(&self) -> Result<bool, Failure> {
+        match self {
+            Self::Lines { format: Format::Table, .. } => {
+                output::data(&format!("{:<24} {:>7} {:>7} {:<15} EVENT\n", "TIME", "PID", "TID", "COMM"))
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Whether somebody still reads.
+    fn take(&mut self, events: &[Event]) -> Result<bool, Failure> {
+        match self {
+            Self::Sums { counted, .. } => {
+                events.iter().for_each(|event| counted.take(event));
+                Ok(true)
+            }
+            Self::Lines { calendar, format } => {
+                let mut page = String::new();
+                for event in events {
+                    let line = Line::new(event, *calendar);
+                    page += &if *format == Format::Table { line.text() } else { output::json(&line)? };
+                    page.push('\n');
+                }
+                Ok(output::data(&page)?)
+            }
+        }
+    }
+
+    fn end(&self, kernel: &Kernel, took: Duration, cpu: Duration) -> Result<(), Failure> {
+        if let Self::Sums { counted, format } = self {
+            let counts = kernel.counts()?;
+            let document = EventCounts::new(counted, &counts, kernel.seam(), took, cpu);
+            let text =
+                if *format == Format::Table { document.text() } else { output::json(&document)? + "\n" };
+            output::data(&text)?;
+        }
+        Ok(())
+    }
+}
+
+/// Processor time of this process so far.
+fn own_cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// The process that is watched; its number may be another's after its end, the pidfd is not.
@@ -162,96 +241,4 @@ fn interrupted() -> Result<CancellationToken, Failure> {
         cancel.cancel();
     })?;
     Ok(token)
-}
-
-/// One event, as printed.
-#[derive(Serialize)]
-struct Line {
-    schema: &'static str,
-    time: String,
-    event: &'static str,
-    pid: u32,
-    tid: u32,
-    comm: String,
-    #[serde(flatten)]
-    detail: Detail,
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Detail {
-    Child { child_pid: u32, child_tid: u32 },
-    Exit { exit_code: u32, signal: u32, last_thread: bool },
-    Opened { syscall: &'static str, fd: u32, kind: String, target: String },
-    Closed { syscall: &'static str, fd: u32, fd_last: u32 },
-    None {},
-}
-
-impl Line {
-    fn new(event: &Event, calendar: Calendar) -> Self {
-        let header = event.header();
-        let (event, detail) = match event {
-            Event::Clone(event) => clone(event),
-            Event::Exec(_) => ("exec", Detail::None {}),
-            Event::Rename(_) => ("rename", Detail::None {}),
-            Event::Exit(event) => ("exit", exit(event)),
-            Event::Fd(event) => fd(event),
-        };
-        Self {
-            schema: crate::document::SCHEMA,
-            time: calendar.format_millis(header.time),
-            event,
-            pid: header.process.tgid,
-            tid: header.tid,
-            comm: text::terminated(&header.comm),
-            detail,
-        }
-    }
-
-    fn text(&self) -> String {
-        let detail = match &self.detail {
-            Detail::Child { child_pid, child_tid } if child_pid == child_tid => format!("pid {child_pid}"),
-            Detail::Child { child_tid, .. } => format!("tid {child_tid}"),
-            Detail::Exit { signal: 0, exit_code, last_thread } => {
-                format!("code {exit_code}{}", if *last_thread { ", last thread" } else { "" })
-            }
-            Detail::Exit { signal, .. } => format!("killed by signal {signal}"),
-            Detail::Opened { syscall, fd, kind, target } => format!("{fd} {kind} {target} ({syscall})"),
-            Detail::Closed { fd, fd_last, .. } if fd == fd_last => fd.to_string(),
-            Detail::Closed { fd, fd_last: u32::MAX, .. } => format!("{fd} and above"),
-            Detail::Closed { fd, fd_last, .. } => format!("{fd} to {fd_last}"),
-            Detail::None {} => String::new(),
-        };
-        let line = format!(
-            "{:<24} {:>7} {:>7} {:<15} {} {detail}",
-            self.time, self.pid, self.tid, self.comm, self.event
-        );
-        line.trim_end().to_owned()
-    }
-}
-
-fn clone(event: &CloneEvent) -> (&'static str, Detail) {
-    let name = if event.flags & CLONE_THREAD == 0 { "fork" } else { "thread" };
-    (name, Detail::Child { child_pid: event.child.tgid, child_tid: event.child_tid })
-}
-
-fn exit(event: &ExitEvent) -> Detail {
-    Detail::Exit {
-        exit_code: (event.code >> 8) & 0xff,
-        signal: event.code & 0x7f,
-        last_thread: event.group_dead != 0,
-    }
-}
-
-fn fd(event: &FdChange) -> (&'static str, Detail) {
-    let syscall = syscalls::TABLE.get(event.how as usize).map_or("unknown", |call| call.name);
-    let closed = Detail::Closed { syscall, fd: event.fd, fd_last: event.fd_last };
-    match event.change {
-        FD_CLOSED => return ("close", closed),
-        FD_CLOSE_ON_EXEC => return ("close-on-exec", closed),
-        _ => {}
-    }
-    let OpenFile { kind, target, .. } = OpenFile::of_event(event);
-    let name = if event.change == FD_REPLACED { "replace" } else { "open" };
-    (name, Detail::Opened { syscall, fd: event.fd, kind, target })
 }

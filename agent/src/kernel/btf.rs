@@ -15,6 +15,7 @@ const UNION: u32 = 5;
 const TYPEDEF: u32 = 8;
 const VOLATILE: u32 = 9;
 const CONST: u32 = 10;
+const FUNCTION: u32 = 12;
 const RESTRICT: u32 = 11;
 const TYPE_TAG: u32 = 18;
 /// Nesting of anonymous members and of modifiers; the kernel's own types stay below 10.
@@ -30,10 +31,22 @@ pub enum BtfError {
     UnknownKind(u32),
 }
 
-/// Byte offsets by `plumb_common::offsets` index; `MISSING` for what this kernel does not have.
-pub(crate) fn resolve_offsets(btf: &[u8]) -> Result<[u32; offsets::LEN], BtfError> {
+/// What the programs need to know of this kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Facts {
+    /// Byte offsets by `plumb_common::offsets` index; `MISSING` for what this kernel does not have.
+    pub offsets: [u32; offsets::LEN],
+    /// Whether it has the helper `bpf_task_pt_regs`.
+    pub has_task_pt_regs: bool,
+}
+
+/// Reads a kernel's types.
+pub(crate) fn facts(btf: &[u8]) -> Result<Facts, BtfError> {
     let types = Types::parse(btf)?;
-    Ok(offsets::PATHS.map(|path| types.resolve(path).unwrap_or(offsets::MISSING)))
+    Ok(Facts {
+        offsets: offsets::PATHS.map(|path| types.resolve(path).unwrap_or(offsets::MISSING)),
+        has_task_pt_regs: types.has_function("bpf_task_pt_regs"),
+    })
 }
 
 /// One type: where its record starts, and the record's common fields.
@@ -137,6 +150,12 @@ impl<'a> Types<'a> {
         (!want_stride).then_some(offset)
     }
 
+    /// Whether the kernel has a function of this name; a BPF helper is one.
+    fn has_function(&self, wanted: &str) -> bool {
+        let mut all = self.starts.iter().filter_map(|at| self.record(*at as usize));
+        all.any(|t| t.kind() == FUNCTION && self.name(t.name) == wanted.as_bytes())
+    }
+
     /// Byte offset and type of a member, looked for in anonymous members too.
     fn member(&self, container: Type, wanted: &[u8], depth: u32) -> Option<(u32, u32)> {
         if depth > MAX_DEPTH || !matches!(container.kind(), STRUCT | UNION) {
@@ -195,8 +214,8 @@ mod tests {
         file
     }
 
-    // Strings: 1 int, 5 outer, 11 first, 17 inner_field, 29 list
-    const STRINGS: &str = "\0int\0outer\0first\0inner_field\0list\0";
+    // Strings: 1 int, 5 outer, 11 first, 17 inner_field, 29 list, 34 helper
+    const STRINGS: &str = "\0int\0outer\0first\0inner_field\0list\0helper\0";
 
     fn sample() -> Vec<u8> {
         #[rustfmt::skip]
@@ -205,6 +224,7 @@ mod tests {
             0, STRUCT << 24 | 1, 4,  17, 1, 32,                  // 2: anonymous, inner_field at byte 4
             0, ARRAY << 24, 0,  1, 1, 3,                         // 3: int[3]
             5, STRUCT << 24 | 3, 24,  11, 1, 0,  0, 2, 64,  29, 3, 128, // 4: outer
+            34, FUNCTION << 24, 1,                               // 5: helper
         ];
         file(&types, STRINGS)
     }
@@ -220,6 +240,7 @@ mod tests {
         assert_eq!(types.resolve("outer.first[]"), None);
         assert_eq!(types.resolve("outer.nothing"), None);
         assert_eq!(types.resolve("nobody.first"), None);
+        assert!(types.has_function("helper") && !types.has_function("outer"));
     }
 
     #[test]
@@ -235,7 +256,7 @@ mod tests {
     #[test]
     fn this_kernel_has_every_field_or_its_older_name() {
         let btf = std::fs::read(KERNEL_BTF).unwrap();
-        let found = resolve_offsets(&btf).unwrap();
+        let found = facts(&btf).unwrap().offsets;
         let optional = [offsets::TASK_STATE, offsets::TASK_STATE_BEFORE_5_14, offsets::MM_RSS_STAT_STRIDE];
         for (index, path) in offsets::PATHS.iter().enumerate() {
             assert!(found[index] != offsets::MISSING || optional.contains(&index), "{path} is missing");

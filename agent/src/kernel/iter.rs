@@ -2,7 +2,9 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
     io::{self, Read},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 use aya::{maps::Array, programs};
@@ -52,9 +54,73 @@ impl Kernel {
         focus.set(0, bytemuck::cast::<ProcKey, [u64; 2]>(process), 0).map_err(io::Error::other)?;
         let program = self.ebpf.program_mut(program).ok_or(io::ErrorKind::NotFound)?;
         let iterator = <&mut programs::Iter>::try_from(program).map_err(io::Error::other)?;
+        if process.tgid != 0 && self.sees_host_pids {
+            match of_process(iterator.fd().map_err(io::Error::other)?.as_fd(), process.tgid) {
+                Ok(mut pass) => return records(&mut pass, each),
+                Err(error) if is_unknown(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let link = iterator.attach().and_then(|id| iterator.take_link(id)).map_err(io::Error::other)?;
         records(&mut link.into_file().map_err(io::Error::other)?, each)
     }
+}
+
+/// Whether the kernel does not know iterators over one process, which exist since 6.1.
+fn is_unknown(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::E2BIG))
+}
+
+/// Starts a pass that the kernel limits to one process: without it all tasks of the host are walked, and
+/// the program leaves out the others. aya passes nothing to an iterator, so this speaks to the kernel itself.
+fn of_process(program: BorrowedFd<'_>, tgid: u32) -> io::Result<File> {
+    const BPF_LINK_CREATE: libc::c_long = 28;
+    const BPF_ITER_CREATE: libc::c_long = 33;
+    const BPF_TRACE_ITER: u32 = 28;
+    /// `union bpf_iter_link_info`, as for tasks.
+    #[repr(C)]
+    #[derive(bytemuck::Pod, bytemuck::Zeroable, Clone, Copy)]
+    struct Info {
+        tid: u32,
+        pid: u32,
+        pid_fd: u32,
+        rest: u32,
+    }
+    /// The beginning of `union bpf_attr`, as for `BPF_LINK_CREATE`.
+    #[repr(C)]
+    struct LinkCreate {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+        info: u64,
+        info_len: u32,
+        reserved: u32,
+    }
+    let info = Info { tid: 0, pid: tgid, pid_fd: 0, rest: 0 };
+    let link = LinkCreate {
+        program: program.as_raw_fd() as u32,
+        target: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        info: (&raw const info) as u64,
+        info_len: size_of::<Info>() as u32,
+        reserved: 0,
+    };
+    let link = bpf(BPF_LINK_CREATE, (&raw const link).cast(), size_of::<LinkCreate>())?;
+    let create = [link.as_raw_fd() as u32, 0];
+    bpf(BPF_ITER_CREATE, create.as_ptr().cast(), size_of_val(&create)).map(File::from)
+}
+
+/// bpf(2) with a command that returns a new fd.
+fn bpf(command: libc::c_long, attributes: *const u8, size: usize) -> io::Result<OwnedFd> {
+    // SAFETY: the callers pass attributes of that size, and what those point to lives as long.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call returned a new fd, which nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Gives a leader that has exited the fd table that another thread of its process still holds, and drops

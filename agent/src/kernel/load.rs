@@ -1,6 +1,6 @@
 //! Loads the object, resolves its offsets, attaches what was asked for and records each verdict.
 
-use std::{fs, io};
+use std::{fs, io, path::Path};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
@@ -15,7 +15,8 @@ use plumb_common::{
 
 use super::{
     btf::{self, BtfError, KERNEL_BTF},
-    programs::{Hook, Intent, PROGRAMS, Program, Status, Verdict},
+    fds::FdHooks,
+    programs::{Hook, Intent, PROGRAMS, Program, Seam, Status, Verdict},
     ring::{Ring, RingError},
 };
 use crate::failure::{Exit, Failure};
@@ -39,11 +40,24 @@ pub struct Filter {
 /// What to load.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Names out of `PROGRAMS`; `None` for all.
+    /// Names out of `PROGRAMS`, without the fd programs; `None` for all.
     pub programs: Option<&'static [&'static str]>,
+    /// Whether and how fds can be followed.
+    pub fds: Fds,
     pub filter: Filter,
     /// Size of the event ring in bytes; a power of two, at least one page.
     pub ring_bytes: u32,
+}
+
+/// Whether and how fds are followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fds {
+    /// The fd programs are not loaded.
+    Never,
+    /// Attached at once, this way, or with `None` the best one there is; everybody's events are sent.
+    All(Option<Seam>),
+    /// Loaded, to be attached by `Kernel::follow_fds`; only events of watched processes are sent.
+    Watched(Option<Seam>),
 }
 
 impl Plan {
@@ -58,6 +72,7 @@ impl Plan {
             "threads",
             "files",
         ]),
+        fds: Fds::Watched(None),
         filter: Filter { tgid: None, comm: None },
         ring_bytes: RING_BYTES,
     };
@@ -67,15 +82,10 @@ impl Plan {
 
     /// The live stream.
     #[must_use]
-    pub fn watch(filter: Filter) -> Self {
+    pub const fn watch(filter: Filter) -> Self {
         Self {
-            programs: Some(&[
-                "task_newtask",
-                "sched_process_exec",
-                "task_rename",
-                "sched_process_exit",
-                "sys_exit",
-            ]),
+            programs: Some(&["task_newtask", "sched_process_exec", "task_rename", "sched_process_exit"]),
+            fds: Fds::All(None),
             filter,
             ring_bytes: RING_BYTES,
         }
@@ -83,8 +93,9 @@ impl Plan {
 
     /// One pass of these iterators.
     #[must_use]
-    pub fn pass(programs: &'static [&'static str]) -> Self {
-        Self { programs: Some(programs), filter: Filter::default(), ring_bytes: PAGE }
+    pub const fn pass(programs: &'static [&'static str]) -> Self {
+        let filter = Filter { tgid: None, comm: None };
+        Self { programs: Some(programs), fds: Fds::Never, filter, ring_bytes: PAGE }
     }
 }
 
@@ -128,7 +139,10 @@ impl From<LoadError> for Failure {
 #[derive(Debug)]
 pub struct Kernel {
     pub(super) ebpf: Ebpf,
-    programs: Vec<Status>,
+    pub(super) programs: Vec<Status>,
+    pub(super) fds: FdHooks,
+    /// Whether pids of this process's namespace are those of the kernel.
+    pub(super) sees_host_pids: bool,
 }
 
 impl Kernel {
@@ -142,27 +156,45 @@ impl Kernel {
         let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
 
         let types = fs::read(KERNEL_BTF).map_err(LoadError::NoBtf)?;
-        let offsets = btf::resolve_offsets(&types).map_err(LoadError::BadBtf)?;
+        let facts = btf::facts(&types).map_err(LoadError::BadBtf)?;
         drop(types);
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Refused(error.to_string()))?;
         let (tgid, comm) = (plan.filter.tgid.unwrap_or(0), plan.filter.comm.unwrap_or_default());
+        let watched_only = u32::from(matches!(plan.fds, Fds::Watched(_)));
+        let has_task_pt_regs = u32::from(facts.has_task_pt_regs);
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
-            .override_global("OFFSETS", &offsets[..], true)
+            .override_global("OFFSETS", &facts.offsets[..], true)
+            .override_global("WATCHED_ONLY", &watched_only, true)
+            .override_global("HAS_TASK_PT_REGS", &has_task_pt_regs, true)
             .override_global("FILTER_TGID", &tgid, true)
             .override_global("FILTER_COMM", &comm[..], true)
             .map_max_entries(EVENTS, plan.ring_bytes)
             .load(OBJECT)
             .map_err(|error| LoadError::Refused(chain(&error)))?;
-        let wanted =
-            PROGRAMS.iter().filter(|program| plan.programs.is_none_or(|names| names.contains(&program.name)));
-        let programs = wanted
-            .map(|program| Status { program, verdict: attach(&mut ebpf, program, &btf, &offsets) })
-            .collect();
+        let wanted = |program: &&Program| {
+            program.seam.is_none() && plan.programs.is_none_or(|names| names.contains(&program.name))
+        };
+        let mut programs = Vec::new();
+        for program in PROGRAMS.iter().filter(wanted) {
+            let loaded = load(&mut ebpf, program, &btf, &facts.offsets);
+            let done = loaded.and_then(|()| match program.hook {
+                // It stays with the object until that is dropped.
+                Hook::Tracepoint(_) => {
+                    tracepoint(&mut ebpf, program.name)?.attach().map(drop).map_err(refusal)
+                }
+                _ => Ok(()),
+            });
+            programs.push(Status {
+                program,
+                verdict: done.map_or_else(|verdict| verdict, |()| Verdict::Attached),
+            });
+        }
+        let fds = FdHooks::load(plan.fds, &mut ebpf, &btf, &facts.offsets, &mut programs);
         drop(btf);
         // SAFETY: no preconditions. The kernel's types took about 20 MB for a moment; give them back.
         unsafe { libc::malloc_trim(0) };
-        Ok(Self { ebpf, programs })
+        Ok(Self { ebpf, programs, fds, sees_host_pids: sees_host_pids() })
     }
 
     /// As `load`, and an error when a required program is not attached.
@@ -180,7 +212,7 @@ impl Kernel {
     }
 
     fn require(&self, needed: impl Fn(&Status) -> bool) -> Result<(), LoadError> {
-        match self.programs.iter().find(|status| needed(status) && !status.is_attached()) {
+        match self.programs.iter().find(|status| needed(status) && !status.is_fine()) {
             None => Ok(()),
             Some(status) => Err(LoadError::Required {
                 name: status.program.name,
@@ -215,25 +247,43 @@ impl Kernel {
     }
 }
 
-fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf, known: &[u32; offsets::LEN]) -> Verdict {
+/// Hands one program to the kernel.
+pub(super) fn load(
+    ebpf: &mut Ebpf,
+    program: &Program,
+    btf: &Btf,
+    known: &[u32; offsets::LEN],
+) -> Result<(), Verdict> {
     if let Some(index) = program.needs.iter().find(|index| known[**index] == offsets::MISSING) {
-        return Verdict::Unsupported { why: format!("this kernel has no field {}", offsets::PATHS[*index]) };
+        let why = format!("this kernel has no field {}", offsets::PATHS[*index]);
+        return Err(Verdict::Unsupported { why });
     }
-    let Some(loaded) = ebpf.program_mut(program.name) else {
-        return Verdict::Broken { why: "the object has no such program".to_owned() };
-    };
-    let done = match program.hook {
-        Hook::Tracepoint(name) => <&mut programs::BtfTracePoint>::try_from(loaded)
-            .and_then(|tracepoint| tracepoint.load(name, btf).and_then(|()| tracepoint.attach().map(drop))),
-        Hook::Iterator(object) => {
-            <&mut programs::Iter>::try_from(loaded).and_then(|iterator| iterator.load(object, btf))
+    let loaded = ebpf.program_mut(program.name);
+    let loaded = loaded.ok_or(Verdict::Broken { why: "the object has no such program".to_owned() })?;
+    match (program.hook, loaded) {
+        (Hook::Tracepoint(name), programs::Program::BtfTracePoint(tracepoint)) => tracepoint.load(name, btf),
+        (Hook::Iterator(object), programs::Program::Iter(iterator)) => iterator.load(object, btf),
+        (Hook::Exit(name), programs::Program::FExit(exit)) => exit.load(name, btf),
+        (Hook::Entry(names), programs::Program::FEntry(entry)) => {
+            // Each name but the last may be one that this kernel does not have yet.
+            let mut tried = names.iter().map(|name| entry.load(name, btf));
+            tried.find(|done| !matches!(done, Err(ProgramError::Btf(_)))).unwrap_or_else(|| {
+                Err(ProgramError::Btf(aya::BtfError::UnknownBtfTypeName { type_name: names.join(" or ") }))
+            })
         }
-    };
-    done.map_or_else(|error| verdict(&error), |()| Verdict::Attached)
+        _ => return Err(Verdict::Broken { why: "the program has another hook in the object".to_owned() }),
+    }
+    .map_err(refusal)
 }
 
-fn verdict(error: &ProgramError) -> Verdict {
-    match error {
+fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut programs::BtfTracePoint, Verdict> {
+    let gone = || Verdict::Broken { why: "the object has no such program".to_owned() };
+    ebpf.program_mut(name).ok_or_else(gone)?.try_into().map_err(refusal)
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
+pub(super) fn refusal(error: ProgramError) -> Verdict {
+    match &error {
         ProgramError::Btf(_) => Verdict::Unsupported { why: "this kernel has no such hook".to_owned() },
         ProgramError::LoadError { io_error, verifier_log } => {
             tracing::debug!(%verifier_log, "the verifier refused a program");
@@ -242,6 +292,13 @@ fn verdict(error: &ProgramError) -> Verdict {
         ProgramError::SyscallError(error) => Verdict::of_refusal(&error.io_error, ""),
         other => Verdict::Broken { why: chain(other) },
     }
+}
+
+/// Whether this process is in the initial pid namespace, whose inode is fixed (`PROC_PID_INIT_INO`,
+/// include/linux/proc_ns.h).
+#[must_use]
+pub fn sees_host_pids() -> bool {
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link == Path::new("pid:[4026531836]"))
 }
 
 /// CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39), since 5.8.

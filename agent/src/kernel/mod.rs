@@ -1,6 +1,7 @@
 //! The only importer of aya: loads the kernel programs, attaches them, and reads what they say.
 
 mod btf;
+mod fds;
 mod iter;
 mod load;
 mod programs;
@@ -8,6 +9,7 @@ mod ring;
 
 pub use btf::BtfError;
 pub(crate) use btf::KERNEL_BTF;
-pub use load::{Filter, Kernel, LoadError, Plan, require_capabilities};
-pub use programs::{Intent, PROGRAMS, Status, Verdict};
-pub use ring::{Ring, RingError};
+pub use fds::WatchError;
+pub use load::{Fds, Filter, Kernel, LoadError, Plan, require_capabilities, sees_host_pids};
+pub use programs::{Intent, PROGRAMS, Seam, Status, Verdict};
+pub use ring::{Ledger, Ring, RingError};

@@ -13,8 +13,32 @@ const ENOTSUPP: i32 = 524;
 pub enum Hook {
     /// A BTF-typed raw tracepoint, attached for as long as the kernel handle lives.
     Tracepoint(&'static str),
+    /// The first of these kernel functions that there is, when it is entered (since 5.5).
+    Entry(&'static [&'static str]),
+    /// A kernel function, when it returns (since 5.5).
+    Exit(&'static str),
     /// A BPF iterator; loaded once and attached anew for each pass.
     Iterator(&'static str),
+}
+
+/// A way of attaching the fd seam.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seam {
+    /// The kernel's own functions that fill and empty slots. Costs other syscalls nothing.
+    Functions,
+    /// The results of syscalls. Costs every syscall of the host a little.
+    SysExit,
+}
+
+impl Seam {
+    /// The word used in output and metrics.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Functions => "functions",
+            Self::SysExit => "sys_exit",
+        }
+    }
 }
 
 /// How much depends on a program.
@@ -33,6 +57,8 @@ pub struct Program {
     /// Name of the function in the object.
     pub name: &'static str,
     pub hook: Hook,
+    /// Of the fd programs, the way of attaching they belong to. Only one way is attached at a time.
+    pub seam: Option<Seam>,
     pub intent: Intent,
     /// What the user goes without when it is not there.
     pub gives: &'static str,
@@ -49,10 +75,23 @@ const ACTOR: &[usize] = &[
     offsets::TASK_START_BOOTTIME,
 ];
 
-pub static PROGRAMS: [Program; 8] = [
+/// What an fd event needs to find table, slot and syscall.
+const IN_SLOT: &[usize] = &[
+    offsets::TASK_GROUP_LEADER,
+    offsets::TASK_START_BOOTTIME,
+    offsets::TASK_THREAD_STATUS,
+    offsets::TASK_STACK,
+    offsets::TASK_FILES,
+    offsets::FILES_FDT,
+    offsets::FDT_MAX_FDS,
+    offsets::FDT_FD,
+];
+
+pub static PROGRAMS: [Program; 11] = [
     Program {
         name: "task_newtask",
         hook: Hook::Tracepoint("task_newtask"),
+        seam: None,
         intent: Intent::Optional,
         gives: "new processes and threads between two passes",
         needs: ACTOR,
@@ -60,6 +99,7 @@ pub static PROGRAMS: [Program; 8] = [
     Program {
         name: "sched_process_exec",
         hook: Hook::Tracepoint("sched_process_exec"),
+        seam: None,
         intent: Intent::Optional,
         gives: "exec events",
         needs: ACTOR,
@@ -67,6 +107,7 @@ pub static PROGRAMS: [Program; 8] = [
     Program {
         name: "task_rename",
         hook: Hook::Tracepoint("task_rename"),
+        seam: None,
         intent: Intent::Optional,
         gives: "thread names as they change",
         needs: ACTOR,
@@ -74,6 +115,7 @@ pub static PROGRAMS: [Program; 8] = [
     Program {
         name: "sched_process_exit",
         hook: Hook::Tracepoint("sched_process_exit"),
+        seam: None,
         intent: Intent::Optional,
         gives: "exits between two passes, with their codes",
         needs: &[
@@ -85,23 +127,42 @@ pub static PROGRAMS: [Program; 8] = [
         ],
     },
     Program {
+        name: "fd_install",
+        hook: Hook::Entry(&["fd_install"]),
+        seam: Some(Seam::Functions),
+        intent: Intent::Optional,
+        gives: "fd events that cost other syscalls nothing: new fds",
+        needs: IN_SLOT,
+    },
+    Program {
+        name: "do_dup2",
+        hook: Hook::Exit("do_dup2"),
+        seam: Some(Seam::Functions),
+        intent: Intent::Optional,
+        gives: "fd events that cost other syscalls nothing: replaced fds",
+        needs: IN_SLOT,
+    },
+    Program {
+        name: "filp_flush",
+        // From 6.6 on close(2) goes past filp_close, which itself calls filp_flush.
+        hook: Hook::Entry(&["filp_flush", "filp_close"]),
+        seam: Some(Seam::Functions),
+        intent: Intent::Optional,
+        gives: "fd events that cost other syscalls nothing: closed fds",
+        needs: IN_SLOT,
+    },
+    Program {
         name: "sys_exit",
         hook: Hook::Tracepoint("sys_exit"),
+        seam: Some(Seam::SysExit),
         intent: Intent::Optional,
-        gives: "the fd events of `plumb watch`",
-        needs: &[
-            offsets::TASK_GROUP_LEADER,
-            offsets::TASK_START_BOOTTIME,
-            offsets::TASK_THREAD_STATUS,
-            offsets::TASK_FILES,
-            offsets::FILES_FDT,
-            offsets::FDT_MAX_FDS,
-            offsets::FDT_FD,
-        ],
+        gives: "fd events where the kernel's functions cannot be attached",
+        needs: IN_SLOT,
     },
     Program {
         name: "processes",
         hook: Hook::Iterator("task"),
+        seam: None,
         intent: Intent::Required,
         gives: "the counts of fds and threads of every process",
         needs: &[
@@ -123,6 +184,7 @@ pub static PROGRAMS: [Program; 8] = [
     Program {
         name: "threads",
         hook: Hook::Iterator("task"),
+        seam: None,
         intent: Intent::Optional,
         gives: "the threads of one process by name",
         needs: &[offsets::TASK_PID, offsets::TASK_TGID, offsets::TASK_COMM, offsets::TASK_START_BOOTTIME],
@@ -130,6 +192,7 @@ pub static PROGRAMS: [Program; 8] = [
     Program {
         name: "files",
         hook: Hook::Iterator("task_file"),
+        seam: None,
         intent: Intent::Optional,
         gives: "the open files of one process and what leaks",
         needs: &[
@@ -155,6 +218,10 @@ pub static PROGRAMS: [Program; 8] = [
 pub enum Verdict {
     /// Attached or, for an iterator, loaded.
     Attached,
+    /// Loaded, to be attached as soon as somebody's fds are followed.
+    Loaded,
+    /// Not needed: another program sees the same. `why` says what speaks against this one.
+    Substituted { by: &'static str, why: String },
     /// This kernel has no such hook or field.
     Unsupported { why: String },
     /// The kernel has it and does not let us.
@@ -169,22 +236,36 @@ impl Verdict {
     pub fn word(&self) -> &'static str {
         match self {
             Self::Attached => "attached",
+            Self::Loaded => "loaded",
+            Self::Substituted { .. } => "substituted",
             Self::Unsupported { .. } => "unsupported",
             Self::Refused { .. } => "refused",
             Self::Broken { .. } => "broken",
         }
     }
 
-    /// Why, and what to do; empty when attached.
+    /// Why, and what to do; empty when there is nothing to say.
     #[must_use]
     pub fn explain(&self) -> String {
         match self {
             Self::Attached => String::new(),
+            Self::Loaded => "attached while somebody's fds are followed".to_owned(),
+            Self::Substituted { by, why } => format!("{by} does its work: {why}"),
             Self::Unsupported { why } => why.clone(),
             Self::Refused { errno, remedy } => format!("{}; {remedy}", io::Error::from_raw_os_error(*errno)),
             Self::Broken { why } => {
                 format!("{why}; please report this with the output of `plumb doctor -o json`")
             }
+        }
+    }
+
+    /// What happened, without what to do about it.
+    #[must_use]
+    pub(super) fn cause(&self) -> String {
+        match self {
+            Self::Refused { errno, .. } => format!("refused: {}", io::Error::from_raw_os_error(*errno)),
+            Self::Unsupported { why } | Self::Broken { why } => format!("{}: {why}", self.word()),
+            other => other.word().to_owned(),
         }
     }
 
@@ -231,5 +312,11 @@ impl Status {
     #[must_use]
     pub fn is_attached(&self) -> bool {
         self.verdict == Verdict::Attached
+    }
+
+    /// Whether nothing is missing because of it.
+    #[must_use]
+    pub fn is_fine(&self) -> bool {
+        matches!(self.verdict, Verdict::Attached | Verdict::Loaded | Verdict::Substituted { .. })
     }
 }

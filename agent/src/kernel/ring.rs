@@ -1,9 +1,13 @@
 //! The event ring: one reader, no wake-up per event.
 
-use std::{io, os::fd::AsFd, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 
 use aya::maps::{Map, MapData, RingBuf};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{Timespec, epoll};
 
 use crate::decode::{self, Event};
 
@@ -20,19 +24,52 @@ pub enum RingError {
 /// The reading end of the ring.
 pub struct Ring {
     events: RingBuf<MapData>,
-    rejected: u64,
+    wakeups: OwnedFd,
+    ledger: Ledger,
+}
+
+/// What became of the events that the kernel sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ledger {
+    /// Handed on.
+    pub consumed: u64,
+    /// Lost: `decode` did not understand them.
+    pub rejected: u64,
+}
+
+impl Ledger {
+    fn take(&mut self, record: &[u8]) -> Option<Event> {
+        match decode::event(record) {
+            Ok(event) => {
+                self.consumed += 1;
+                Some(event)
+            }
+            Err(error) => {
+                self.rejected += 1;
+                tracing::debug!(%error, "an event could not be decoded");
+                None
+            }
+        }
+    }
 }
 
 impl Ring {
     pub(super) fn new(map: Map) -> Result<Self, RingError> {
-        Ok(Self { events: RingBuf::try_from(map)?, rejected: 0 })
+        let events = RingBuf::try_from(map)?;
+        // Edge-triggered: otherwise a single event that waits for its tick would keep the reader awake.
+        let wakeups = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
+        let what = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&wakeups, events.as_fd(), epoll::EventData::new_u64(0), what).map_err(io::Error::from)?;
+        Ok(Self { events, wakeups, ledger: Ledger::default() })
     }
 
     /// Sleeps until the kernel asks to be read (an eighth of the ring is full) or the time is over.
     pub fn wait(&self, timeout: Duration) -> Result<(), RingError> {
         let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
-        let mut ready = [PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN)];
-        match poll(&mut ready, Some(&timeout)) {
+        // Without an owner: the ring is the only thing that is waited for.
+        let mut ready =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        match epoll::wait(&self.wakeups, &mut ready[..], Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(RingError::Wait(error.into())),
         }
@@ -41,23 +78,41 @@ impl Ring {
     /// Takes what is there, at most `limit` events, in the order of their reservation.
     pub fn drain(&mut self, limit: usize) -> Vec<Event> {
         let mut batch = Vec::new();
-        while batch.len() < limit
-            && let Some(item) = self.events.next()
-        {
-            match decode::event(&item) {
-                Ok(event) => batch.push(event),
-                Err(error) => {
-                    self.rejected += 1;
-                    tracing::debug!(%error, "an event could not be decoded");
-                }
-            }
-        }
+        self.drain_into(&mut batch, limit);
         batch
     }
 
-    /// Events so far that `decode` did not understand.
+    /// As `drain`, into a batch that is used again.
+    pub fn drain_into(&mut self, batch: &mut Vec<Event>, limit: usize) {
+        while batch.len() < limit
+            && let Some(item) = self.events.next()
+        {
+            batch.extend(self.ledger.take(&item));
+        }
+    }
+
+    /// What became of the events so far.
     #[must_use]
-    pub fn rejected(&self) -> u64 {
-        self.rejected
+    pub fn ledger(&self) -> Ledger {
+        self.ledger
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+    use plumb_common::event::{Exit, KIND_EXIT};
+
+    use super::*;
+
+    #[test]
+    fn a_record_is_consumed_or_rejected() {
+        let mut exit = Exit::zeroed();
+        exit.header.kind = KIND_EXIT;
+        let (whole, mut ledger) = (bytemuck::bytes_of(&exit), Ledger::default());
+        assert_eq!(ledger.take(whole), Some(Event::Exit(exit)));
+        assert_eq!(ledger.take(&whole[1..]), None);
+        assert_eq!(ledger.take(&[]), None);
+        assert_eq!(ledger, Ledger { consumed: 1, rejected: 2 });
     }
 }

@@ -1,0 +1,220 @@
+//! The fd programs: which way of attaching this kernel allows, when they are attached, and for whom.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use aya::{
+    Btf, Ebpf,
+    maps::{Array, HashMap, MapError},
+    programs::{self, fentry::FEntryLink, fexit::FExitLink, tp_btf::BtfTracePointLink},
+};
+use plumb_common::{event::FdControl, offsets, task::ProcKey};
+
+use super::{
+    load::{Fds, Kernel, load, refusal},
+    programs::{PROGRAMS, Program, Seam, Status, Verdict},
+};
+
+/// One attached program; dropping it detaches.
+#[derive(Debug)]
+#[allow(dead_code, reason = "held, not read")]
+enum Attached {
+    Tracepoint(BtfTracePointLink),
+    Entry(FEntryLink),
+    Exit(FExitLink),
+}
+
+/// The fd programs of a kernel handle.
+#[derive(Debug, Default)]
+pub(super) struct FdHooks {
+    seam: Option<Seam>,
+    attached: Vec<Attached>,
+}
+
+fn of_seam(seam: Seam) -> impl Iterator<Item = &'static Program> {
+    PROGRAMS.iter().filter(move |program| program.seam == Some(seam))
+}
+
+impl FdHooks {
+    /// Loads the first way that this kernel allows, and adds a verdict for each fd program.
+    pub(super) fn load(
+        fds: Fds,
+        ebpf: &mut Ebpf,
+        btf: &Btf,
+        known: &[u32; offsets::LEN],
+        statuses: &mut Vec<Status>,
+    ) -> Self {
+        let (wanted, at_once) = match fds {
+            Fds::Never => return Self::default(),
+            Fds::All(seam) => (seam, true),
+            Fds::Watched(seam) => (seam, false),
+        };
+        let mut hooks = Self::default();
+        let mut verdicts: Vec<(&'static Program, Verdict)> = Vec::new();
+        for seam in [Seam::Functions, Seam::SysExit] {
+            if hooks.seam.is_some() || wanted.is_some_and(|wanted| wanted != seam) {
+                continue;
+            }
+            // Attached once to see whether that is allowed.
+            let tried: Vec<_> = of_seam(seam)
+                .map(|program| {
+                    (program, load(ebpf, program, btf, known).and_then(|()| attach(ebpf, program)))
+                })
+                .collect();
+            let all = tried.iter().all(|(_, done)| done.is_ok());
+            for (program, done) in tried {
+                let verdict = match done {
+                    Ok(link) if all && at_once => {
+                        hooks.attached.push(link);
+                        Verdict::Attached
+                    }
+                    Ok(_) => Verdict::Loaded,
+                    Err(verdict) => verdict,
+                };
+                verdicts.push((program, verdict));
+            }
+            hooks.seam = all.then_some(seam);
+        }
+        if let Some(chosen) = hooks.seam {
+            let by = of_seam(chosen).next().map_or("", |program| program.name);
+            // What the other way has to say for itself is of no consequence.
+            for (program, verdict) in &mut verdicts {
+                if program.seam != Some(chosen) {
+                    let why = verdict.cause();
+                    *verdict = Verdict::Substituted { by, why };
+                }
+            }
+            let left = PROGRAMS.iter().filter(|program| program.seam.is_some_and(|seam| seam != chosen));
+            for program in left {
+                if !verdicts.iter().any(|(known, _)| std::ptr::eq(*known, program)) {
+                    let why = "one way is enough".to_owned();
+                    verdicts.push((program, Verdict::Substituted { by, why }));
+                }
+            }
+        }
+        statuses.extend(verdicts.into_iter().map(|(program, verdict)| Status { program, verdict }));
+        hooks
+    }
+}
+
+fn attach(ebpf: &mut Ebpf, program: &Program) -> Result<Attached, Verdict> {
+    match ebpf.program_mut(program.name) {
+        Some(programs::Program::BtfTracePoint(hook)) => {
+            hook.attach().and_then(|id| hook.take_link(id)).map(Attached::Tracepoint)
+        }
+        Some(programs::Program::FEntry(hook)) => {
+            hook.attach().and_then(|id| hook.take_link(id)).map(Attached::Entry)
+        }
+        Some(programs::Program::FExit(hook)) => {
+            hook.attach().and_then(|id| hook.take_link(id)).map(Attached::Exit)
+        }
+        _ => return Err(Verdict::Broken { why: "the object has no such program".to_owned() }),
+    }
+    .map_err(refusal)
+}
+
+/// Why a process is not watched.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// `limits::MAX_WATCHED` are watched already. Nobody is dropped for a new one.
+    #[error("as many processes are watched as there is room for")]
+    Full,
+    #[error("the list of watched processes cannot be changed: {0}")]
+    Map(#[from] MapError),
+}
+
+impl Kernel {
+    /// The way in which fds are followed; `None` when this kernel allows none or none was asked for.
+    #[must_use]
+    pub fn seam(&self) -> Option<Seam> {
+        self.fds.seam
+    }
+
+    /// Whether the fd programs are attached now.
+    #[must_use]
+    pub fn follows_fds(&self) -> bool {
+        !self.fds.attached.is_empty()
+    }
+
+    /// Attaches or detaches the fd programs. Does nothing when that is done already or there is no way.
+    pub fn follow_fds(&mut self, on: bool) -> Result<(), Verdict> {
+        let Some(seam) = self.fds.seam else { return Ok(()) };
+        if on == self.follows_fds() {
+            return Ok(());
+        }
+        self.fds.attached.clear();
+        let mut links = Vec::new();
+        if on {
+            for program in of_seam(seam) {
+                links.push(attach(&mut self.ebpf, program)?);
+            }
+        }
+        self.fds.attached = links;
+        for status in self.programs.iter_mut().filter(|status| status.program.seam == Some(seam)) {
+            status.verdict = if on { Verdict::Attached } else { Verdict::Loaded };
+        }
+        Ok(())
+    }
+
+    /// Whose fd events are sent beside the watched processes'.
+    pub fn set_fd_control(&mut self, control: FdControl) -> io::Result<()> {
+        let map = self.ebpf.map_mut("FD_CONTROL").ok_or(io::ErrorKind::NotFound)?;
+        let mut map = Array::<_, u64>::try_from(map).map_err(io::Error::other)?;
+        map.set(0, bytemuck::cast::<FdControl, u64>(control), 0).map_err(io::Error::other)
+    }
+
+    /// From now on the fd events of a process are sent. A number that stands for another process by now
+    /// sends nothing.
+    pub fn watch(&mut self, process: ProcKey) -> Result<(), WatchError> {
+        match self.watched()?.insert(process.tgid, process.start_boottime, 0) {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                Err(WatchError::Full)
+            }
+            done => Ok(done?),
+        }
+    }
+
+    /// No longer; nothing to do if it was not watched.
+    pub fn unwatch(&mut self, process: ProcKey) -> Result<(), WatchError> {
+        let mut watched = self.watched()?;
+        match watched.get(&process.tgid, 0) {
+            Ok(start) if start == process.start_boottime => Ok(watched.remove(&process.tgid)?),
+            Ok(_) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn watched(&mut self) -> Result<HashMap<&mut aya::maps::MapData, u32, u64>, MapError> {
+        let missing = || MapError::InvalidName { name: "WATCHED".to_owned() };
+        HashMap::try_from(self.ebpf.map_mut("WATCHED").ok_or_else(missing)?)
+    }
+
+    /// How often the kernel did not run an attached program because it was running on that CPU already,
+    /// summed (`recursion_misses`, since 5.12; 0 before).
+    #[must_use]
+    pub fn not_run(&self) -> u64 {
+        let fds =
+            self.ebpf.programs().filter_map(|(_, program)| Some(program.fd().ok()?.as_fd().as_raw_fd()));
+        fds.filter_map(|fd| std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok())
+            .filter_map(|text| recursion_misses(&text))
+            .sum()
+    }
+}
+
+fn recursion_misses(fdinfo: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_was_not_run_is_told_by_its_fdinfo() {
+        let text = "prog_type:\t26\nrun_cnt:\t5\nrecursion_misses:\t12\nverified_insns:\t100\n";
+        assert_eq!(recursion_misses(text), Some(12));
+        assert_eq!(recursion_misses("prog_type:\t26\n"), None);
+    }
+}

@@ -1,0 +1,160 @@
+//! The fd seam through `sys_exit`: one program for all calls of `syscalls::TABLE`.
+#![allow(clippy::needless_pass_by_value, reason = "the attribute macro passes the context by value")]
+
+use aya_ebpf::{helpers::bpf_probe_read_user, macros::btf_tracepoint, programs::BtfTracePointContext};
+use plumb_common::{
+    counts,
+    event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED},
+    offsets, syscalls,
+};
+
+use crate::{
+    emit,
+    fd::{Added, Removed, added, call, header, is_compat, removed},
+    kernel,
+    regs::{self, PtRegs},
+};
+
+const F_DUPFD: u32 = 0;
+const F_DUPFD_CLOEXEC: u32 = 1030;
+const CLOSE_RANGE_CLOEXEC: u64 = 4;
+const EBADF: i64 = 9;
+/// linux/seccomp.h.
+const SECCOMP_SET_MODE_FILTER: u32 = 1;
+const SECCOMP_FILTER_FLAG_NEW_LISTENER: u64 = 8;
+/// linux/net.h.
+const SYS_SOCKET: u32 = 1;
+const SYS_ACCEPT: u32 = 5;
+const SYS_ACCEPT4: u32 = 18;
+
+/// Whether a command of bpf(2) returns an fd (`enum bpf_cmd`, include/uapi/linux/bpf.h): map and program
+/// made, object and id looked up, raw tracepoint, BTF, link, iterator, statistics, token.
+#[inline(always)]
+fn makes_fd(command: u32) -> bool {
+    const MAKES_FD: u64 = 1 << 0
+        | 1 << 5
+        | 1 << 7
+        | 1 << 13
+        | 1 << 14
+        | 1 << 17
+        | 1 << 18
+        | 1 << 19
+        | 1 << 28
+        | 1 << 30
+        | 1 << 32
+        | 1 << 33
+        | 1 << 36;
+    command < 64 && MAKES_FD >> command & 1 == 1
+}
+
+/// `void sys_exit(struct pt_regs *regs, long ret)`, since 2.6.32 as a tracepoint. Runs at the end of every
+/// syscall of the host while it is attached: the first lines are what everybody pays.
+#[btf_tracepoint(function = "sys_exit")]
+pub(crate) fn sys_exit(ctx: BtfTracePointContext) -> i32 {
+    let regs: *const PtRegs = ctx.arg(0);
+    // SAFETY: the tracepoint's first argument.
+    let number = unsafe { regs::number(regs) };
+    if number < syscalls::NUMBERS as u64 && syscalls::BY_NUMBER[number as usize] != u16::MAX {
+        followed(regs, ctx.arg(1), number);
+    }
+    0
+}
+
+/// A call that is followed natively, through the 32-bit entry, or both.
+#[inline(always)]
+fn followed(regs: *const PtRegs, ret: i64, number: u64) {
+    let task = kernel::current();
+    let compat = is_compat(task);
+    let how = call(number, compat);
+    if how >= syscalls::TABLE.len() {
+        return;
+    }
+    // SAFETY: the tracepoint's first argument.
+    let [first, second, third, fourth] = unsafe { regs::arguments(regs, compat) };
+    let shape = syscalls::SHAPES[how];
+    let how = how as u32;
+    let returns = match shape {
+        syscalls::RETURNS => true,
+        syscalls::FCNTL => second as u32 == F_DUPFD || second as u32 == F_DUPFD_CLOEXEC,
+        syscalls::REPLACES => first as u32 != second as u32,
+        syscalls::SIGNALFD => first as u32 == u32::MAX,
+        syscalls::BPF => makes_fd(first as u32),
+        syscalls::SECCOMP => {
+            first as u32 == SECCOMP_SET_MODE_FILTER && second & SECCOMP_FILTER_FLAG_NEW_LISTENER != 0
+        }
+        syscalls::SOCKETCALL => {
+            first as u32 == SYS_SOCKET || first as u32 == SYS_ACCEPT || first as u32 == SYS_ACCEPT4
+        }
+        _ => false,
+    };
+    match shape {
+        syscalls::PAIR if ret == 0 => pair(task, first, how),
+        syscalls::PAIR_IN_FOURTH if ret == 0 => pair(task, fourth, how),
+        // Whatever else close reports, the fd is gone.
+        syscalls::CLOSES if ret != -EBADF => emptied(task, [first as u32; 2], FD_CLOSED, how),
+        syscalls::CLOSES_RANGE if ret == 0 => {
+            let change = if third & CLOSE_RANGE_CLOEXEC == 0 { FD_CLOSED } else { FD_CLOSE_ON_EXEC };
+            emptied(task, [first as u32, second as u32], change, how);
+        }
+        syscalls::REPLACES if returns && ret >= 0 => filled(task, ret as u32, FD_REPLACED, how),
+        _ if returns && ret >= 0 => filled(task, ret as u32, FD_OPENED, how),
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn pair(task: u64, address: u64, how: u32) {
+    // SAFETY: the helper checks the user address. The process may rewrite the memory: both numbers are
+    // verified against the table like any other.
+    match unsafe { bpf_probe_read_user(address as *const [u32; 2]) } {
+        Ok([one, two]) => {
+            filled(task, one, FD_OPENED, how);
+            filled(task, two, FD_OPENED, how);
+        }
+        Err(_) => pair_unread(),
+    }
+}
+
+/// Two fds were made, and the memory that says which cannot be read.
+#[inline(never)]
+fn pair_unread() {
+    // Each of the two is an event.
+    for _ in 0..2 {
+        if header().is_some() {
+            emit::count(counts::FD, counts::FAULT);
+        }
+    }
+}
+
+/// A call claims to have filled a slot.
+#[inline(never)]
+fn filled(task: u64, fd: u32, change: u32, how: u32) {
+    let Some(header) = header() else { return };
+    match slot(task, fd) {
+        None => emit::count(counts::FD, counts::FAULT),
+        Some((_, 0)) => emit::count(counts::FD, counts::FORGED),
+        Some((files, file)) => added(header, &Added { files, file, fd, change, how }),
+    }
+}
+
+#[inline(never)]
+fn emptied(task: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
+    let Some(header) = header() else { return };
+    match kernel::read::<u64>(task, offsets::TASK_FILES) {
+        None => emit::count(counts::FD, counts::FAULT),
+        Some(files) => removed(header, &Removed { files, file: 0, fd, fd_last, change, how }),
+    }
+}
+
+/// The fd table of a task and the file in one slot of it; file 0 when the slot is empty or beyond the
+/// table, `None` when the table could not be read.
+#[inline(always)]
+fn slot(task: u64, fd: u32) -> Option<(u64, u64)> {
+    let files = kernel::read::<u64>(task, offsets::TASK_FILES)?;
+    let fdt = kernel::read::<u64>(files, offsets::FILES_FDT)?;
+    if fd >= kernel::read::<u32>(fdt, offsets::FDT_MAX_FDS)? {
+        return Some((files, 0));
+    }
+    let array = kernel::read::<u64>(fdt, offsets::FDT_FD)?;
+    Some((files, kernel::read_at::<u64>(array + u64::from(fd) * 8)?))
+}
