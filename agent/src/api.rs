@@ -1,10 +1,18 @@
 //! HTTP: metrics and health over TCP, and over the control socket also what concerns single processes.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
-    extract::State,
+    body::Body,
+    extract::{Query, State, rejection::QueryRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
@@ -15,6 +23,8 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use plumb_common::task::ProcKey;
+use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
@@ -26,14 +36,22 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::{self, Calendar},
+    decode::Event,
     document::Leaks,
     export::prometheus::{self, Own},
+    follow::Who,
+    line::{self, Line},
+    observe::Request,
+    subscribe::{self, Item, Subscribers, Subscription},
     supervisor::{self, Workers},
     view::HostView,
 };
 
 /// Without a pass for this long the agent is blind.
 const STALE: Duration = Duration::from_secs(5);
+/// Canaries in a row, one a second, that must be missing before the fd events count as broken: one may be
+/// delayed by a flood.
+const CANARIES: u32 = 2;
 /// Without a pass for this long the observer hangs; one that fails is started again by its supervisor.
 const HUNG: Duration = Duration::from_secs(30);
 
@@ -72,6 +90,9 @@ impl Limits {
         life: Duration::from_secs(30),
         grace: Duration::from_secs(1),
     };
+
+    /// On the control socket, which only root may open, an event stream lives as long as its reader.
+    pub(crate) const CONTROL: Self = Self { life: Duration::MAX, ..Self::AGENT };
 }
 
 /// Serves until it is told to stop; requests under way have `grace` to be finished.
@@ -166,9 +187,22 @@ pub(crate) fn public(shared: Shared) -> Router {
         .with_state(shared)
 }
 
+/// What an event stream needs beyond that.
+#[derive(Clone, Debug)]
+pub(crate) struct Events {
+    pub subscribers: Subscribers,
+    /// To the observer.
+    pub requests: mpsc::Sender<Request>,
+}
+
 /// For whoever may open the control socket.
-pub(crate) fn control(shared: Shared) -> Router {
-    Router::new().route("/v1/leaks", get(leaks)).with_state(shared.clone()).merge(public(shared))
+pub(crate) fn control(shared: Shared, events: Events) -> Router {
+    let streams = Router::new().route("/v1/events", get(stream)).with_state((shared.clone(), events));
+    Router::new()
+        .route("/v1/leaks", get(leaks))
+        .with_state(shared.clone())
+        .merge(streams)
+        .merge(public(shared))
 }
 
 async fn index() -> &'static str {
@@ -186,6 +220,102 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 async fn leaks(State(shared): State<Shared>) -> Json<Leaks> {
     let view = Arc::clone(&shared.views.borrow());
     Json(Leaks::new(&view.findings, Calendar::now()))
+}
+
+/// Whose events a stream is about.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    /// Everybody's without.
+    pid: Option<u32>,
+}
+
+/// Events as they happen, one object per line, until the client or the process ends.
+async fn stream(
+    State((shared, events)): State<(Shared, Events)>,
+    asked: Result<Query<Asked>, QueryRejection>,
+) -> Response {
+    let refuse = |status: StatusCode, text: String| (status, text + "\n").into_response();
+    let asked = match asked {
+        Ok(Query(asked)) => asked,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, format!("{error}; GET /v1/events?pid=N")),
+    };
+    let who = match asked.pid {
+        None => Who::Everybody,
+        Some(pid) => match process(shared.views, pid).await {
+            Some(key) => Who::Process(key),
+            None => return refuse(StatusCode::NOT_FOUND, format!("no process has pid {pid}")),
+        },
+    };
+    match events.subscribers.add(who) {
+        None => refuse(StatusCode::SERVICE_UNAVAILABLE, "too many listen already".to_owned()),
+        Some(subscription) => {
+            let lines = Lines::begin(subscription, events.requests);
+            let body = futures_util::stream::unfold(lines, |mut lines| async {
+                let page = lines.next().await?;
+                Some((Ok::<_, Infallible>(page), lines))
+            });
+            ([(header::CONTENT_TYPE, "application/jsonl")], Body::from_stream(body)).into_response()
+        }
+    }
+}
+
+/// The process of a pid; one that has just begun is in the next pass.
+async fn process(mut views: watch::Receiver<Arc<HostView>>, pid: u32) -> Option<ProcKey> {
+    for _ in 0..2 {
+        let found = |view: &HostView| view.rows.iter().find(|row| row.key.tgid == pid).map(|row| row.key);
+        if let Some(key) = found(&views.borrow_and_update()) {
+            return Some(key);
+        }
+        views.changed().await.ok()?;
+    }
+    None
+}
+
+/// A stream in words. What it follows is released when its reader goes.
+struct Lines {
+    subscription: Subscription,
+    requests: mpsc::Sender<Request>,
+    calendar: Calendar,
+    ended: bool,
+}
+
+impl Lines {
+    fn begin(subscription: Subscription, requests: mpsc::Sender<Request>) -> Self {
+        // The receiver outlives the observer, so this fails only when the agent is ending.
+        let _ = requests.send(Request::Follow(subscription.who));
+        Self { subscription, requests, calendar: Calendar::now(), ended: false }
+    }
+
+    async fn next(&mut self) -> Option<String> {
+        loop {
+            if self.ended {
+                return None;
+            }
+            let mut page = String::new();
+            match self.subscription.next().await? {
+                Item::Gap(lost) => page = line::gap(lost) + "\n",
+                Item::Events(events) => {
+                    let who = self.subscription.who;
+                    for event in events.iter().filter(|event| subscribe::is_about(event, who)) {
+                        page += &Line::new(event, self.calendar).json();
+                        page.push('\n');
+                        self.ended |= matches!(event, Event::Exit(exit)
+                            if exit.group_dead != 0 && who == Who::Process(exit.header.process));
+                    }
+                }
+            }
+            if !page.is_empty() {
+                return Some(page);
+            }
+        }
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        let _ = self.requests.send(Request::Unfollow(self.subscription.who));
+    }
 }
 
 /// Whether restarting the agent would help.
@@ -238,6 +368,16 @@ fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode,
             status.verdict.word(),
             status.verdict.explain()
         ));
+    }
+    let following = view.following;
+    if following.canary_missed >= CANARIES {
+        lines.push(format!(
+            "fd programs are attached but nothing is seen of them for {} s",
+            following.canary_missed
+        ));
+    }
+    if following.refused > 0 {
+        lines.push(format!("{} processes are not watched: there is no room", following.refused));
     }
     if view.lost_lately > 0 {
         lines.push(format!("{} events were lost in the last second", view.lost_lately));

@@ -9,7 +9,10 @@ use std::{
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
-use crate::failure::{Exit, Failure};
+use crate::{
+    failure::{Exit, Failure},
+    follow::FdEvents,
+};
 
 /// Read when it exists and no other file is named.
 pub(crate) const DEFAULT_FILE: &str = "/etc/plumb/plumb.toml";
@@ -38,6 +41,9 @@ pub(crate) struct Given {
     /// Folder of the lock and the control socket [default: /run/plumb]
     #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER")]
     run_dir: Option<PathBuf>,
+    /// When the fd programs are attached [default: auto]
+    #[arg(long, env = "PLUMB_FD_EVENTS", value_name = "WHEN")]
+    fd_events: Option<FdEvents>,
     /// Form of the log on stderr [default: text]
     #[arg(long, env = "PLUMB_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
@@ -49,6 +55,7 @@ pub(crate) struct Given {
 struct Written {
     listen: Option<SocketAddr>,
     run_dir: Option<PathBuf>,
+    fd_events: Option<FdEvents>,
     log_format: Option<LogFormat>,
 }
 
@@ -57,6 +64,7 @@ struct Written {
 pub(crate) struct Config {
     pub listen: SocketAddr,
     pub run_dir: PathBuf,
+    pub fd_events: FdEvents,
     pub log_format: LogFormat,
 }
 
@@ -75,6 +83,7 @@ impl Config {
                 None => DEFAULT_LISTEN.parse().expect("the default is an address"),
             },
             run_dir: given.run_dir.or(written.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
+            fd_events: given.fd_events.or(written.fd_events).unwrap_or_default(),
             log_format: given.log_format.or(written.log_format).unwrap_or_default(),
         })
     }
@@ -98,7 +107,7 @@ fn read(path: &Path) -> Result<Written, Failure> {
     toml::from_str(&text).map_err(|error| {
         let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = error.message().replace('\n', " ");
-        let known = "known keys are listen, run_dir and log_format";
+        let known = "known keys are listen, run_dir, fd_events and log_format";
         Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), known)
     })
 }

@@ -25,6 +25,7 @@ use crate::{
     host::Host,
     kernel::{self, Kernel, Plan},
     observe, report,
+    subscribe::Subscribers,
     supervisor::{Supervisor, on_thread},
     view::HostView,
 };
@@ -58,6 +59,8 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let (views, view) = watch::channel(Arc::new(HostView::default()));
     let (inputs, observed) = channel(QUEUE);
     let (ask, requests) = mpsc::channel();
+    let mode = config.fd_events;
+    let (subscribers, followers) = (Subscribers::default(), ask.clone());
     let mut supervisor = Supervisor::default();
 
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
@@ -72,19 +75,20 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
                 None => Kernel::load_required(Plan::AGENT)?,
             };
             let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
-            observe::run(kernel, &requests, &inputs, &stop)
+            observe::run(kernel, mode, &requests, &inputs, &stop)
         })
     });
 
     let observed = Arc::new(AsyncMutex::new(observed));
-    let (limits, format, counted) = (host_limits(), config.log_format, own.clone());
+    let (limits, format, counted, published) =
+        (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
         let counted = counted.clone();
         let report = Box::new(move |finding: &_| {
             counted.reported(finding);
             report::log(finding, format);
         });
-        let host = Host::new(limits, ask.clone(), views.clone(), report);
+        let host = Host::new(limits, ask.clone(), views.clone(), published.clone(), report);
         let observed = Arc::clone(&observed);
         async move {
             host.run(&mut *observed.lock().await, stop).await;
@@ -103,11 +107,11 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             Ok(())
         }
     });
-    let control = api::control(shared);
+    let control = api::control(shared, api::Events { subscribers, requests: followers });
     supervisor.spawn("control", move |stop| {
         let (listener, router) = (Arc::clone(&unix), control.clone());
         async move {
-            api::serve(api::Unix(listener), router, Limits::AGENT, stop).await;
+            api::serve(api::Unix(listener), router, Limits::CONTROL, stop).await;
             Ok(())
         }
     });

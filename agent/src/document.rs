@@ -167,8 +167,15 @@ pub(crate) struct Leak {
     pub seconds_to_exhaustion: Option<f64>,
     pub first_seen: String,
     pub examples: Vec<Example>,
-    /// Call stacks that made what leaks; empty while nobody watches for them.
-    pub origins: Vec<serde_json::Value>,
+    /// By which calls came what has been opened since the process is watched and is still open.
+    pub origins: Vec<Origin>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// `other` for what came on another way than by a followed call, or unseen.
+    pub syscall: String,
+    pub count: u32,
 }
 
 impl Leaks {
@@ -197,7 +204,9 @@ impl Leak {
             seconds_to_exhaustion: finding.seconds_to_exhaustion().map(f64::round),
             first_seen: calendar.format(finding.first_seen),
             examples: finding.examples.clone(),
-            origins: Vec::new(),
+            origins: (finding.origins.iter())
+                .map(|(syscall, count)| Origin { syscall: (*syscall).to_owned(), count: *count })
+                .collect(),
         }
     }
 }

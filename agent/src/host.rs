@@ -7,8 +7,10 @@ use tokio::sync::{mpsc::Receiver, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    detect::{Change, Detector, Finding, HostLimits},
+    detect::{Change, Detector, Finding, HostLimits, Resource},
     observe::{Input, Observation, Request},
+    origins::Origins,
+    subscribe::Subscribers,
     table::Table,
     view::HostView,
 };
@@ -19,6 +21,8 @@ pub(crate) type Report = Box<dyn Fn(&Finding) + Send>;
 /// The table, the detector and the way to everybody else.
 pub(crate) struct Host {
     table: Table,
+    origins: Origins,
+    subscribers: Subscribers,
     detector: Detector,
     passes: u64,
     requests: mpsc::Sender<Request>,
@@ -33,9 +37,19 @@ impl Host {
         limits: HostLimits,
         requests: mpsc::Sender<Request>,
         views: watch::Sender<Arc<HostView>>,
+        subscribers: Subscribers,
         report: Report,
     ) -> Self {
-        Self { table: Table::default(), detector: Detector::new(limits), passes: 0, requests, views, report }
+        Self {
+            table: Table::default(),
+            origins: Origins::default(),
+            subscribers,
+            detector: Detector::new(limits),
+            passes: 0,
+            requests,
+            views,
+            report,
+        }
     }
 
     /// Runs until it is stopped or nobody is left to tell it anything.
@@ -47,7 +61,13 @@ impl Host {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Events(events) => events.iter().for_each(|event| self.table.apply(event)),
+            Input::Events(events) => {
+                for event in events.iter() {
+                    self.table.apply(event);
+                    self.origins.apply(event);
+                }
+                self.subscribers.publish(&events, 0);
+            }
             Input::Pass(observation) => self.pass(&observation),
             Input::Confirmed(key, resource, found) => {
                 if let Some(finding) = self.detector.confirm(key, resource, found) {
@@ -59,31 +79,56 @@ impl Host {
 
     fn pass(&mut self, observation: &Observation) {
         self.table.reconcile(&observation.pass);
+        for (process, listing) in &observation.listings {
+            self.origins.merge(*process, listing);
+        }
+        observation.pass.after.iter().for_each(|event| self.origins.apply(event));
         let rows = self.table.rows();
         for change in self.detector.observe(&rows, observation.ended) {
             let request = match change {
-                Change::Suspect(key, resource) => Request::Remember(key, resource),
+                Change::Suspect(key, resource) => {
+                    if resource == Resource::Fd {
+                        self.origins.watch(key);
+                    }
+                    Request::Remember(key, resource)
+                }
                 Change::Grown(key, resource, baseline) => Request::Confirm(key, resource, baseline),
-                Change::Quiet(key, resource) => Request::Forget(key, resource),
+                Change::Quiet(key, resource) => {
+                    if resource == Resource::Fd {
+                        self.origins.unwatch(key);
+                    }
+                    Request::Forget(key, resource)
+                }
             };
             // The receiver outlives the observer, so this fails only when the agent is ending.
             let _ = self.requests.send(request);
         }
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
+        let mut findings = self.detector.findings();
+        for finding in findings.iter_mut().filter(|finding| finding.resource == Resource::Fd) {
+            finding.origins = self.origins.by_call(finding.key);
+        }
         let mut view = HostView {
             passes: self.passes,
             time: observation.ended,
             pass_nanos: observation.ended - observation.pass.began,
             rows,
-            findings: self.detector.findings(),
+            findings,
             drift: self.table.drift(),
             counts: observation.counts,
-            rejected: observation.rejected,
+            ledger: observation.ledger,
+            not_run: observation.not_run,
+            failed: observation.failed,
+            following: observation.following,
+            fd_drift: self.origins.drift(),
+            origins: self.origins.held(),
+            subscribers: (self.subscribers.count(), self.subscribers.missed()),
             lost_lately: 0,
             programs: Arc::clone(&observation.programs),
         };
         view.lost_lately = view.lost().saturating_sub(lost_before);
+        self.subscribers.publish(&observation.pass.after, view.lost_lately);
         self.views.send_replace(Arc::new(view));
     }
 }

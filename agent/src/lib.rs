@@ -1,11 +1,12 @@
 //! plumb: finds fd and thread leaks in unmodified processes of a Linux host.
 //!
 //! In the order in which what the kernel knows becomes something a person reads: `kernel` loads and
-//! reads the programs, `decode` makes events of bytes, `observe` runs both, `table` holds the processes,
-//! `detect` judges them, `evidence` and `report` say what leaks, `export`, `api` and `cli` hand it out.
+//! reads the programs, `decode` makes events of bytes, `observe` runs both, `follow` decides whose fds are
+//! followed, `table` holds the processes, `origins` where their fds came from, `detect` judges them, `evidence` and `report` say what leaks, `export`, `api`, `subscribe` and `cli` hand it out.
 //! `daemon` puts the agent together, `supervisor` keeps its workers running.
 
 mod api;
+mod canary;
 pub mod cli;
 mod clock;
 mod config;
@@ -17,13 +18,16 @@ mod evidence;
 mod export;
 mod failure;
 mod files;
+mod follow;
 mod group;
 mod host;
 pub mod kernel;
 mod line;
 mod observe;
+mod origins;
 mod procfs;
 mod report;
+mod subscribe;
 mod supervisor;
 mod table;
 mod text;

@@ -81,6 +81,12 @@ impl Line {
         }
     }
 
+    /// One object, without the line's end.
+    #[must_use]
+    pub(crate) fn json(&self) -> String {
+        serde_json::to_string(self).expect("strings and numbers have a JSON form")
+    }
+
     /// For people.
     #[must_use]
     pub(crate) fn text(&self) -> String {
@@ -140,6 +146,12 @@ fn fd(event: &FdChange) -> (&'static str, Detail) {
             (name, Detail::Opened { syscall, fd: event.fd, kind, target })
         }
     }
+}
+
+/// A line that says how many events are missing at its place.
+#[must_use]
+pub(crate) fn gap(lost: u64) -> String {
+    serde_json::json!({ "schema": SCHEMA, "event": "gap", "lost": lost }).to_string()
 }
 
 /// How many events there were, by name.

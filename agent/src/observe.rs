@@ -16,7 +16,9 @@ use crate::{
     decode::Event,
     detect::{Confirmation, Resource},
     evidence::Evidence,
-    kernel::{Kernel, Ring, Status},
+    follow::{FdEvents, Follow, Following, Who},
+    kernel::{Kernel, Ledger, Ring, Status},
+    origins::Listing,
     procfs::Describer,
     table::Pass,
 };
@@ -26,13 +28,16 @@ const PASS_EVERY: Duration = Duration::from_secs(1);
 /// How long an event may wait in a quiet ring; a busy one wakes the reader by itself.
 const TICK: Duration = Duration::from_millis(100);
 /// Events per batch at most: bounds memory and the time between two looks at the clock.
-const BATCH: usize = 16_384;
+const BATCH: usize = 4_096;
+
+/// Batches drained before a pass at most: more than the ring holds. In a flood there are always more.
+const BATCHES_BEFORE: usize = 16;
 
 /// What the table's owner is told.
 #[derive(Debug)]
 pub(crate) enum Input {
     /// Events between two passes.
-    Events(Vec<Event>),
+    Events(Arc<Vec<Event>>),
     /// A pass over all processes.
     Pass(Box<Observation>),
     /// The answer to `Request::Confirm`.
@@ -47,8 +52,15 @@ pub(crate) struct Observation {
     pub ended: u64,
     /// The kernel's ledger, by `counts::index`.
     pub counts: [u64; counts::LEN as usize],
-    /// Events the decoder rejected so far.
-    pub rejected: u64,
+    /// What became of the events that were sent.
+    pub ledger: Ledger,
+    /// How often a program was not run because it was running on that CPU already.
+    pub not_run: u64,
+    /// The fds of watched processes.
+    pub listings: Vec<(ProcKey, Listing)>,
+    pub following: Following,
+    /// Passes that failed so far.
+    pub failed: u64,
     /// Each kernel program with its verdict.
     pub programs: Arc<[Status]>,
 }
@@ -56,7 +68,11 @@ pub(crate) struct Observation {
 /// What the table's owner asks for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Request {
-    /// Remember what a suspect holds.
+    /// Somebody listens to these.
+    Follow(Who),
+    /// And no longer.
+    Unfollow(Who),
+    /// Remember what a suspect holds, and follow its fds from now on.
     Remember(ProcKey, Resource),
     /// Look up what of it is still held, now that the count has grown beyond this baseline.
     Confirm(ProcKey, Resource, u32),
@@ -64,84 +80,152 @@ pub(crate) enum Request {
     Forget(ProcKey, Resource),
 }
 
+/// Passes in a row that may fail before the observer is started anew.
+const MAX_FAILED: u64 = 10;
+
+/// Everything the observer works with.
+struct Observer {
+    kernel: Kernel,
+    ring: Ring,
+    describer: Describer,
+    evidence: Evidence,
+    follow: Follow,
+    failed: u64,
+    failed_in_a_row: u64,
+}
+
 /// Runs until it is stopped; an error means that nothing is seen any more.
 pub(crate) fn run(
     mut kernel: Kernel,
+    mode: FdEvents,
     requests: &Receiver<Request>,
     inputs: &Sender<Input>,
     stop: &CancellationToken,
 ) -> Result<()> {
-    let mut ring = kernel.ring()?;
-    let programs: Arc<[Status]> = kernel.programs().into();
-    let mut describer = Describer::new("/proc");
-    let mut evidence = Evidence::default();
+    let ring = kernel.ring()?;
+    let (describer, follow) = (Describer::new("/proc"), Follow::new(mode));
+    let evidence = Evidence::default();
+    let mut observer = Observer { kernel, ring, describer, evidence, follow, failed: 0, failed_in_a_row: 0 };
+    let send = |input| inputs.blocking_send(input).is_ok();
     let mut next_pass = Instant::now();
-    while !stop.is_cancelled() {
-        let until_pass = next_pass.saturating_duration_since(Instant::now());
-        ring.wait(until_pass.min(TICK))?;
-        let events = ring.drain(BATCH);
-        let input = if Instant::now() >= next_pass {
-            next_pass = Instant::now() + PASS_EVERY;
-            let (pass, ended) = pass(&mut kernel, &mut ring, &mut describer, events)?;
-            let counts = kernel.counts().context("the ledger cannot be read")?;
-            let programs = Arc::clone(&programs);
-            Some(Input::Pass(Box::new(Observation {
-                pass,
-                ended,
-                counts,
-                rejected: ring.ledger().rejected,
-                programs,
-            })))
-        } else {
-            (!events.is_empty()).then_some(Input::Events(events))
-        };
+    let mut more = false;
+    let mut is_heard = true;
+    while !stop.is_cancelled() && is_heard {
+        if !more {
+            let until_pass = next_pass.saturating_duration_since(Instant::now());
+            observer.ring.wait(until_pass.min(TICK))?;
+        }
         // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
         // there is one place where events are lost.
-        for input in input.into_iter().chain(answer(&mut kernel, &mut evidence, requests)) {
-            if inputs.blocking_send(input).is_err() {
-                return Ok(());
+        if Instant::now() >= next_pass {
+            next_pass = Instant::now() + PASS_EVERY;
+            // Whatever is in the ring is older than the pass, and must be known before.
+            for _ in 0..BATCHES_BEFORE {
+                (more, is_heard) = observer.hand_on(send);
+                if !more || !is_heard {
+                    break;
+                }
             }
+            if let Some(observation) = observer.observation()? {
+                is_heard = is_heard && send(Input::Pass(Box::new(observation)));
+            }
+        } else {
+            (more, is_heard) = observer.hand_on(send);
+        }
+        if let Some(answer) = observer.answer(requests) {
+            is_heard = is_heard && send(answer);
         }
     }
     Ok(())
 }
 
-/// One pass with the events around it, and when it ended.
-fn pass(
-    kernel: &mut Kernel,
-    ring: &mut Ring,
-    describer: &mut Describer,
-    before: Vec<Event>,
-) -> Result<(Pass, u64)> {
-    let began = clock::boottime();
-    let records = kernel.processes().context("the pass over all processes failed")?;
-    let ended = clock::boottime();
-    let after = ring.drain(BATCH);
-    let words = describer.describe(&records);
-    Ok((Pass { began, before, records: records.into_iter().zip(words).collect(), after }, ended))
-}
+impl Observer {
+    fn drain(&mut self) -> Vec<Event> {
+        let events = self.ring.drain(BATCH);
+        self.follow.look(&events);
+        events
+    }
 
-/// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
-/// host full of suspects.
-fn answer(kernel: &mut Kernel, evidence: &mut Evidence, requests: &Receiver<Request>) -> Option<Input> {
-    match requests.try_recv().ok()? {
-        Request::Remember(key, resource) => {
-            if let Err(error) = evidence.remember(kernel, key, resource) {
-                tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
+    /// Drains one batch and hands it on. Whether there is more, and whether somebody took it.
+    fn hand_on(&mut self, send: impl Fn(Input) -> bool) -> (bool, bool) {
+        let events = self.drain();
+        let more = events.len() == BATCH;
+        (more, events.is_empty() || send(Input::Events(Arc::new(events))))
+    }
+
+    /// A pass with what goes with it; `None` for one that failed, which is counted and tried again.
+    fn observation(&mut self) -> Result<Option<Observation>> {
+        self.follow.tend(&mut self.kernel);
+        let pass = self.pass();
+        match pass {
+            Ok((pass, listings, ended)) => {
+                self.failed_in_a_row = 0;
+                Ok(Some(Observation {
+                    pass,
+                    ended,
+                    counts: self.kernel.counts().context("the ledger cannot be read")?,
+                    ledger: self.ring.ledger(),
+                    not_run: self.kernel.not_run(),
+                    listings,
+                    following: self.follow.state(&self.kernel),
+                    failed: self.failed,
+                    programs: self.kernel.programs().into(),
+                }))
             }
-            None
+            Err(error) => {
+                self.failed += 1;
+                self.failed_in_a_row += 1;
+                if self.failed_in_a_row >= MAX_FAILED {
+                    return Err(error);
+                }
+                tracing::warn!("{error:#}; it is tried again");
+                Ok(None)
+            }
         }
-        Request::Forget(key, resource) => {
-            evidence.forget(key, resource);
-            None
+    }
+
+    /// One pass with the events around it, the fds of watched processes, and when it ended.
+    fn pass(&mut self) -> Result<(Pass, Vec<(ProcKey, Listing)>, u64)> {
+        let began = clock::boottime();
+        let records = self.kernel.processes().context("the pass over all processes failed")?;
+        let ended = clock::boottime();
+        let listings = self.follow.list(&mut self.kernel, &records);
+        let after = self.drain();
+        let words = self.describer.describe(&records);
+        let records = records.into_iter().zip(words).collect();
+        Ok((Pass { began, records, after: Arc::new(after) }, listings, ended))
+    }
+
+    /// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
+    /// host full of suspects.
+    fn answer(&mut self, requests: &Receiver<Request>) -> Option<Input> {
+        let Self { kernel, evidence, follow, .. } = self;
+        match requests.try_recv().ok()? {
+            Request::Follow(who) => follow.add(kernel, who),
+            Request::Unfollow(who) => follow.remove(kernel, who),
+            Request::Remember(key, resource) => {
+                if resource == Resource::Fd {
+                    follow.add(kernel, Who::Process(key));
+                }
+                if let Err(error) = evidence.remember(kernel, key, resource) {
+                    tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
+                }
+            }
+            Request::Forget(key, resource) => {
+                if resource == Resource::Fd {
+                    follow.remove(kernel, Who::Process(key));
+                }
+                evidence.forget(key, resource);
+            }
+            Request::Confirm(key, resource, baseline) => {
+                // Without a list the trend has to speak for itself.
+                let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {
+                    tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
+                    Confirmation::default()
+                });
+                return Some(Input::Confirmed(key, resource, found));
+            }
         }
-        Request::Confirm(key, resource, baseline) => {
-            // Without a list the trend has to speak for itself.
-            let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {
-                tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
-                Confirmation::default()
-            });
-            Some(Input::Confirmed(key, resource, found))
-        }
+        None
     }
 }

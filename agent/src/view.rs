@@ -6,7 +6,9 @@ use plumb_common::counts;
 
 use crate::{
     detect::Finding,
-    kernel::Status,
+    follow::Following,
+    kernel::{Ledger, Status},
+    origins::FdDrift,
     table::{Drift, Row},
 };
 
@@ -24,8 +26,19 @@ pub(crate) struct HostView {
     pub drift: Drift,
     /// The kernel's ledger, by `counts::index`.
     pub counts: [u64; counts::LEN as usize],
-    /// Events the decoder rejected.
-    pub rejected: u64,
+    /// What became of the events that were sent.
+    pub ledger: Ledger,
+    /// How often a program was not run.
+    pub not_run: u64,
+    /// Passes that failed.
+    pub failed: u64,
+    pub following: Following,
+    /// What listings of watched processes found that no event told of.
+    pub fd_drift: FdDrift,
+    /// Origins of fds held now.
+    pub origins: usize,
+    /// Listeners, and events that they missed because they did not keep up.
+    pub subscribers: (usize, u64),
     /// Events lost between the last two passes.
     pub lost_lately: u64,
     /// Each kernel program with its verdict.
@@ -36,7 +49,7 @@ impl HostView {
     /// Events lost so far, whatever the cause.
     #[must_use]
     pub(crate) fn lost(&self) -> u64 {
-        lost(&self.counts) + self.rejected
+        lost(&self.counts) + self.ledger.rejected + self.not_run
     }
 }
 

@@ -96,7 +96,7 @@ pub struct FdChange {
     /// Address of the `files_struct` the change was made in.
     pub files: u64,
     /// Address of the `struct file` found in the slot; for a removal that of the file, 0 if only its number
-    /// is known.
+    /// is known. A removal that says `reused` carries the file that is in the slot since.
     pub file: u64,
     pub fd: u32,
     /// Last fd of a range, else equal to `fd`.
@@ -107,8 +107,8 @@ pub struct FdChange {
     pub how: u32,
     /// As in `file::FdRecord`; 0 without a file.
     pub mode: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// 1 for the removal of an fd whose slot another thread had filled again before the event.
+    pub reused: u32,
     /// As in `file::FdRecord`; empty without a file.
     pub name: [u8; NAME_LEN],
 }

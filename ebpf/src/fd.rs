@@ -65,6 +65,8 @@ pub(crate) struct Removed {
     pub fd_last: u32,
     pub change: u32,
     pub how: u32,
+    /// `file` is what has been put into the slot since.
+    pub reused: bool,
 }
 
 #[inline(always)]
@@ -73,6 +75,7 @@ pub(crate) fn removed(header: Header, removed: &Removed) {
     (event.header, event.files, event.file) = (header, removed.files, removed.file);
     (event.fd, event.fd_last, event.change, event.how) =
         (removed.fd, removed.fd_last, removed.change, removed.how);
+    event.reused = u32::from(removed.reused);
     if removed.file != 0 {
         describe(removed.file, &mut event);
     }

@@ -68,7 +68,10 @@ pub(crate) fn filp_flush(ctx: FEntryContext) -> i32 {
         let is_close =
             (how as usize) < syscalls::TABLE.len() && syscalls::SHAPES[how as usize] == syscalls::CLOSES;
         let fd = if is_close { first as u32 } else { FD_UNKNOWN };
-        removed(header, &Removed { files, file: file as u64, fd, fd_last: fd, change: FD_CLOSED, how });
+        removed(
+            header,
+            &Removed { files, file: file as u64, fd, fd_last: fd, change: FD_CLOSED, how, reused: false },
+        );
     }
     0
 }

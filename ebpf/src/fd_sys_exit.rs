@@ -140,9 +140,14 @@ fn filled(task: u64, fd: u32, change: u32, how: u32) {
 #[inline(never)]
 fn emptied(task: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
     let Some(header) = header() else { return };
-    match kernel::read::<u64>(task, offsets::TASK_FILES) {
+    // At the end of a close another thread may have filled the slot again, and its event may come first.
+    match slot(task, fd) {
         None => emit::count(counts::FD, counts::FAULT),
-        Some(files) => removed(header, &Removed { files, file: 0, fd, fd_last, change, how }),
+        Some((files, file)) => {
+            let reused = change == FD_CLOSED && fd == fd_last && file != 0;
+            let file = if reused { file } else { 0 };
+            removed(header, &Removed { files, file, fd, fd_last, change, how, reused });
+        }
     }
 }
 

@@ -60,6 +60,7 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/decode.rs",
         "agent/src/table",
         "agent/src/detect",
+        "agent/src/origins.rs",
         "agent/src/group.rs",
         "agent/src/text.rs",
     ];

@@ -9,6 +9,7 @@ use super::{
     output::{self, Format, Output},
 };
 use crate::{
+    canary::Canary,
     document::{Check, Doctor},
     failure::Exit,
     kernel::{self, Intent, Kernel, LoadError, Plan, Status},
@@ -30,7 +31,10 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             .as_ref()
             .map_or_else(ToString::to_string, |()| "CAP_BPF and CAP_PERFMON".to_owned()),
     });
-    let loaded = Kernel::load(Plan::DOCTOR);
+    let mut loaded = Kernel::load(Plan::DOCTOR);
+    if let Ok(kernel) = &mut loaded {
+        checks.push(fd_events(kernel));
+    }
     let programs = loaded.as_ref().map(Kernel::programs).unwrap_or_default();
     let mut exit = match &loaded {
         Ok(_) => Exit::Ok,
@@ -85,6 +89,32 @@ fn text(document: &Doctor, exit: Exit) -> String {
 
 fn mark(ok: bool) -> &'static str {
     if ok { "ok" } else { "NO" }
+}
+
+/// Attaches the fd programs for a moment and looks whether an fd of our own is seen.
+fn fd_events(kernel: &mut Kernel) -> Check {
+    let name = "fd events";
+    let Some(seam) = kernel.seam() else {
+        return Check {
+            name,
+            ok: false,
+            detail: "no way of following fds; counts are not affected".to_owned(),
+        };
+    };
+    let seen = kernel.ring().map_err(|error| error.to_string()).and_then(|mut ring| {
+        kernel.follow_fds(true).map_err(|verdict| verdict.explain())?;
+        let seen = Canary::proves(kernel, &mut ring).map_err(|error| error.to_string());
+        kernel.follow_fds(false).map_err(|verdict| verdict.explain())?;
+        seen
+    });
+    let (ok, detail) = match seen {
+        Ok(true) => (true, format!("seen through {}", seam.describe())),
+        Ok(false) => {
+            (false, format!("{} is attached, but an fd of plumb's own was not seen", seam.describe()))
+        }
+        Err(error) => (false, error),
+    };
+    Check { name, ok, detail }
 }
 
 fn kernel_release() -> Check {

@@ -177,7 +177,7 @@ impl Printer {
                 let mut page = String::new();
                 for event in events {
                     let line = Line::new(event, *calendar);
-                    page += &if *format == Format::Table { line.text() } else { output::json(&line)? };
+                    page += &if *format == Format::Table { line.text() } else { line.json() };
                     page.push('\n');
                 }
                 Ok(output::data(&page)?)

@@ -19,7 +19,7 @@
 mod trend;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -117,6 +117,8 @@ pub(crate) struct Finding {
     pub first_seen: u64,
     /// What leaks: paths, addresses, names. Empty until they have been looked up.
     pub examples: Vec<Example>,
+    /// By which calls came what is open, by name; empty for what nobody watches.
+    pub origins: BTreeMap<&'static str, u32>,
 }
 
 impl Finding {
@@ -225,6 +227,7 @@ impl Detector {
                         growth_per_minute: track.trend.growth_per_minute(),
                         first_seen: track.trend.since(),
                         examples,
+                        origins: BTreeMap::new(),
                     };
                     self.findings.insert(at, finding);
                 } else if before.is_some() {

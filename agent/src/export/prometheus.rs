@@ -195,22 +195,52 @@ fn collection(page: &mut Page, view: &HostView) -> fmt::Result {
             ([("source", name)], all)
         }),
     )?;
-    let losses = [("ring_full", counts::RING_FULL), ("fault", counts::FAULT)];
+    for (outcome, name, help) in [
+        (counts::FILTERED, "plumb_events_filtered_total", "Events nobody asked for."),
+        (counts::FORGED, "plumb_events_forged_total", "Claims of a new fd whose slot was empty, refused."),
+        (counts::SENT, "plumb_events_sent_total", "Events written to the ring."),
+    ] {
+        let series = sources().map(|(source, name)| ([("source", name)], counted(source, outcome)));
+        page.family(name, COUNTER, help, series)?;
+    }
+    page.family(
+        "plumb_events_consumed_total",
+        COUNTER,
+        "Events read from the ring; what was sent and is neither consumed nor lost is still in it.",
+        [([], view.ledger.consumed as f64)],
+    )?;
     let in_kernel = sources().flat_map(|(source, name)| {
-        losses.map(move |(cause, outcome)| ([("source", name), ("cause", cause)], counted(source, outcome)))
+        counts::LOSSES.map(move |outcome| {
+            let labels = [("source", name), ("cause", counts::OUTCOMES[outcome as usize])];
+            (labels, counted(source, outcome))
+        })
     });
-    let in_agent = ([("source", "any"), ("cause", "decode")], view.rejected as f64);
+    let elsewhere = [("decode", view.ledger.rejected), ("not_run", view.not_run)]
+        .map(|(cause, count)| ([("source", "any"), ("cause", cause)], count as f64));
     page.family(
         "plumb_events_lost_total",
         COUNTER,
         "Events lost, by source and cause.",
-        in_kernel.chain([in_agent]),
+        in_kernel.chain(elsewhere),
     )?;
+    following(page, view)?;
+    let of_fds =
+        [("fd_open_unseen", view.fd_drift.opens_unseen), ("fd_close_unseen", view.fd_drift.closes_unseen)];
     page.family(
         "plumb_drift_total",
         COUNTER,
         "Differences between the events and the kernel's tables, found and healed by passes.",
-        view.drift.by_cause().map(|(cause, count)| ([("cause", cause)], count as f64)),
+        view.drift
+            .by_cause()
+            .into_iter()
+            .chain(of_fds)
+            .map(|(cause, count)| ([("cause", cause)], count as f64)),
+    )?;
+    page.family(
+        "plumb_passes_failed_total",
+        COUNTER,
+        "Passes that failed and were tried again.",
+        [([], view.failed as f64)],
     )?;
     page.family("plumb_passes_total", COUNTER, "Passes over all processes.", [([], view.passes as f64)])?;
     page.family(
@@ -218,6 +248,44 @@ fn collection(page: &mut Page, view: &HostView) -> fmt::Result {
         GAUGE,
         "Duration of the last pass over all processes.",
         [([], view.pass_nanos as f64 / 1e9)],
+    )
+}
+
+fn following(page: &mut Page, view: &HostView) -> fmt::Result {
+    let following = view.following;
+    if let Some(seam) = following.seam {
+        page.family(
+            "plumb_fd_events_attached",
+            GAUGE,
+            "Whether the fd programs are attached, and which they are.",
+            [([("via", seam.word())], f64::from(u8::from(following.attached)))],
+        )?;
+    }
+    page.family(
+        "plumb_fd_canary_missed",
+        GAUGE,
+        "Fds of its own that the agent opened and closed, one a second, and did not see; in a row.",
+        [([], f64::from(following.canary_missed))],
+    )?;
+    page.family(
+        "plumb_watched_processes",
+        GAUGE,
+        "Processes whose fds have origins.",
+        [([], following.watched as f64)],
+    )?;
+    page.family(
+        "plumb_watch_refused_total",
+        COUNTER,
+        "Processes not watched for want of room, counted at each pass.",
+        [([], following.refused as f64)],
+    )?;
+    page.family("plumb_fd_origins", GAUGE, "Fds whose origin is remembered.", [([], view.origins as f64)])?;
+    page.family("plumb_subscribers", GAUGE, "Readers of event streams.", [([], view.subscribers.0 as f64)])?;
+    page.family(
+        "plumb_subscriber_missed_events_total",
+        COUNTER,
+        "Events that readers missed because they did not keep up; each was told.",
+        [([], view.subscribers.1 as f64)],
     )
 }
 

@@ -31,6 +31,15 @@ pub enum Seam {
 }
 
 impl Seam {
+    /// For people, with what it means for them.
+    #[must_use]
+    pub(crate) fn describe(self) -> &'static str {
+        match self {
+            Self::Functions => "the kernel's own functions, free for other syscalls",
+            Self::SysExit => "sys_exit, which costs every syscall a little and is attached only when needed",
+        }
+    }
+
     /// The word used in output and metrics.
     #[must_use]
     pub fn word(self) -> &'static str {

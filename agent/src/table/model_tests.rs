@@ -302,7 +302,8 @@ impl Host {
         let after = self.arrive(least, plan.after);
         self.late = self.ring.len();
         let records = std::mem::take(&mut self.records);
-        self.table.reconcile(&Pass { began, before, records, after });
+        before.iter().for_each(|event| self.table.apply(event));
+        self.table.reconcile(&Pass { began, records, after: after.into() });
         if self.late == 0 && !self.dirty {
             for row in self.table.rows() {
                 prop_assert!(self.seen.contains(&row.key), "{:?} ended before the pass", row.key);

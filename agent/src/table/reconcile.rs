@@ -14,28 +14,26 @@ use plumb_common::task::{ProcKey, TaskRecord};
 use super::Table;
 use crate::{decode::Event, procfs::ProcStatic};
 
-/// One pass of the iterator over all processes, with the events around it.
+/// One pass of the iterator over all processes, with the events of its time. Those from before it have been
+/// applied.
 #[derive(Debug, Default)]
 pub(crate) struct Pass {
     /// When it began, nanoseconds since boot.
     pub began: u64,
-    /// Events consumed before it began.
-    pub before: Vec<Event>,
     /// One record per process, with the words that describe it.
     pub records: Vec<(TaskRecord, Arc<ProcStatic>)>,
     /// Events consumed since: some older, some younger than a given record.
-    pub after: Vec<Event>,
+    pub after: Arc<Vec<Event>>,
 }
 
 impl Table {
     /// Merges a pass. The first one seeds the table; from the second on differences are drift.
     pub(crate) fn reconcile(&mut self, pass: &Pass) {
-        pass.before.iter().for_each(|event| self.apply(event));
         self.count_drift();
         let mut unmerged: HashMap<ProcKey, _> =
             pass.records.iter().map(|(record, info)| (record.key, (record, info))).collect();
         let mut found: HashSet<ProcKey> = unmerged.keys().copied().collect();
-        for event in &pass.after {
+        for event in pass.after.iter() {
             for key in subjects(event) {
                 if let Some((record, info)) = unmerged.get(&key)
                     && record.time < event.header().time

@@ -21,7 +21,8 @@ fn events_after_a_record_are_applied_on_top_of_it_and_events_before_it_are_in_it
             clone(key, key, 8, 10 * SECOND + 100, CLONE_THREAD),
             clone(key, key, 9, 10 * SECOND + 200, CLONE_THREAD),
             clone(key, key, 10, 10 * SECOND + 900, CLONE_THREAD),
-        ],
+        ]
+        .into(),
         ..Pass::default()
     });
     assert_eq!(threads(&table, 7), Some(4));
@@ -50,7 +51,7 @@ fn a_process_whose_clone_event_trails_its_record_is_not_missed() {
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3), record(8, 10 * SECOND - 5, 10 * SECOND + 1, 1, 3)],
-        after: vec![clone(parent, child, 8, 10 * SECOND + 4, 0)],
+        after: vec![clone(parent, child, 8, 10 * SECOND + 4, 0)].into(),
         ..Pass::default()
     });
     assert_eq!(table.drift(), Drift::default());
@@ -65,7 +66,7 @@ fn a_process_born_during_a_pass_that_had_passed_it_is_kept() {
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3)],
-        after: vec![clone(parent, child, 8, 10 * SECOND + 6, 0)],
+        after: vec![clone(parent, child, 8, 10 * SECOND + 6, 0)].into(),
         ..Pass::default()
     });
     assert_eq!(threads(&table, 8), Some(1));
@@ -81,7 +82,7 @@ fn a_process_started_before_a_pass_and_attached_behind_the_iterator_is_kept() {
     table.reconcile(&Pass {
         began: 10 * SECOND,
         records: vec![record(7, 1, 10 * SECOND, 1, 3)],
-        after: vec![clone(parent, child, 8, 10 * SECOND + 6, 0)],
+        after: vec![clone(parent, child, 8, 10 * SECOND + 6, 0)].into(),
         ..Pass::default()
     });
     assert_eq!(threads(&table, 8), Some(1));
@@ -139,14 +140,15 @@ fn exec_by_any_thread_leaves_one() {
             clone(key, key, 11, 10 * SECOND + 2, CLONE_THREAD),
             clone(key, key, 12, 10 * SECOND + 3, CLONE_THREAD),
             exec(key, 7, 10 * SECOND + 9),
-        ],
+        ]
+        .into(),
         ..Pass::default()
     });
     assert_eq!(threads(&table, 7), Some(1), "exec after the record");
+    table.apply(&clone(key, key, 13, 10 * SECOND + 10, CLONE_THREAD));
     table.reconcile(&Pass {
         began: 11 * SECOND,
         records: vec![record(7, 1, 11 * SECOND, 2, 3)],
-        before: vec![clone(key, key, 13, 10 * SECOND + 10, CLONE_THREAD)],
         ..Pass::default()
     });
     table.apply(&exec(key, 7, 11 * SECOND));
@@ -191,7 +193,8 @@ fn events_that_come_after_their_pass_are_no_drift() {
     ];
     late.iter().for_each(|event| table.apply(event));
     let before = vec![clone(born, born, 22, 6 * SECOND, CLONE_THREAD)];
-    table.reconcile(&Pass { began: 11 * SECOND, before, ..Pass::default() });
+    before.iter().for_each(|event| table.apply(event));
+    table.reconcile(&Pass { began: 11 * SECOND, ..Pass::default() });
     assert_eq!(table.drift(), Drift::default());
 }
 
@@ -205,7 +208,7 @@ fn an_event_close_to_a_record_proves_nothing() {
         (20 * SECOND, clone(key, key, 9, 20 * SECOND + 9, CLONE_THREAD)),
     ] {
         let records = vec![record(7, 1, at, 2, 3)];
-        table.reconcile(&Pass { began: at, records, after: vec![event], ..Pass::default() });
+        table.reconcile(&Pass { began: at, records, after: vec![event].into(), ..Pass::default() });
         let records = vec![record(7, 1, at + SECOND, if at == 10 * SECOND { 1 } else { 2 }, 3)];
         table.reconcile(&Pass { began: at + SECOND, records, ..Pass::default() });
     }
@@ -216,9 +219,9 @@ fn an_event_close_to_a_record_proves_nothing() {
 #[test]
 fn a_reused_pid_is_another_process() {
     let mut table = seeded(&[record(7, 1, SECOND, 4, 9)]);
+    table.apply(&exit(ProcKey::new(7, 1), 7, 5 * SECOND, true));
     table.reconcile(&Pass {
         began: 10 * SECOND,
-        before: vec![exit(ProcKey::new(7, 1), 7, 5 * SECOND, true)],
         records: vec![record(7, 6 * SECOND, 10 * SECOND, 1, 3)],
         ..Pass::default()
     });
