@@ -27,14 +27,16 @@ impl Canary {
     /// Opens and closes an fd. Only the events of this moment and this thread are asked for.
     pub(crate) fn sing(&mut self, kernel: &mut Kernel, all: bool) -> io::Result<()> {
         self.judge();
-        let all = u32::from(all);
-        kernel
-            .set_fd_control(FdControl { all, canary_tid: gettid().as_raw_nonzero().get().unsigned_abs() })?;
-        let sung = eventfd(0, EventfdFlags::CLOEXEC).map(|fd| fd.as_raw_fd().unsigned_abs());
-        kernel.set_fd_control(FdControl { all, canary_tid: 0 })?;
-        // Without a free fd there is nothing to be seen, and nothing is proven.
-        *self = Self { fd: sung.ok(), missed: self.missed, ..Self::default() };
-        Ok(())
+        *self = Self { missed: self.missed, ..Self::default() };
+        let (all, own) = (u32::from(all), gettid().as_raw_nonzero().get().unsigned_abs());
+        let asked = kernel.set_fd_control(FdControl { all, canary_tid: own }).and_then(|()| {
+            // Without a free fd there is nothing to be seen, and nothing is proven.
+            self.fd = eventfd(0, EventfdFlags::CLOEXEC).ok().map(|fd| fd.as_raw_fd().unsigned_abs());
+            kernel.set_fd_control(FdControl { all, canary_tid: 0 })
+        });
+        // Nor when the kernel cannot be told whose events are asked for: then it does not hear us at all.
+        self.missed += u32::from(asked.is_err());
+        asked
     }
 
     /// Looks for it among events.

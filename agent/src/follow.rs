@@ -105,17 +105,14 @@ impl Follow {
             self.canary.rest();
         }
         let wanted: HashSet<ProcKey> = self.processes().collect();
-        let told = std::mem::take(&mut self.told);
-        for gone in told.difference(&wanted) {
+        for gone in self.told.difference(&wanted) {
             if let Err(error) = kernel.unwatch(*gone) {
                 tracing::warn!(pid = gone.tgid, %error, "a process cannot be released");
             }
         }
+        self.told.clear();
+        // All of them each time: an entry that somebody has taken away is back within a second.
         for process in wanted {
-            if told.contains(&process) {
-                self.told.insert(process);
-                continue;
-            }
             match kernel.watch(process) {
                 Ok(()) => {
                     self.told.insert(process);

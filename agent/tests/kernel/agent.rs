@@ -34,6 +34,10 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     assert_eq!((&finding["comm"], &finding["group"]), (&"leaky-app".into(), &"leaky-app".into()));
     assert_eq!(finding["examples"][0]["what"], path.as_str(), "{finding}");
     assert!(finding["live"].as_u64() > finding["baseline"].as_u64(), "{finding}");
+    // Since it is suspect each new fd has an origin.
+    let origin = &finding["origins"][0];
+    assert_eq!(origin["syscall"], "openat", "{finding}");
+    assert!((10..60).contains(&origin["count"].as_u64().unwrap()), "{finding}");
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap();
     let exact = (limit - finding["live"].as_u64().unwrap()) as f64;
     let seconds = finding["seconds_to_exhaustion"].as_f64().unwrap();

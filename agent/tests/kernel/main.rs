@@ -6,6 +6,7 @@
 mod support;
 
 mod agent;
+mod follow;
 mod ledger;
 mod snapshot;
 mod watch;

@@ -199,6 +199,40 @@ impl Agent {
         self.dir.join("run")
     }
 
+    /// The value of one series of /metrics, as written there.
+    pub(crate) fn metric(&self, series: &str) -> f64 {
+        let page = self.get("/metrics").unwrap().1;
+        let line = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{series} is not in\n{page}")).parse().unwrap()
+    }
+
+    /// Waits until a series has the value.
+    pub(crate) fn wait_metric(&self, series: &str, wanted: impl Fn(f64) -> bool) -> f64 {
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            let value = self.metric(series);
+            if wanted(value) {
+                return value;
+            }
+            assert!(Instant::now() < end, "{series} is {value}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Opens an event stream; the answer's head has been read.
+    pub(crate) fn events(&self, query: &str) -> BufReader<UnixStream> {
+        let socket = Path::new(&self.run_dir()).join("plumb.sock");
+        let mut stream = BufReader::new(UnixStream::connect(socket).unwrap());
+        let request = format!("GET /v1/events{query} HTTP/1.0\r\nHost: plumb\r\n\r\n");
+        stream.get_mut().write_all(request.as_bytes()).unwrap();
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            assert!(stream.read_line(&mut head).unwrap() > 0, "{head}");
+        }
+        assert!(head.starts_with("HTTP/1.0 200"), "{head}");
+        stream
+    }
+
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }

@@ -1,0 +1,294 @@
+//! The agent follows fds on demand: who listens gets events, nothing is lost unseen, and it notices when it is
+//! blind.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::maps::{HashMap, Map, MapData};
+use plumb::kernel::{Fds, Filter, Kernel, Plan, Seam};
+use plumb_common::counts;
+use rustix::process::{Resource, Rlimit};
+use serde_json::Value;
+
+use crate::support::{Agent, TempDir, Workload};
+
+const ATTACHED: [&str; 2] =
+    ["plumb_fd_events_attached{via=\"functions\"}", "plumb_fd_events_attached{via=\"sys_exit\"}"];
+
+/// Whether the agent's fd programs are attached, whatever they are.
+fn is_attached(agent: &Agent) -> bool {
+    let page = agent.get("/metrics").unwrap().1;
+    ATTACHED.iter().any(|series| page.contains(&format!("{series} 1\n")))
+}
+
+fn wait_attached(agent: &Agent, wanted: bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while is_attached(agent) != wanted {
+        assert!(Instant::now() < end, "{}", agent.log());
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Events of a stream about fds, and how many it says are missing.
+fn read_to_end(stream: BufReader<UnixStream>) -> (u64, u64) {
+    let (mut events, mut missing) = (0, 0);
+    for line in stream.lines() {
+        let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
+        match event["event"].as_str().unwrap() {
+            "gap" => missing += event["lost"].as_u64().unwrap(),
+            "open" | "close" => events += 1,
+            _ => {}
+        }
+    }
+    (events, missing)
+}
+
+#[test]
+fn fds_are_followed_while_somebody_listens_and_the_stream_ends_with_the_process() {
+    let agent = Agent::start(&["--fd-events", "watched"]);
+    assert!(!is_attached(&agent));
+    let mut storm = Workload::start_ready(&["fd-storm", "1000"]);
+    let stream = agent.events(&format!("?pid={}", storm.pid()));
+    let abandoned = agent.events("");
+    wait_attached(&agent, true);
+    agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
+    storm.stage();
+    storm.end();
+    assert_eq!(read_to_end(stream), (2000, 0));
+    assert!(is_attached(&agent), "one reader is left");
+    drop(abandoned);
+    wait_attached(&agent, false);
+    assert_eq!(agent.metric("plumb_watched_processes"), 0.0);
+    let page = agent.get("/metrics").unwrap().1;
+    for cause in ["fd_open_unseen", "fd_close_unseen"] {
+        assert!(page.contains(&format!("plumb_drift_total{{cause=\"{cause}\"}} 0\n")), "{page}");
+    }
+    let refused = |query: &str| agent.get_control(&format!("/v1/events{query}")).unwrap();
+    assert_eq!(refused("?pid=4194304"), (404, "no process has pid 4194304\n".to_owned()));
+    assert_eq!(refused("?pid=x").0, 400);
+}
+
+#[test]
+fn a_reader_that_does_not_keep_up_is_told_of_each_gap_and_the_ledger_balances() {
+    const PAIRS: u64 = 100_000;
+    let agent = Agent::start(&["--fd-events", "always"]);
+    wait_attached(&agent, true);
+    let mut storm = Workload::start_ready(&["fd-storm", &PAIRS.to_string()]);
+    let slow = agent.events(&format!("?pid={}", storm.pid()));
+    agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
+    // Nobody reads while it storms; the sockets and the queue hold a part.
+    storm.stage();
+    let missed = agent.wait_metric("plumb_subscriber_missed_events_total", |missed| missed > 0.0);
+    storm.end();
+    let (events, missing) = read_to_end(slow);
+    assert!(missing as f64 >= missed, "{missing} of {missed}");
+    assert_eq!(events + missing, 2 * PAIRS);
+
+    // What was sent was consumed, and what happened was sent, filtered or lost by a known cause.
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let page = agent.get("/metrics").unwrap().1;
+        let sum = |name: &str| -> f64 {
+            let lines = page.lines().filter(|line| line.starts_with(name));
+            lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+        };
+        let (sent, consumed) = (sum("plumb_events_sent_total"), sum("plumb_events_consumed_total"));
+        let elsewhere = ["filtered", "forged", "lost"].map(|what| sum(&format!("plumb_events_{what}_total")));
+        if sent == consumed && sum("plumb_events_seen_total") == sent + elsewhere.iter().sum::<f64>() {
+            assert!(sent >= 2.0 * PAIRS as f64 - elsewhere[2], "{page}");
+            break;
+        }
+        assert!(Instant::now() < end, "{page}");
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn an_agent_whose_fd_events_stay_away_says_that_it_is_blind() {
+    let agent = Agent::start(&["--fd-events", "always"]);
+    wait_attached(&agent, true);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(agent.metric("plumb_fd_canary_missed"), 0.0);
+    // From outside, the map that says whose events are wanted is made read-only.
+    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_ARRAY, size_of::<u64>());
+    freeze(map.fd().as_fd());
+    let began = Instant::now();
+    let blind = "fd programs are attached but nothing is seen of them";
+    while !agent.get("/readyz").unwrap().1.contains(blind) {
+        assert!(began.elapsed() < Duration::from_secs(20), "{}", agent.get("/readyz").unwrap().1);
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_watched_process_that_somebody_takes_away_is_watched_again() {
+    let agent = Agent::start(&["--fd-events", "watched"]);
+    let mut storm = Workload::start_ready(&["fd-storm", "500"]);
+    let stream = agent.events(&format!("?pid={}", storm.pid()));
+    agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
+    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_HASH, size_of::<u64>());
+    let mut watched: HashMap<_, u32, u64> = HashMap::try_from(Map::HashMap(map)).unwrap();
+    watched.remove(&storm.pid()).unwrap();
+    let end = Instant::now() + Duration::from_secs(10);
+    while watched.get(&storm.pid(), 0).is_err() {
+        assert!(Instant::now() < end, "{}", agent.log());
+        thread::sleep(Duration::from_millis(20));
+    }
+    storm.stage();
+    storm.end();
+    assert_eq!(read_to_end(stream), (1000, 0));
+}
+
+const BPF_MAP_TYPE_HASH: u32 = 1;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
+
+/// The one map of this type and size of value that a process has open, from /proc/PID/fdinfo.
+fn map_of(pid: u32, kind: u32, value: usize) -> MapData {
+    let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let texts = infos.filter_map(|info| fs::read_to_string(info.unwrap().path()).ok());
+    let field = |text: &str, name: &str| -> Option<u32> {
+        text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+    };
+    let is_it = |text: &String| {
+        field(text, "map_type:") == Some(kind) && field(text, "value_size:") == Some(value as u32)
+    };
+    let found: Vec<u32> = texts.filter(is_it).filter_map(|text| field(&text, "map_id:")).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    MapData::from_id(found[0]).unwrap()
+}
+
+/// `BPF_MAP_FREEZE`, since 5.2: user space cannot write the map any more.
+fn freeze(map: BorrowedFd<'_>) {
+    const BPF_MAP_FREEZE: i64 = 22;
+    let attributes = [map.as_raw_fd() as u32];
+    // SAFETY: the attributes of the command are one fd.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_FREEZE, attributes.as_ptr(), 4) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn a_pass_that_fails_is_counted_and_the_next_one_heals_it() {
+    let agent = Agent::start(&[]);
+    let pid = rustix::process::Pid::from_raw(agent.child.pid() as i32);
+    let whole = rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current: Some(4), maximum: None });
+    // Only the soft limit may be changed everywhere.
+    let whole = whole.or_else(|_| {
+        let now = rustix::process::getrlimit(Resource::Nofile);
+        rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current: Some(4), maximum: now.maximum })
+    });
+    let whole = whole.unwrap();
+    // Without a free fd it cannot answer either.
+    thread::sleep(Duration::from_millis(2500));
+    rustix::process::prlimit(pid, Resource::Nofile, whole).unwrap();
+    let failed = agent.wait_metric("plumb_passes_failed_total", |failed| failed >= 1.0);
+    assert!(failed < 10.0, "{failed}");
+    assert!(agent.log().contains("the pass over all processes failed"), "{}", agent.log());
+    let passes = agent.metric("plumb_passes_total");
+    agent.wait_metric("plumb_passes_total", |later| later > passes);
+    assert_eq!(agent.metric("plumb_worker_restarts_total{worker=\"observer\"}"), 0.0);
+}
+
+/// A cgroup of the test's own, where there is a hierarchy for it.
+struct Cgroup(std::path::PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Self {
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let root = mounts.lines().find_map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            (words[2] == "cgroup2").then(|| words[1].to_owned())
+        });
+        let root = root.unwrap_or_else(|| {
+            let root = std::env::temp_dir().join("cgroup2");
+            fs::create_dir_all(&root).unwrap();
+            let done = Command::new("mount").args(["-t", "cgroup2", "none"]).arg(&root).status().unwrap();
+            assert!(done.success());
+            root.to_str().unwrap().to_owned()
+        });
+        let path = std::path::Path::new(&root).join(format!("plumb-test-{}-{name}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn take(&self, pid: u32) {
+        fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Empty once the processes are gone.
+        for _ in 0..50 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn a_storm_in_one_cgroup_leaves_room_in_the_ring_to_another() {
+    const PAIRS: u64 = 20_000;
+    let seams = [Seam::Functions, Seam::SysExit];
+    let mut tried = 0;
+    for seam in seams {
+        // `quiet` first: a cgroup can be removed only when it is empty.
+        let (loud, quiet) = (Cgroup::new("loud"), Cgroup::new("quiet"));
+        let mut storm = Workload::start_ready(&["fd-storm", &PAIRS.to_string()]);
+        let mut other = Workload::start_ready(&["fd-storm", "10"]);
+        loud.take(storm.pid());
+        quiet.take(other.pid());
+        let mut comm = [0; 16];
+        comm[..8].copy_from_slice(b"workload");
+        let plan = Plan {
+            programs: Some(&[]),
+            fds: Fds::All(Some(seam)),
+            ring_bytes: 64 << 10,
+            ..Plan::watch(Filter { tgid: None, comm: Some(comm) })
+        };
+        let Ok(mut kernel) = Kernel::load_all(plan) else { continue };
+        tried += 1;
+        let mut ring = kernel.ring().unwrap();
+        // Nobody reads meanwhile.
+        storm.stage();
+        other.stage();
+        let of_quiet = |events: Vec<plumb::decode::Event>| {
+            events.iter().filter(|event| event.header().process.tgid == other.pid()).count()
+        };
+        let events = ring.drain(usize::MAX);
+        let counted = kernel.counts().unwrap();
+        let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
+        assert_eq!(of_quiet(events), 20, "{seam:?} {counted:?}");
+        assert!(of(counts::QUOTA) > PAIRS, "{seam:?} {counted:?}");
+        drop((storm, other));
+        drop((loud, quiet));
+    }
+    assert!(tried > 0, "no way of following fds");
+}
+
+#[test]
+fn origins_follow_a_leak_in_an_exec_and_a_fork_heavy_process_without_drift() {
+    let agent = Agent::start(&["--fd-events", "always"]);
+    let dir = TempDir::new();
+    let mut calls = Workload::start_ready(&["fd-calls", &dir.join("")]);
+    let _stream = agent.events(&format!("?pid={}", calls.pid()));
+    agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
+    thread::sleep(Duration::from_millis(1200));
+    calls.stage();
+    thread::sleep(Duration::from_millis(2500));
+    let page = agent.get("/metrics").unwrap().1;
+    for cause in ["fd_open_unseen", "fd_close_unseen"] {
+        assert!(page.contains(&format!("plumb_drift_total{{cause=\"{cause}\"}} 0\n")), "{page}");
+    }
+    calls.end();
+}
