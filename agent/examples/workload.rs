@@ -26,8 +26,10 @@ fn main() -> Result<()> {
         ["leader-exits"] => leader_exits(),
         ["fd-calls", folder] => fd_calls(folder),
         ["fd-storm", pairs] => fd_storm(pairs.parse()?),
+        ["getppid", calls] => getppid(calls.parse()?),
+        ["fork-storm", alive] => fork_storm(alive.parse()?),
         _ => Err("usage: workload leak-fds FILE | leak-threads | hold-fds N | hold-threads N | \
-                  hold-processes N | leader-exits | fd-calls FOLDER | fd-storm N"
+                  hold-processes N | leader-exits | fd-calls FOLDER | fd-storm N | fork-storm N | getppid N"
             .into()),
     }
 }
@@ -196,6 +198,54 @@ fn fd_storm(pairs: u32) -> Result<()> {
         unsafe { check(libc::close(check(libc::dup(0))?))? };
     }
     ready()?;
+    Ok(())
+}
+
+/// First nothing, then a call that has to do with no fd.
+fn getppid(calls: u32) -> Result<()> {
+    ready()?;
+    ready()?;
+    for _ in 0..calls {
+        // SAFETY: takes nothing, cannot fail.
+        unsafe { libc::syscall(libc::SYS_getppid) };
+    }
+    ready()?;
+    Ok(())
+}
+
+/// Forks without end, at most `alive` children at a time, which open a file, take a name of their own and
+/// end after a moment or two.
+fn fork_storm(alive: usize) -> Result<()> {
+    // SAFETY: plain system calls on memory that lives long enough; one thread, so a child may do anything.
+    unsafe {
+        println!("ready");
+        let mut stdin = libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 };
+        let mut children = 0;
+        for round in 0u32.. {
+            while children > 0 && libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) > 0 {
+                children -= 1;
+            }
+            if libc::poll(&raw mut stdin, 1, i32::from(children == alive)) != 0 {
+                break;
+            }
+            if children == alive {
+                continue;
+            }
+            match libc::fork() {
+                0 => {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    let name = std::ffi::CString::new(format!("s{round}"))?;
+                    libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+                    libc::dup(0);
+                    libc::usleep(round % 50 * 20_000);
+                    libc::_exit(0)
+                }
+                // No number or no memory is free: that is what a storm is for.
+                -1 => thread::sleep(Duration::from_millis(1)),
+                _ => children += 1,
+            }
+        }
+    }
     Ok(())
 }
 

@@ -37,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock::{self, Calendar},
     decode::Event,
-    document::Leaks,
+    document::{Leaks, Processes},
     export::prometheus::{self, Own},
     follow::Who,
     line::{self, Line},
@@ -200,6 +200,7 @@ pub(crate) fn control(shared: Shared, events: Events) -> Router {
     let streams = Router::new().route("/v1/events", get(stream)).with_state((shared.clone(), events));
     Router::new()
         .route("/v1/leaks", get(leaks))
+        .route("/v1/processes", get(processes))
         .with_state(shared.clone())
         .merge(streams)
         .merge(public(shared))
@@ -220,6 +221,12 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 async fn leaks(State(shared): State<Shared>) -> Json<Leaks> {
     let view = Arc::clone(&shared.views.borrow());
     Json(Leaks::new(&view.findings, Calendar::now()))
+}
+
+/// The table of the last pass.
+async fn processes(State(shared): State<Shared>) -> Json<Processes> {
+    let view = Arc::clone(&shared.views.borrow());
+    Json(Processes::new(&view.rows, Calendar::now()))
 }
 
 /// Whose events a stream is about.
@@ -374,6 +381,12 @@ fn readiness(view: &HostView, age: Duration, failing: &[String]) -> (StatusCode,
         lines.push(format!(
             "fd programs are attached but nothing is seen of them for {} s",
             following.canary_missed
+        ));
+    }
+    if view.untracked.processes > 0 {
+        lines.push(format!(
+            "{} processes are beyond the bound and counted in sum only",
+            view.untracked.processes
         ));
     }
     if following.refused > 0 {

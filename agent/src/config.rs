@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     net::SocketAddr,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
 };
 
@@ -10,6 +11,7 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use crate::{
+    admission::DEFAULT_PROCESSES,
     failure::{Exit, Failure},
     follow::FdEvents,
 };
@@ -44,6 +46,9 @@ pub(crate) struct Given {
     /// When the fd programs are attached [default: auto]
     #[arg(long, env = "PLUMB_FD_EVENTS", value_name = "WHEN")]
     fd_events: Option<FdEvents>,
+    /// Processes followed one by one at most [default: 65536]
+    #[arg(long, env = "PLUMB_MAX_PROCESSES", value_name = "COUNT")]
+    max_processes: Option<NonZeroUsize>,
     /// Form of the log on stderr [default: text]
     #[arg(long, env = "PLUMB_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
@@ -56,6 +61,7 @@ struct Written {
     listen: Option<SocketAddr>,
     run_dir: Option<PathBuf>,
     fd_events: Option<FdEvents>,
+    max_processes: Option<NonZeroUsize>,
     log_format: Option<LogFormat>,
 }
 
@@ -65,6 +71,7 @@ pub(crate) struct Config {
     pub listen: SocketAddr,
     pub run_dir: PathBuf,
     pub fd_events: FdEvents,
+    pub max_processes: usize,
     pub log_format: LogFormat,
 }
 
@@ -84,6 +91,10 @@ impl Config {
             },
             run_dir: given.run_dir.or(written.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
             fd_events: given.fd_events.or(written.fd_events).unwrap_or_default(),
+            max_processes: given
+                .max_processes
+                .or(written.max_processes)
+                .map_or(DEFAULT_PROCESSES, NonZeroUsize::get),
             log_format: given.log_format.or(written.log_format).unwrap_or_default(),
         })
     }
@@ -107,7 +118,7 @@ fn read(path: &Path) -> Result<Written, Failure> {
     toml::from_str(&text).map_err(|error| {
         let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = error.message().replace('\n', " ");
-        let known = "known keys are listen, run_dir, fd_events and log_format";
+        let known = "known keys are listen, run_dir, fd_events, max_processes and log_format";
         Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), known)
     })
 }

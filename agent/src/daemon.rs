@@ -59,7 +59,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let (views, view) = watch::channel(Arc::new(HostView::default()));
     let (inputs, observed) = channel(QUEUE);
     let (ask, requests) = mpsc::channel();
-    let mode = config.fd_events;
+    let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
     let (subscribers, followers) = (Subscribers::default(), ask.clone());
     let mut supervisor = Supervisor::default();
 
@@ -75,12 +75,12 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
                 None => Kernel::load_required(Plan::AGENT)?,
             };
             let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
-            observe::run(kernel, mode, &requests, &inputs, &stop)
+            observe::run(kernel, &limits, &requests, &inputs, &stop)
         })
     });
 
     let observed = Arc::new(AsyncMutex::new(observed));
-    let (limits, format, counted, published) =
+    let (host, format, counted, published) =
         (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
         let counted = counted.clone();
@@ -88,7 +88,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             counted.reported(finding);
             report::log(finding, format);
         });
-        let host = Host::new(limits, ask.clone(), views.clone(), published.clone(), report);
+        let host = Host::new(host, ask.clone(), views.clone(), published.clone(), report);
         let observed = Arc::clone(&observed);
         async move {
             host.run(&mut *observed.lock().await, stop).await;

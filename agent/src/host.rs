@@ -79,12 +79,12 @@ impl Host {
 
     fn pass(&mut self, observation: &Observation) {
         self.table.reconcile(&observation.pass);
-        for (process, listing) in &observation.listings {
+        for (process, listing) in &observation.pass.listings {
             self.origins.merge(*process, listing);
         }
         observation.pass.after.iter().for_each(|event| self.origins.apply(event));
         let rows = self.table.rows();
-        for change in self.detector.observe(&rows, observation.ended) {
+        for change in self.detector.observe(&rows, observation.pass.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => {
                     if resource == Resource::Fd {
@@ -111,8 +111,8 @@ impl Host {
         }
         let mut view = HostView {
             passes: self.passes,
-            time: observation.ended,
-            pass_nanos: observation.ended - observation.pass.began,
+            time: observation.pass.ended,
+            pass_nanos: observation.pass.ended - observation.pass.began,
             rows,
             findings,
             drift: self.table.drift(),
@@ -121,6 +121,7 @@ impl Host {
             not_run: observation.not_run,
             failed: observation.failed,
             following: observation.following,
+            untracked: observation.pass.untracked,
             fd_drift: self.origins.drift(),
             origins: self.origins.held(),
             subscribers: (self.subscribers.count(), self.subscribers.missed()),

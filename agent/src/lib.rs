@@ -3,8 +3,10 @@
 //! In the order in which what the kernel knows becomes something a person reads: `kernel` loads and
 //! reads the programs, `decode` makes events of bytes, `observe` runs both, `follow` decides whose fds are
 //! followed, `table` holds the processes, `origins` where their fds came from, `detect` judges them, `evidence` and `report` say what leaks, `export`, `api`, `subscribe` and `cli` hand it out.
+//! `admission` bounds whom is followed.
 //! `daemon` puts the agent together, `supervisor` keeps its workers running.
 
+mod admission;
 mod api;
 mod canary;
 pub mod cli;

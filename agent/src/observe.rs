@@ -12,13 +12,13 @@ use tokio::sync::mpsc::Sender;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    admission::Admission,
     clock,
     decode::Event,
     detect::{Confirmation, Resource},
     evidence::Evidence,
     follow::{FdEvents, Follow, Following, Who},
     kernel::{Kernel, Ledger, Ring, Status},
-    origins::Listing,
     procfs::Describer,
     table::Pass,
 };
@@ -48,16 +48,12 @@ pub(crate) enum Input {
 #[derive(Debug)]
 pub(crate) struct Observation {
     pub pass: Pass,
-    /// When it ended, nanoseconds since boot.
-    pub ended: u64,
     /// The kernel's ledger, by `counts::index`.
     pub counts: [u64; counts::LEN as usize],
     /// What became of the events that were sent.
     pub ledger: Ledger,
     /// How often a program was not run because it was running on that CPU already.
     pub not_run: u64,
-    /// The fds of watched processes.
-    pub listings: Vec<(ProcKey, Listing)>,
     pub following: Following,
     /// Passes that failed so far.
     pub failed: u64,
@@ -83,6 +79,13 @@ pub(crate) enum Request {
 /// Passes in a row that may fail before the observer is started anew.
 const MAX_FAILED: u64 = 10;
 
+/// What the settings say of the observer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub fd_events: FdEvents,
+    pub max_processes: usize,
+}
+
 /// Everything the observer works with.
 struct Observer {
     kernel: Kernel,
@@ -90,6 +93,7 @@ struct Observer {
     describer: Describer,
     evidence: Evidence,
     follow: Follow,
+    admission: Admission,
     failed: u64,
     failed_in_a_row: u64,
 }
@@ -97,15 +101,16 @@ struct Observer {
 /// Runs until it is stopped; an error means that nothing is seen any more.
 pub(crate) fn run(
     mut kernel: Kernel,
-    mode: FdEvents,
+    limits: &Limits,
     requests: &Receiver<Request>,
     inputs: &Sender<Input>,
     stop: &CancellationToken,
 ) -> Result<()> {
     let ring = kernel.ring()?;
-    let (describer, follow) = (Describer::new("/proc"), Follow::new(mode));
-    let evidence = Evidence::default();
-    let mut observer = Observer { kernel, ring, describer, evidence, follow, failed: 0, failed_in_a_row: 0 };
+    let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events));
+    let (evidence, admission) = (Evidence::default(), Admission::new(limits.max_processes));
+    let mut observer =
+        Observer { admission, kernel, ring, describer, evidence, follow, failed: 0, failed_in_a_row: 0 };
     let send = |input| inputs.blocking_send(input).is_ok();
     let mut next_pass = Instant::now();
     let mut more = false;
@@ -158,15 +163,13 @@ impl Observer {
         self.follow.tend(&mut self.kernel);
         let pass = self.pass();
         match pass {
-            Ok((pass, listings, ended)) => {
+            Ok(pass) => {
                 self.failed_in_a_row = 0;
                 Ok(Some(Observation {
                     pass,
-                    ended,
                     counts: self.kernel.counts().context("the ledger cannot be read")?,
                     ledger: self.ring.ledger(),
                     not_run: self.kernel.not_run(),
-                    listings,
                     following: self.follow.state(&self.kernel),
                     failed: self.failed,
                     programs: self.kernel.programs().into(),
@@ -185,15 +188,16 @@ impl Observer {
     }
 
     /// One pass with the events around it, the fds of watched processes, and when it ended.
-    fn pass(&mut self) -> Result<(Pass, Vec<(ProcKey, Listing)>, u64)> {
+    fn pass(&mut self) -> Result<Pass> {
         let began = clock::boottime();
-        let records = self.kernel.processes().context("the pass over all processes failed")?;
+        let mut records = self.kernel.processes().context("the pass over all processes failed")?;
         let ended = clock::boottime();
+        let untracked = self.admission.admit(&mut records);
         let listings = self.follow.list(&mut self.kernel, &records);
         let after = self.drain();
         let words = self.describer.describe(&records);
         let records = records.into_iter().zip(words).collect();
-        Ok((Pass { began, records, after: Arc::new(after) }, listings, ended))
+        Ok(Pass { began, ended, records, after: Arc::new(after), untracked, listings })
     }
 
     /// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a

@@ -36,6 +36,9 @@ impl ProcStatic {
     }
 }
 
+/// Processes read in one pass at most; each takes about 30 us.
+const PER_PASS: usize = 2048;
+
 /// Text read of one file at most, in bytes.
 const FILE_LIMIT: u64 = 16 << 10;
 
@@ -45,6 +48,8 @@ pub(crate) struct Describer {
     root: PathBuf,
     known: HashMap<ProcKey, Known>,
     pass: u64,
+    /// Processes that may still be read in this pass.
+    budget: usize,
 }
 
 #[derive(Debug)]
@@ -60,13 +65,15 @@ impl Describer {
     /// Reads below `root`, normally /proc.
     #[must_use]
     pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), known: HashMap::new(), pass: 0 }
+        Self { root: root.into(), known: HashMap::new(), pass: 0, budget: 0 }
     }
 
     /// Describes every record of a pass, in its order, and forgets processes that are not in it.
     pub(crate) fn describe(&mut self, records: &[TaskRecord]) -> Vec<Arc<ProcStatic>> {
         self.pass += 1;
         let pass = self.pass;
+        // The first pass describes a whole host; then only what is new.
+        self.budget = if pass == 1 { usize::MAX } else { PER_PASS };
         let words = records.iter().map(|record| self.one(record)).collect();
         self.known.retain(|_, known| known.seen == pass);
         words
@@ -79,6 +86,11 @@ impl Describer {
             known.seen = self.pass;
             return Arc::clone(&known.words);
         }
+        let Some(budget) = self.budget.checked_sub(1) else {
+            // In a storm of short-lived processes: the next pass may have time for those that stay.
+            return Arc::new(ProcStatic::of_comm(&record.comm));
+        };
+        self.budget = budget;
         let words = Arc::new(self.read(record));
         self.known.insert(
             record.key,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use plumb_common::counts;
 
 use crate::{
+    admission::Untracked,
     detect::Finding,
     follow::Following,
     kernel::{Ledger, Status},
@@ -33,6 +34,8 @@ pub(crate) struct HostView {
     /// Passes that failed.
     pub failed: u64,
     pub following: Following,
+    /// What is not followed one by one.
+    pub untracked: Untracked,
     /// What listings of watched processes found that no event told of.
     pub fd_drift: FdDrift,
     /// Origins of fds held now.

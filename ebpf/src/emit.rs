@@ -58,9 +58,9 @@ pub(crate) fn send<T: Pod>(source: u32, event: T) {
 fn is_within_share(used: u64, size: u64, bytes: u64) -> bool {
     let cgroups = kernel::read::<u64>(kernel::current(), offsets::TASK_CSS_SET).unwrap_or(0);
     let time = now();
-    let Some(share) = maps::SHARES.get_ptr_mut(&cgroups) else {
+    let Some(share) = maps::SHARES.get_ptr_mut(cgroups) else {
         // A full map forgets its oldest entry, so this fails only for a moment: then nobody is refused.
-        let _ = maps::SHARES.insert(&cgroups, &maps::Share { since: time, bytes }, 0);
+        let _ = maps::SHARES.insert(cgroups, maps::Share { since: time, bytes }, 0);
         return true;
     };
     // SAFETY: a map value; a lost addition on another CPU makes the share a little larger.
@@ -151,7 +151,7 @@ fn watched(tgid: u32, tid: u32) -> Watched {
         return Watched::Everybody;
     }
     // SAFETY: the value is read at once; a change in between only makes the answer an old one.
-    match unsafe { maps::WATCHED.get(&tgid) } {
+    match unsafe { maps::WATCHED.get(tgid) } {
         Some(start) => Watched::Since(*start),
         None => Watched::No,
     }

@@ -57,6 +57,7 @@ fn only_the_kernel_module_imports_aya() {
 #[test]
 fn the_core_does_no_io_and_reads_no_clock() {
     let pure = [
+        "agent/src/admission.rs",
         "agent/src/decode.rs",
         "agent/src/table",
         "agent/src/detect",

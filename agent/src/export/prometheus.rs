@@ -242,6 +242,18 @@ fn collection(page: &mut Page, view: &HostView) -> fmt::Result {
         "Passes that failed and were tried again.",
         [([], view.failed as f64)],
     )?;
+    let untracked = view.untracked;
+    for (name, help, value) in [
+        (
+            "plumb_untracked_processes",
+            "Processes beyond the bound, counted in sum only.",
+            untracked.processes,
+        ),
+        ("plumb_untracked_fds", "Their open file descriptors.", untracked.fds),
+        ("plumb_untracked_threads", "Their threads.", untracked.threads),
+    ] {
+        page.family(name, GAUGE, help, [([], value as f64)])?;
+    }
     page.family("plumb_passes_total", COUNTER, "Passes over all processes.", [([], view.passes as f64)])?;
     page.family(
         "plumb_pass_duration_seconds",

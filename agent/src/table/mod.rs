@@ -32,6 +32,8 @@ pub(crate) struct Table {
     /// Processes that the last pass no longer found and whose exit no event has told of.
     gone: HashSet<ProcKey>,
     seeded: bool,
+    /// Not every process is followed: what is missing is no drift.
+    is_full: bool,
     drift: Drift,
 }
 
@@ -84,6 +86,10 @@ impl Table {
             exited: false,
             ..copied
         };
+        if self.is_full {
+            // Whether it is followed is for the pass to say.
+            return;
+        }
         let fresh = Entry { row, adopted: 0, moved: event.header.time, owed: Owed::NOTHING };
         self.entries.entry(event.child).or_insert(fresh).owed.clone = false;
     }
@@ -142,7 +148,7 @@ impl Table {
             moved: record.key.start_boottime,
             owed: Owed::CLONE,
         });
-        entry.owed = if self.seeded { entry.owed_for(record) } else { Owed::UNKNOWN };
+        entry.owed = if self.seeded && !self.is_full { entry.owed_for(record) } else { Owed::UNKNOWN };
         let exited = entry.row.exited || row.exited;
         // A count that could not be read is no sign that the fds are gone.
         let fds = if row.flags & FLAG_FDS_UNKNOWN != 0 { entry.row.fds } else { row.fds };

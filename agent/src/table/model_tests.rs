@@ -303,7 +303,7 @@ impl Host {
         self.late = self.ring.len();
         let records = std::mem::take(&mut self.records);
         before.iter().for_each(|event| self.table.apply(event));
-        self.table.reconcile(&Pass { began, records, after: after.into() });
+        self.table.reconcile(&Pass { began, records, after: after.into(), ..Pass::default() });
         if self.late == 0 && !self.dirty {
             for row in self.table.rows() {
                 prop_assert!(self.seen.contains(&row.key), "{:?} ended before the pass", row.key);

@@ -12,18 +12,23 @@ use std::{
 use plumb_common::task::{ProcKey, TaskRecord};
 
 use super::Table;
-use crate::{decode::Event, procfs::ProcStatic};
+use crate::{admission::Untracked, decode::Event, origins::Listing, procfs::ProcStatic};
 
 /// One pass of the iterator over all processes, with the events of its time. Those from before it have been
 /// applied.
 #[derive(Debug, Default)]
 pub(crate) struct Pass {
-    /// When it began, nanoseconds since boot.
+    /// When it began and ended, nanoseconds since boot.
     pub began: u64,
+    pub ended: u64,
     /// One record per process, with the words that describe it.
     pub records: Vec<(TaskRecord, Arc<ProcStatic>)>,
     /// Events consumed since: some older, some younger than a given record.
     pub after: Arc<Vec<Event>>,
+    /// What the records do not contain.
+    pub untracked: Untracked,
+    /// The fds of watched processes.
+    pub listings: Vec<(ProcKey, Listing)>,
 }
 
 impl Table {
@@ -55,9 +60,10 @@ impl Table {
             self.adopt(record, info);
         }
         let seeded = std::mem::replace(&mut self.seeded, true);
+        self.is_full = pass.untracked.processes > 0;
         self.entries.retain(|key, entry| {
             let kept = found.contains(key);
-            if !kept && seeded && !entry.row.exited {
+            if !kept && seeded && !entry.row.exited && !self.is_full {
                 self.gone.insert(*key);
             }
             kept

@@ -192,7 +192,7 @@ fn events_that_come_after_their_pass_are_no_drift() {
         clone(key, born, 9, 5 * SECOND, 0),
     ];
     late.iter().for_each(|event| table.apply(event));
-    let before = vec![clone(born, born, 22, 6 * SECOND, CLONE_THREAD)];
+    let before = [clone(born, born, 22, 6 * SECOND, CLONE_THREAD)];
     before.iter().for_each(|event| table.apply(event));
     table.reconcile(&Pass { began: 11 * SECOND, ..Pass::default() });
     assert_eq!(table.drift(), Drift::default());

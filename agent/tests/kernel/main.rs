@@ -7,6 +7,7 @@ mod support;
 
 mod agent;
 mod follow;
+mod isolation;
 mod ledger;
 mod snapshot;
 mod watch;

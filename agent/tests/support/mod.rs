@@ -301,6 +301,8 @@ pub(crate) struct Truth {
     /// `None` is unlimited.
     pub(crate) fd_limit: Option<u64>,
     pub(crate) threads: u64,
+    /// How often its threads were switched in or out: as long as it does not change, it did nothing.
+    pub(crate) switches: u64,
     /// The leader has exited and others have not: /proc/PID/fd then shows nothing.
     pub(crate) leaderless: bool,
 }
@@ -326,8 +328,19 @@ pub(crate) fn truth_of(pid: u32) -> Option<Truth> {
         fds: fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64,
         fd_limit: limit.split_ascii_whitespace().next()?.parse().ok(),
         threads: fields[17].parse().ok()?,
+        switches: switches(pid)?,
         leaderless: fields[0] == "Z" && fields[17] != "1",
     })
+}
+
+fn switches(pid: u32) -> Option<u64> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).ok()? {
+        let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+        let counts = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+        sum += counts.filter_map(|(_, count)| count.trim().parse::<u64>().ok()).sum::<u64>();
+    }
+    Some(sum)
 }
 
 /// `plumb ps` must equal /proc for every process that was the same before and after. Returns how many
@@ -335,13 +348,18 @@ pub(crate) fn truth_of(pid: u32) -> Option<Truth> {
 pub(crate) fn assert_ps_is_proc() -> usize {
     let before = proc_truth();
     let document = plumb_json(&["ps"]);
+    assert_is_proc(&before, &document)
+}
+
+/// As `assert_ps_is_proc`, of a document that was taken since `before` was.
+pub(crate) fn assert_is_proc(before: &BTreeMap<u32, Truth>, document: &Value) -> usize {
     let after = proc_truth();
     let shown: BTreeMap<u64, &Value> =
         document["processes"].as_array().unwrap().iter().map(|p| (p["pid"].as_u64().unwrap(), p)).collect();
     let mut compared = 0;
-    for (pid, truth) in before {
+    for (&pid, truth) in before {
         // PID 1 of the development machine is hidden from iterators, and kernels may hide it elsewhere.
-        if after.get(&pid) != Some(&truth) || truth.leaderless || (pid == 1 && !shown.contains_key(&1)) {
+        if after.get(&pid) != Some(truth) || truth.leaderless || (pid == 1 && !shown.contains_key(&1)) {
             continue;
         }
         let process = shown.get(&u64::from(pid)).unwrap_or_else(|| panic!("{pid} is missing: {truth:?}"));
