@@ -26,10 +26,11 @@ fn main() -> Result<()> {
         ["leader-exits"] => leader_exits(),
         ["fd-calls", folder] => fd_calls(folder),
         ["fd-storm", pairs] => fd_storm(pairs.parse()?),
+        ["vanishing-pipes"] => vanishing_pipes(),
         ["getppid", calls] => getppid(calls.parse()?),
         ["fork-storm", alive] => fork_storm(alive.parse()?),
         _ => Err("usage: workload leak-fds FILE | leak-threads | hold-fds N | hold-threads N | \
-                  hold-processes N | leader-exits | fd-calls FOLDER | fd-storm N | fork-storm N | getppid N"
+                  hold-processes N | leader-exits | fd-calls FOLDER | fd-storm N | fork-storm N | getppid N | vanishing-pipes"
             .into()),
     }
 }
@@ -196,6 +197,38 @@ fn fd_storm(pairs: u32) -> Result<()> {
     for _ in 0..pairs {
         // SAFETY: dup and close take any number; this one was just made.
         unsafe { check(libc::close(check(libc::dup(0))?))? };
+    }
+    ready()?;
+    Ok(())
+}
+
+/// Makes pipes into a page that another thread takes away again and again, a second long, then prints how many.
+/// Whoever reads the two numbers after the call finds the page gone now and then.
+fn vanishing_pipes() -> Result<()> {
+    const PAGE: usize = 4096;
+    // SAFETY: a new mapping; the other thread drops its content only, which may happen at any time.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let page = libc::mmap(std::ptr::null_mut(), PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        if page == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error().into());
+        }
+        let address = page as usize;
+        thread::spawn(move || {
+            loop {
+                libc::madvise(address as *mut _, PAGE, libc::MADV_DONTNEED);
+            }
+        });
+        ready()?;
+        let mut pipes = 0;
+        let began = std::time::Instant::now();
+        while began.elapsed() < Duration::from_secs(1) {
+            check(libc::pipe(page.cast()))?;
+            pipes += 1;
+            // Their numbers may be gone too.
+            check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as i32)?;
+        }
+        println!("{pipes}");
     }
     ready()?;
     Ok(())

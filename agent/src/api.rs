@@ -239,7 +239,7 @@ struct Asked {
 
 /// Events as they happen, one object per line, until the client or the process ends.
 async fn stream(
-    State((shared, events)): State<(Shared, Events)>,
+    State((mut shared, events)): State<(Shared, Events)>,
     asked: Result<Query<Asked>, QueryRejection>,
 ) -> Response {
     let refuse = |status: StatusCode, text: String| (status, text + "\n").into_response();
@@ -249,7 +249,7 @@ async fn stream(
     };
     let who = match asked.pid {
         None => Who::Everybody,
-        Some(pid) => match process(shared.views, pid).await {
+        Some(pid) => match process(&mut shared.views, pid).await {
             Some(key) => Who::Process(key),
             None => return refuse(StatusCode::NOT_FOUND, format!("no process has pid {pid}")),
         },
@@ -257,7 +257,7 @@ async fn stream(
     match events.subscribers.add(who) {
         None => refuse(StatusCode::SERVICE_UNAVAILABLE, "too many listen already".to_owned()),
         Some(subscription) => {
-            let lines = Lines::begin(subscription, events.requests);
+            let lines = Lines::begin(subscription, events.requests, shared.views);
             let body = futures_util::stream::unfold(lines, |mut lines| async {
                 let page = lines.next().await?;
                 Some((Ok::<_, Infallible>(page), lines))
@@ -268,7 +268,7 @@ async fn stream(
 }
 
 /// The process of a pid; one that has just begun is in the next pass.
-async fn process(mut views: watch::Receiver<Arc<HostView>>, pid: u32) -> Option<ProcKey> {
+async fn process(views: &mut watch::Receiver<Arc<HostView>>, pid: u32) -> Option<ProcKey> {
     for _ in 0..2 {
         let found = |view: &HostView| view.rows.iter().find(|row| row.key.tgid == pid).map(|row| row.key);
         if let Some(key) = found(&views.borrow_and_update()) {
@@ -283,39 +283,55 @@ async fn process(mut views: watch::Receiver<Arc<HostView>>, pid: u32) -> Option<
 struct Lines {
     subscription: Subscription,
     requests: mpsc::Sender<Request>,
+    views: watch::Receiver<Arc<HostView>>,
     calendar: Calendar,
     ended: bool,
 }
 
 impl Lines {
-    fn begin(subscription: Subscription, requests: mpsc::Sender<Request>) -> Self {
+    fn begin(
+        subscription: Subscription,
+        requests: mpsc::Sender<Request>,
+        views: watch::Receiver<Arc<HostView>>,
+    ) -> Self {
         // The receiver outlives the observer, so this fails only when the agent is ending.
         let _ = requests.send(Request::Follow(subscription.who));
-        Self { subscription, requests, calendar: Calendar::now(), ended: false }
+        Self { subscription, requests, views, calendar: Calendar::now(), ended: false }
     }
 
     async fn next(&mut self) -> Option<String> {
-        loop {
-            if self.ended {
-                return None;
-            }
-            let mut page = String::new();
-            match self.subscription.next().await? {
-                Item::Gap(lost) => page = line::gap(lost) + "\n",
-                Item::Events(events) => {
-                    let who = self.subscription.who;
-                    for event in events.iter().filter(|event| subscribe::is_about(event, who)) {
-                        page += &Line::new(event, self.calendar).json();
-                        page.push('\n');
-                        self.ended |= matches!(event, Event::Exit(exit)
-                            if exit.group_dead != 0 && who == Who::Process(exit.header.process));
-                    }
+        let who = self.subscription.who;
+        let mut page = String::new();
+        while page.is_empty() && !self.ended {
+            tokio::select! {
+                // What has happened comes before its end.
+                biased;
+                item = self.subscription.next() => page = self.words(&item?),
+                changed = self.views.changed() => {
+                    changed.ok()?;
+                    // An exit event may be lost; a process that no pass shows has ended all the same.
+                    let view = self.views.borrow_and_update();
+                    self.ended = !view.rows.iter().any(|row| who == Who::Everybody || who == Who::Process(row.key));
                 }
             }
-            if !page.is_empty() {
-                return Some(page);
-            }
         }
+        (!page.is_empty()).then_some(page)
+    }
+
+    fn words(&mut self, item: &Item) -> String {
+        let events = match item {
+            Item::Gap(lost) => return line::gap(*lost) + "\n",
+            Item::Events(events) => events,
+        };
+        let who = self.subscription.who;
+        let mut page = String::new();
+        for event in events.iter().filter(|event| subscribe::is_about(event, who)) {
+            page += &Line::new(event, self.calendar).json();
+            page.push('\n');
+            self.ended |= matches!(event, Event::Exit(exit)
+                if exit.group_dead != 0 && who == Who::Process(exit.header.process));
+        }
+        page
     }
 }
 

@@ -48,8 +48,8 @@ pub(crate) struct Following {
     pub attached: bool,
     /// Processes watched now.
     pub watched: usize,
-    /// Processes that are not watched because there was no room for them.
-    pub refused: u64,
+    /// Processes that are not watched now because there is no room for them.
+    pub refused: usize,
     /// Canaries in a row that were not seen.
     pub canary_missed: u32,
 }
@@ -62,7 +62,7 @@ pub(crate) struct Follow {
     wanted: BTreeMap<Who, u32>,
     /// Processes that the kernel was told of.
     told: HashSet<ProcKey>,
-    refused: u64,
+    refused: usize,
     canary: Canary,
     /// The process whose turn it is to be listed.
     next: usize,
@@ -111,6 +111,7 @@ impl Follow {
             }
         }
         self.told.clear();
+        self.refused = 0;
         // All of them each time: an entry that somebody has taken away is back within a second.
         for process in wanted {
             match kernel.watch(process) {

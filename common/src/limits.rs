@@ -22,6 +22,3 @@ pub const MAX_WATCHED: u32 = 1024;
 
 /// Cgroups whose use of a filling ring is told apart; beyond it the least recently seen is forgotten.
 pub const MAX_SHARES: u32 = 1024;
-
-/// For how long a cgroup's use of a filling ring counts against it, in nanoseconds.
-pub const SHARE_WINDOW: u64 = 100_000_000;

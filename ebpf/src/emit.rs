@@ -2,22 +2,17 @@
 
 use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_boot_ns};
 use bytemuck::Pod;
-use plumb_common::{
-    counts,
-    event::Header,
-    limits::{COMM_LEN, SHARE_WINDOW},
-    offsets,
-    task::ProcKey,
-};
+use plumb_common::{counts, event::Header, limits::COMM_LEN, offsets, task::ProcKey};
 
 use crate::{kernel, maps};
 
 /// `BPF_RB_NO_WAKEUP`, `BPF_RB_FORCE_WAKEUP` (linux/bpf.h, since 5.8).
 const NO_WAKEUP: u64 = 1;
 const FORCE_WAKEUP: u64 = 2;
-/// `BPF_RB_AVAIL_DATA`, `BPF_RB_RING_SIZE`.
+/// `BPF_RB_AVAIL_DATA`, `BPF_RB_RING_SIZE`, `BPF_RB_CONS_POS`.
 const AVAILABLE: u64 = 0;
 const SIZE: u64 = 1;
+const CONSUMED: u64 = 2;
 
 /// Adds one to a counter of the ledger.
 #[inline(always)]
@@ -53,20 +48,22 @@ pub(crate) fn send<T: Pod>(source: u32, event: T) {
 }
 
 /// Notes what the running task's cgroups use of a ring that is filling up. In its last quarter each set of
-/// cgroups has a sixteenth of the ring per window, so that a storm in one leaves room to the others.
+/// cgroups has a sixteenth of the ring until the reader has gone on by a quarter, so that a storm in one
+/// leaves room to the others.
 #[inline(never)]
 fn is_within_share(used: u64, size: u64, bytes: u64) -> bool {
     let cgroups = kernel::read::<u64>(kernel::current(), offsets::TASK_CSS_SET).unwrap_or(0);
-    let time = now();
+    // Never by 0: a branch that panics would be refused.
+    let quarter = maps::EVENTS.query(CONSUMED) / (size / 4).max(1);
     let Some(share) = maps::SHARES.get_ptr_mut(cgroups) else {
         // A full map forgets its oldest entry, so this fails only for a moment: then nobody is refused.
-        let _ = maps::SHARES.insert(cgroups, maps::Share { since: time, bytes }, 0);
+        let _ = maps::SHARES.insert(cgroups, maps::Share { quarter, bytes }, 0);
         return true;
     };
     // SAFETY: a map value; a lost addition on another CPU makes the share a little larger.
     let share = unsafe { &mut *share };
-    if time.wrapping_sub(share.since) > SHARE_WINDOW {
-        (share.since, share.bytes) = (time, 0);
+    if share.quarter != quarter {
+        (share.quarter, share.bytes) = (quarter, 0);
     }
     if used >= size / 4 * 3 && share.bytes >= size / 16 {
         return false;

@@ -47,8 +47,8 @@ pub(crate) static SHARES: LruHashMap<u64, Share> = LruHashMap::with_max_entries(
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Share {
-    /// Start of the window, nanoseconds since boot.
-    pub since: u64,
+    /// How far the reader was, in quarters of the ring.
+    pub quarter: u64,
     /// Bytes sent since.
     pub bytes: u64,
 }

@@ -22,6 +22,7 @@ use crate::{
 const KERNEL_TESTS: &str = "kernel";
 const STORM: &str = "fds_up_to_the_hard_limit";
 const QUIET: &str = "the_functions_cost_other_syscalls_nothing";
+const FEW_PIDS: &str = "an_agent_that_starts_in_a_fork_storm_knows_every_process_that_stays";
 const WORKLOAD: &str = "workload";
 /// A Debian kernel under emulation takes 3 to 5 minutes for the tests.
 const DEADLINE: Duration = Duration::from_secs(1200);
@@ -91,12 +92,12 @@ fn guest(tests: &Path) -> Guest {
             // What concerns everybody, such as pid_max, may be changed.
             ("PLUMB_OWN_KERNEL".to_owned(), "1".to_owned()),
         ],
-        // The test that holds 900,000 fds runs alone, to the others it would be a storm; and so does the one
-        // that counts what programs run.
+        // Alone run the tests that hold 900,000 fds, take almost all pids away, or count what programs run.
         commands: [
-            &["/bin/tests", "--test-threads", "4", "--skip", STORM, "--skip", QUIET][..],
+            &["/bin/tests", "--test-threads", "4", "--skip", STORM, "--skip", QUIET, "--skip", FEW_PIDS][..],
             &["/bin/tests", STORM],
             &["/bin/tests", QUIET],
+            &["/bin/tests", FEW_PIDS],
         ]
         .map(|command| command.iter().map(|word| (*word).to_owned()).collect())
         .to_vec(),

@@ -286,9 +286,9 @@ fn following(page: &mut Page, view: &HostView) -> fmt::Result {
         [([], following.watched as f64)],
     )?;
     page.family(
-        "plumb_watch_refused_total",
-        COUNTER,
-        "Processes not watched for want of room, counted at each pass.",
+        "plumb_watch_refused_processes",
+        GAUGE,
+        "Processes that are to be watched and find no room.",
         [([], following.refused as f64)],
     )?;
     page.family("plumb_fd_origins", GAUGE, "Fds whose origin is remembered.", [([], view.origins as f64)])?;

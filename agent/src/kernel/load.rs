@@ -78,7 +78,7 @@ impl Plan {
     };
 
     /// All there is, for `plumb doctor`.
-    pub const DOCTOR: Self = Self { programs: None, ring_bytes: PAGE, ..Self::AGENT };
+    pub const DOCTOR: Self = Self { programs: None, ..Self::AGENT };
 
     /// The live stream.
     #[must_use]

@@ -147,6 +147,26 @@ fn a_watched_process_that_somebody_takes_away_is_watched_again() {
     assert_eq!(read_to_end(stream), (1000, 0));
 }
 
+#[test]
+fn a_process_for_which_there_is_no_room_is_not_watched_and_that_is_said() {
+    let agent = Agent::start(&["--fd-events", "watched"]);
+    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_HASH, size_of::<u64>());
+    let mut watched: HashMap<_, u32, u64> = HashMap::try_from(Map::HashMap(map)).unwrap();
+    // Beyond any pid.
+    let full = (0x4000_0000..).take_while(|pid| watched.insert(*pid, 1, 0).is_ok()).count();
+    assert_eq!(full, plumb_common::limits::MAX_WATCHED as usize);
+    let storm = Workload::start_ready(&["fd-storm", "1"]);
+    let stream = agent.events(&format!("?pid={}", storm.pid()));
+    agent.wait_metric("plumb_watch_refused_processes", |refused| refused > 0.0);
+    assert_eq!(agent.metric("plumb_watched_processes"), 0.0);
+    assert!(agent.get("/readyz").unwrap().1.contains("not watched: there is no room"));
+    // Nobody was dropped for it; once there is room it is watched.
+    assert_eq!(watched.keys().count(), full);
+    watched.remove(&0x4000_0000).unwrap();
+    agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
+    drop(stream);
+}
+
 const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 

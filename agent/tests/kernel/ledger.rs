@@ -1,6 +1,6 @@
 //! Every event is accounted for, also when the ring is far too small.
 
-use plumb::kernel::{Filter, Kernel, Plan};
+use plumb::kernel::{Fds, Filter, Kernel, Plan, Seam};
 use plumb_common::counts;
 
 use crate::support::Workload;
@@ -27,4 +27,27 @@ fn a_full_ring_loses_events_and_counts_each() {
     drop(std::fs::File::open("/proc/self/stat").unwrap());
     let counted = kernel.counts().unwrap();
     assert!(counted[counts::index(counts::FD, counts::FILTERED) as usize] > 0, "{counted:?}");
+}
+
+#[test]
+fn memory_that_cannot_be_read_is_counted_as_a_fault_for_each_fd() {
+    // A scheduler that runs one thread for long needs several tries.
+    for _ in 0..20 {
+        let mut pipes = Workload::start_ready(&["vanishing-pipes"]);
+        let filter = Filter { tgid: Some(pipes.pid()), comm: None };
+        let fds = Fds::All(Some(Seam::SysExit));
+        let plan = Plan { programs: Some(&[]), fds, ring_bytes: 64 << 20, ..Plan::watch(filter) };
+        let kernel = Kernel::load_all(plan).unwrap();
+        let made: u64 = pipes.stage()[0].parse().unwrap();
+        let counted = kernel.counts().unwrap();
+        let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
+        // Two fds and one close_range each; a page that came back empty names fd 0, which is open, twice.
+        assert_eq!(of(counts::SENT) + of(counts::FAULT), 3 * made, "{counted:?}");
+        assert_eq!([counts::RING_FULL, counts::QUOTA, counts::FORGED].map(of), [0; 3]);
+        if of(counts::FAULT) > 0 {
+            assert_eq!(of(counts::FAULT) % 2, 0, "{counted:?}");
+            return;
+        }
+    }
+    panic!("no read failed");
 }

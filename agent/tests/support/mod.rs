@@ -178,6 +178,8 @@ impl Agent {
             assert!(ended.is_none() && Instant::now() < deadline, "not ready: {ended:?} {}", agent.log());
             std::thread::sleep(Duration::from_millis(50));
         }
+        let (_, ready) = agent.get("/readyz").unwrap();
+        assert!(!ready.contains(" is broken"), "{ready}");
         agent
     }
 
