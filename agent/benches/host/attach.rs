@@ -274,9 +274,11 @@ impl Events {
         let mut line = Vec::new();
         while lines.read_until(b'\n', &mut line)? > 0 {
             let text = String::from_utf8_lossy(&line);
-            let is_one = text
-                .match_indices(&needle)
-                .any(|(at, _)| !text[..at].ends_with(|before: char| before.is_ascii_digit()));
+            // 22 is not told of by 122.
+            let starts_a_number = needle.starts_with(|first: char| first.is_ascii_digit());
+            let is_one = text.match_indices(&needle).any(|(at, _)| {
+                !(starts_a_number && text[..at].ends_with(|before: char| before.is_ascii_digit()))
+            });
             if is_one {
                 let number = || text.trim_end().rsplit(' ').next()?.parse::<u64>().ok();
                 found += if sums { number().unwrap_or(0) } else { 1 };

@@ -44,7 +44,7 @@ pub(crate) enum Ready {
 pub(crate) enum Events {
     /// Nothing.
     None,
-    /// A line per event, with this after something that is no digit; so many events per open+close.
+    /// A line per event with this in it; so many events per open+close.
     Lines { containing: &'static str, each: u64 },
     /// The numbers at the ends of such lines are counts; two events per open+close.
     Sums { containing: &'static str },
