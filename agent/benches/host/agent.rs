@@ -40,7 +40,7 @@ pub(crate) fn run(effort: Effort) -> Result<()> {
 fn beside(processes: usize, threads: usize, bound: f64, effort: Effort) -> Result<()> {
     let _crowd = Crowd::start(processes, threads)?;
     let mut nobody = Worker::start(0)?;
-    let running = Running::start(IDLE_AGENT, nobody.pid(), &mut nobody)?;
+    let mut running = Running::start(IDLE_AGENT, &mut nobody, None)?;
     thread::sleep(WARM_UP);
     let mut percents = Vec::new();
     for _ in 0..effort.readings {
@@ -56,8 +56,7 @@ fn beside(processes: usize, threads: usize, bound: f64, effort: Effort) -> Resul
         Median::of(percents).median,
         running.resident()? as f64 / 1e6
     );
-    drop(running.end()?);
-    Ok(())
+    running.end()
 }
 
 /// Processes and threads of this host.

@@ -62,8 +62,8 @@ impl Toggle {
         self.attached = attached;
         if let What::Programs(programs) = self.subject.what {
             match self.running.take() {
-                Some(running) => drop(running.end()?),
-                None => self.running = Some(Running::start(programs, worker.pid(), worker)?),
+                Some(mut running) => running.end()?,
+                None => self.running = Some(Running::start(programs, worker, None)?),
             }
             return Ok(());
         }
@@ -128,14 +128,19 @@ struct Member {
 }
 
 impl Running {
-    /// Starts them, told of the process `pid`. `canary` makes events.
-    pub(crate) fn start(programs: &'static [Program], pid: u32, canary: &mut Worker) -> Result<Self> {
+    /// Starts them, told of the process of `worker`. The events that they prove themselves with are made by
+    /// `another`, if it is given and they see it: what a tool still holds in a buffer is then not of `worker`.
+    pub(crate) fn start(
+        programs: &'static [Program],
+        worker: &mut Worker,
+        mut another: Option<&mut Worker>,
+    ) -> Result<Self> {
         // In memory: a tool should wait for nothing but its work.
         let dir = Path::new("/dev/shm").join(format!("plumb-bench-{}", std::process::id()));
         fs::create_dir_all(&dir)?;
         fs::write(dir.join("process-exporter.yml"), PROCESS_EXPORTER_CONFIG)?;
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let words = Words { pid, port, dir: dir.clone() };
+        let words = Words { pid: worker.pid(), port, dir: dir.clone() };
         let mut running = Self { members: Vec::new(), dir };
         for (index, program) in programs.iter().enumerate() {
             let output = running.dir.join(format!("{index}.out"));
@@ -146,7 +151,12 @@ impl Running {
             let child = die_with_parent(&mut command).spawn().with_context(|| filled[0].clone())?;
             running.members.push(Member { program, child, output });
             let member = running.members.last_mut().context("just pushed")?;
-            member.wait_until_ready(canary, &words)?;
+            let sees_one = program.words.iter().any(|word| word.contains("{pid}"));
+            let prover = match &mut another {
+                Some(another) if !sees_one => another,
+                _ => &mut *worker,
+            };
+            member.wait_until_ready(prover, &words)?;
         }
         thread::sleep(SETTLE);
         Ok(running)
@@ -177,9 +187,22 @@ impl Running {
         }
     }
 
-    /// Ends them as ctrl-c would, and returns what each printed.
-    pub(crate) fn end(mut self) -> Result<Ended> {
-        let mut outputs = Vec::new();
+    /// The events of `pid` that they have told of so far.
+    pub(crate) fn told(&self, pid: u32) -> Result<u64> {
+        self.members.iter().map(|member| member.told(pid)).sum()
+    }
+
+    /// How many events they should tell of an open and a close; `None` when they tell of none.
+    pub(crate) fn events_of_a_pair(&self) -> Option<u64> {
+        self.members.iter().find_map(|member| match member.program.events {
+            Events::None => None,
+            Events::Lines { each, .. } => Some(each),
+            Events::Sums { .. } => Some(2),
+        })
+    }
+
+    /// Ends them as ctrl-c would. What they printed stays until this is dropped.
+    pub(crate) fn end(&mut self) -> Result<()> {
         for member in self.members.iter_mut().rev() {
             let pid = rustix::process::Pid::from_child(&member.child);
             // The child was not waited for, so the number is still its own.
@@ -189,10 +212,9 @@ impl Running {
                 ensure!(Instant::now() < end, "{} does not end", member.program.words[0]);
                 thread::sleep(Duration::from_millis(10));
             }
-            outputs.push((member.program, File::open(&member.output)?));
         }
         thread::sleep(SETTLE);
-        Ok(Ended(outputs))
+        Ok(())
     }
 }
 
@@ -207,7 +229,7 @@ impl Drop for Running {
 }
 
 impl Member {
-    fn wait_until_ready(&mut self, canary: &mut Worker, words: &Words) -> Result<()> {
+    fn wait_until_ready(&mut self, worker: &mut Worker, words: &Words) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -216,9 +238,8 @@ impl Member {
             let is_ready = match self.program.ready {
                 Ready::Prints(text) => fs::read_to_string(&self.output)?.contains(text),
                 Ready::SeesEvents => {
-                    canary.batch(Operation::OpenClose, 500)?;
-                    let needle = Words { pid: canary.pid(), port: 0, dir: PathBuf::new() };
-                    self.program.events.count(File::open(&self.output)?, &needle)? > 0
+                    worker.batch(Operation::OpenClose, 500)?;
+                    self.told(worker.pid())? > 0
                 }
                 Ready::Listens => TcpStream::connect(("127.0.0.1", words.port)).is_ok(),
                 Ready::Runs => true,
@@ -231,6 +252,12 @@ impl Member {
         }
     }
 
+    /// The events of `pid` in what it has printed so far.
+    fn told(&self, pid: u32) -> Result<u64> {
+        let words = Words { pid, port: 0, dir: PathBuf::new() };
+        self.program.events.count(File::open(&self.output)?, &words)
+    }
+
     fn printed(&self) -> u64 {
         fs::metadata(&self.output).map_or(0, |metadata| metadata.len())
     }
@@ -238,26 +265,6 @@ impl Member {
     fn last_words(&self) -> String {
         let said = fs::read_to_string(&self.output).unwrap_or_default();
         said.lines().last().unwrap_or("it said nothing").to_owned()
-    }
-}
-
-/// What the ended programs had printed.
-pub(crate) struct Ended(Vec<(&'static Program, File)>);
-
-impl Ended {
-    /// The events of `pid` in the output, and how many there were if it did `pairs` opens and closes; `None`
-    /// when the subject tells no events.
-    pub(crate) fn events(self, pid: u32, pairs: u64) -> Result<Option<(u64, u64)>> {
-        for (program, output) in self.0 {
-            let each = match program.events {
-                Events::None => continue,
-                Events::Lines { each, .. } => each,
-                Events::Sums { .. } => 2,
-            };
-            let words = Words { pid, port: 0, dir: PathBuf::new() };
-            return Ok(Some((program.events.count(output, &words)?, pairs * each)));
-        }
-        Ok(None)
     }
 }
 

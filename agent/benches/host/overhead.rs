@@ -96,18 +96,23 @@ fn side_of_pair(worker: &mut Worker, operation: Operation, size: u64) -> Result<
     Ok(Median::of(batches.collect::<Result<_>>()?).median)
 }
 
-/// The load comes from a process of its own, so that all its events are of the load.
-fn load(subject: &'static Subject, canary: &mut Worker, time: Duration) -> Result<Option<Load>> {
+fn load(subject: &'static Subject, another: &mut Worker, time: Duration) -> Result<Option<Load>> {
     let What::Programs(programs) = subject.what else { return Ok(None) };
     let mut worker = Worker::start(CPU)?;
-    let running = Running::start(programs, worker.pid(), canary)?;
+    let mut running = Running::start(programs, &mut worker, Some(another))?;
+    running.wait_until_quiet();
+    let before = running.told(worker.pid())?;
     let meter = running.meter()?;
     worker.begin(Operation::OpenClose, time)?;
     let (done, took) = worker.finish()?;
     let cpu_percent = meter.percent()?;
     let resident = running.resident()?;
     running.wait_until_quiet();
-    let events = running.end()?.events(worker.pid(), done)?;
+    running.end()?;
+    let events = match running.events_of_a_pair() {
+        Some(each) => Some((running.told(worker.pid())? - before, done * each)),
+        None => None,
+    };
     Ok(Some(Load { pairs_per_second: done as f64 / took.as_secs_f64(), events, cpu_percent, resident }))
 }
 
