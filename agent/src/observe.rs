@@ -23,7 +23,8 @@ use crate::{
 
 /// Between two passes.
 const PASS_EVERY: Duration = Duration::from_secs(1);
-/// How long an event may wait in a quiet ring; a busy one wakes the reader by itself.
+/// What the table's owner asks for after a pass is answered when this time has gone by. A busy ring wakes the
+/// reader by itself, and whoever reads the table sees events no sooner than the next pass.
 const TICK: Duration = Duration::from_millis(100);
 /// Events per batch at most: bounds memory and the time between two looks at the clock.
 const BATCH: usize = 16_384;
@@ -76,12 +77,15 @@ pub(crate) fn run(
     let mut describer = Describer::new("/proc");
     let mut evidence = Evidence::default();
     let mut next_pass = Instant::now();
+    let mut rest = Duration::ZERO;
     while !stop.is_cancelled() {
         let until_pass = next_pass.saturating_duration_since(Instant::now());
-        ring.wait(until_pass.min(TICK))?;
+        ring.wait(until_pass.min(rest))?;
+        rest = PASS_EVERY;
         let events = ring.drain(BATCH);
         let input = if Instant::now() >= next_pass {
             next_pass = Instant::now() + PASS_EVERY;
+            rest = TICK;
             let (pass, ended) = pass(&mut kernel, &mut ring, &mut describer, events)?;
             let counts = kernel.counts().context("the ledger cannot be read")?;
             let programs = Arc::clone(&programs);
@@ -97,7 +101,12 @@ pub(crate) fn run(
         };
         // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
         // there is one place where events are lost.
-        for input in input.into_iter().chain(answer(&mut kernel, &mut evidence, requests)) {
+        let request = requests.try_recv().ok();
+        if request.is_some() {
+            rest = Duration::ZERO;
+        }
+        let answer = request.and_then(|request| answer(&mut kernel, &mut evidence, request));
+        for input in input.into_iter().chain(answer) {
             if inputs.blocking_send(input).is_err() {
                 return Ok(());
             }
@@ -123,8 +132,8 @@ fn pass(
 
 /// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
 /// host full of suspects.
-fn answer(kernel: &mut Kernel, evidence: &mut Evidence, requests: &Receiver<Request>) -> Option<Input> {
-    match requests.try_recv().ok()? {
+fn answer(kernel: &mut Kernel, evidence: &mut Evidence, request: Request) -> Option<Input> {
+    match request {
         Request::Remember(key, resource) => {
             if let Err(error) = evidence.remember(kernel, key, resource) {
                 tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
