@@ -14,7 +14,12 @@ mod subjects;
 mod usage;
 mod worker;
 
-use std::{env, fs, path::Path, process::Command, time::Duration};
+use std::{
+    env, fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -61,7 +66,7 @@ struct Part {
 
 static PARTS: [Part; 5] = [
     Part { name: "snapshot", seconds: [20, 5], run: snapshot::run },
-    Part { name: "overhead", seconds: [120, 30], run: |effort| overhead::run(&subjects::OWN, effort) },
+    Part { name: "overhead", seconds: [180, 40], run: |effort| overhead::run(&subjects::OWN, effort) },
     Part {
         name: "peers",
         seconds: [300, 60],
@@ -71,7 +76,7 @@ static PARTS: [Part; 5] = [
         },
     },
     Part { name: "rate", seconds: [125, 15], run: rate::run },
-    Part { name: "agent", seconds: [150, 60], run: agent::run },
+    Part { name: "agent", seconds: [120, 60], run: agent::run },
 ];
 
 fn main() -> Result<()> {
@@ -111,7 +116,9 @@ fn main() -> Result<()> {
     );
     for part in chosen {
         println!("\n## {}", part.name);
+        let start = Instant::now();
         (part.run)(if quick { QUICK } else { FULL })?;
+        eprintln!("bench: {} took {} s", part.name, start.elapsed().as_secs());
     }
     Ok(())
 }
