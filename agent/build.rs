@@ -27,8 +27,10 @@ fn build() -> Result<(), String> {
     for input in ["ebpf", "common", "Cargo.lock", "xtask/src/bpf_toolchain.rs"] {
         println!("cargo::rerun-if-changed={}", workspace.join(input).display());
     }
-    let object = bpf_toolchain::compile(workspace, &Path::new(&variable("OUT_DIR")?).join("ebpf"))?;
-    println!("cargo::rustc-env=PLUMB_EBPF_OBJECT={}", object.display());
+    let objects = bpf_toolchain::compile(workspace, &Path::new(&variable("OUT_DIR")?).join("ebpf"))?;
+    println!("cargo::rustc-env=PLUMB_EBPF_OBJECT={}", objects.join("plumb-ebpf").display());
+    // Of the benchmark only.
+    println!("cargo::rustc-env=PLUMB_EBPF_FLOOR_OBJECT={}", objects.join("plumb-ebpf-floor").display());
 
     let line = |command: &mut Command| {
         let output = command.output().ok().filter(|output| output.status.success())?;

@@ -6,7 +6,7 @@
 use std::{
     env,
     fs::File,
-    io::{self, BufRead, Write},
+    io::{self, BufRead, Read, Write},
     os::fd::IntoRawFd,
     thread,
     time::Duration,
@@ -22,7 +22,8 @@ fn main() -> Result<()> {
         ["leak-threads"] => leak_threads(),
         ["hold-fds", count] => hold_fds(count.parse()?),
         ["hold-threads", count] => hold_threads(count.parse()?),
-        ["hold-processes", count] => hold_processes(count.parse()?),
+        ["hold-processes", count] => hold_crowd(count.parse()?, 1),
+        ["hold-crowd", processes, threads] => hold_crowd(processes.parse()?, threads.parse()?),
         ["leader-exits"] => leader_exits(),
         ["fd-calls", folder] => fd_calls(folder),
         ["fd-storm", pairs] => fd_storm(pairs.parse()?),
@@ -30,7 +31,8 @@ fn main() -> Result<()> {
         ["getppid", calls] => getppid(calls.parse()?),
         ["fork-storm", alive] => fork_storm(alive.parse()?),
         _ => Err("usage: workload leak-fds FILE | leak-threads | hold-fds N | hold-threads N | \
-                  hold-processes N | leader-exits | fd-calls FOLDER | fd-storm N | fork-storm N | getppid N | vanishing-pipes"
+                  hold-processes N | hold-crowd PROCESSES THREADS | leader-exits | fd-calls FOLDER | \
+                  fd-storm N | fork-storm N | getppid N | vanishing-pipes"
             .into()),
     }
 }
@@ -93,19 +95,24 @@ fn hold_threads(count: usize) -> Result<()> {
     Ok(())
 }
 
-fn hold_processes(count: usize) -> Result<()> {
-    for _ in 0..count {
+/// Processes of so many threads each.
+fn hold_crowd(processes: usize, threads: usize) -> Result<()> {
+    let (mut started, mut starting) = io::pipe()?;
+    for _ in 0..processes {
         // SAFETY: this process has one thread, so the child may do anything.
         if check(unsafe { libc::fork() })? == 0 {
-            // SAFETY: plain system calls. The child ends with its parent.
-            unsafe {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                loop {
-                    libc::pause();
-                }
+            // SAFETY: a plain system call. The child ends with its parent.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            for _ in 1..threads {
+                thread::Builder::new().stack_size(16 << 10).spawn(forever)?;
             }
+            starting.write_all(&[0])?;
+            forever();
         }
     }
+    drop(starting);
+    // Nobody is ready before everybody is; a child that failed has ended.
+    started.read_exact(&mut vec![0; processes])?;
     while ready()? {}
     Ok(())
 }

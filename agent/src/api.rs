@@ -1,13 +1,6 @@
 //! HTTP: metrics and health over TCP, and over the control socket also what concerns single processes.
 
-use std::{
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    pin::pin,
-    sync::{Arc, mpsc},
-    time::Duration,
-};
+use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -35,13 +28,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    ask::{Asker, Request},
     clock::{self, Calendar},
     decode::Event,
     document::{Leaks, Processes},
     export::prometheus::{self, Own},
     follow::Who,
     line::{self, Line},
-    observe::Request,
     subscribe::{self, Item, Subscribers, Subscription},
     supervisor::{self, Workers},
     view::HostView,
@@ -192,7 +185,7 @@ pub(crate) fn public(shared: Shared) -> Router {
 pub(crate) struct Events {
     pub subscribers: Subscribers,
     /// To the observer.
-    pub requests: mpsc::Sender<Request>,
+    pub requests: Asker,
 }
 
 /// For whoever may open the control socket.
@@ -282,20 +275,15 @@ async fn process(views: &mut watch::Receiver<Arc<HostView>>, pid: u32) -> Option
 /// A stream in words. What it follows is released when its reader goes.
 struct Lines {
     subscription: Subscription,
-    requests: mpsc::Sender<Request>,
+    requests: Asker,
     views: watch::Receiver<Arc<HostView>>,
     calendar: Calendar,
     ended: bool,
 }
 
 impl Lines {
-    fn begin(
-        subscription: Subscription,
-        requests: mpsc::Sender<Request>,
-        views: watch::Receiver<Arc<HostView>>,
-    ) -> Self {
-        // The receiver outlives the observer, so this fails only when the agent is ending.
-        let _ = requests.send(Request::Follow(subscription.who));
+    fn begin(subscription: Subscription, requests: Asker, views: watch::Receiver<Arc<HostView>>) -> Self {
+        requests.ask(Request::Follow(subscription.who));
         Self { subscription, requests, views, calendar: Calendar::now(), ended: false }
     }
 
@@ -337,7 +325,7 @@ impl Lines {
 
 impl Drop for Lines {
     fn drop(&mut self) {
-        let _ = self.requests.send(Request::Unfollow(self.subscription.who));
+        self.requests.ask(Request::Unfollow(self.subscription.who));
     }
 }
 

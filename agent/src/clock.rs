@@ -10,6 +10,12 @@ pub(crate) fn boottime() -> u64 {
     nanos(ClockId::Boottime)
 }
 
+/// CPU time of the calling thread.
+#[must_use]
+pub(crate) fn thread_cpu() -> Duration {
+    Duration::from_nanos(nanos(ClockId::ThreadCPUTime))
+}
+
 /// Turns times since boot into calendar times; holds for as long as nobody sets the clock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Calendar {

@@ -5,7 +5,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use tokio::{
 
 use crate::{
     api::{self, Limits},
+    ask::Asker,
     clock,
     config::{self, Config},
     detect::HostLimits,
@@ -58,9 +59,11 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         Own::new().map_err(|error| Failure::new(Exit::Error, error.to_string(), "this is a bug of plumb"))?;
     let (views, view) = watch::channel(Arc::new(HostView::default()));
     let (inputs, observed) = channel(QUEUE);
-    let (ask, requests) = mpsc::channel();
+    let (ask, requests) = Asker::new().map_err(|error| {
+        Failure::new(Exit::Error, format!("no eventfd: {error}"), "raise the limit of open files")
+    })?;
     let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
-    let (subscribers, followers) = (Subscribers::default(), ask.clone());
+    let (subscribers, followers, bell) = (Subscribers::default(), ask.clone(), ask.bell());
     let mut supervisor = Supervisor::default();
 
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
@@ -68,6 +71,12 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let requests = Arc::new(Mutex::new(requests));
     supervisor.spawn("observer", move |stop| {
         let (first, requests, inputs) = (Arc::clone(&first), Arc::clone(&requests), inputs.clone());
+        let (bell, ending) = (bell.clone(), stop.clone());
+        let to_end = bell.clone();
+        tokio::spawn(async move {
+            ending.cancelled().await;
+            to_end.ring();
+        });
         on_thread("observer", move || {
             let loaded = first.lock().unwrap_or_else(PoisonError::into_inner).take();
             let kernel = match loaded {
@@ -75,7 +84,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
                 None => Kernel::load_required(Plan::AGENT)?,
             };
             let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
-            observe::run(kernel, &limits, &requests, &inputs, &stop)
+            observe::run(kernel, &limits, &requests, &bell, &inputs, &stop)
         })
     });
 

@@ -139,6 +139,12 @@ impl Follow {
         }
     }
 
+    /// Whether events should come soon.
+    #[must_use]
+    pub(crate) fn is_listened_to(&self) -> bool {
+        !self.wanted.is_empty()
+    }
+
     /// Looks for the canary.
     pub(crate) fn look(&mut self, events: &[Event]) {
         self.canary.look(events);

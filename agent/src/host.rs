@@ -1,14 +1,15 @@
 //! The one owner of the table: takes what the observer saw, judges it, tells people, and publishes what
 //! readers may look at.
 
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use tokio::sync::{mpsc::Receiver, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    ask::{Asker, Request},
     detect::{Change, Detector, Finding, HostLimits, Resource},
-    observe::{Input, Observation, Request},
+    observe::{Input, Observation},
     origins::Origins,
     subscribe::Subscribers,
     table::Table,
@@ -25,7 +26,7 @@ pub(crate) struct Host {
     subscribers: Subscribers,
     detector: Detector,
     passes: u64,
-    requests: mpsc::Sender<Request>,
+    requests: Asker,
     views: watch::Sender<Arc<HostView>>,
     report: Report,
 }
@@ -35,7 +36,7 @@ impl Host {
     #[must_use]
     pub(crate) fn new(
         limits: HostLimits,
-        requests: mpsc::Sender<Request>,
+        requests: Asker,
         views: watch::Sender<Arc<HostView>>,
         subscribers: Subscribers,
         report: Report,
@@ -100,8 +101,7 @@ impl Host {
                     Request::Forget(key, resource)
                 }
             };
-            // The receiver outlives the observer, so this fails only when the agent is ending.
-            let _ = self.requests.send(request);
+            self.requests.ask(request);
         }
         self.passes += 1;
         let lost_before = self.views.borrow().lost();

@@ -8,6 +8,7 @@
 
 mod admission;
 mod api;
+mod ask;
 mod canary;
 pub mod cli;
 mod clock;

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admission::Admission,
+    ask::{Bell, Request},
     clock,
     decode::Event,
     detect::{Confirmation, Resource},
@@ -25,7 +26,12 @@ use crate::{
 
 /// Between two passes.
 const PASS_EVERY: Duration = Duration::from_secs(1);
-/// How long an event may wait in a quiet ring; a busy one wakes the reader by itself.
+/// One that takes longer than a 50th of that, which is 2 % of a core, is made less often: the kernel walks
+/// every thread, at 0.6 us each. But so often that the view never counts as stale.
+const PASS_SHARE: u32 = 50;
+const PASS_AT_LAST: Duration = Duration::from_secs(4);
+/// How long an event may wait while somebody listens. Without a listener it waits for the next pass: a busy ring
+/// wakes the reader by itself, and whoever reads the table sees events no sooner.
 const TICK: Duration = Duration::from_millis(100);
 /// Events per batch at most: bounds memory and the time between two looks at the clock.
 const BATCH: usize = 4_096;
@@ -61,21 +67,6 @@ pub(crate) struct Observation {
     pub programs: Arc<[Status]>,
 }
 
-/// What the table's owner asks for.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Request {
-    /// Somebody listens to these.
-    Follow(Who),
-    /// And no longer.
-    Unfollow(Who),
-    /// Remember what a suspect holds, and follow its fds from now on.
-    Remember(ProcKey, Resource),
-    /// Look up what of it is still held, now that the count has grown beyond this baseline.
-    Confirm(ProcKey, Resource, u32),
-    /// No longer suspect.
-    Forget(ProcKey, Resource),
-}
-
 /// Passes in a row that may fail before the observer is started anew.
 const MAX_FAILED: u64 = 10;
 
@@ -103,27 +94,29 @@ pub(crate) fn run(
     mut kernel: Kernel,
     limits: &Limits,
     requests: &Receiver<Request>,
+    bell: &Bell,
     inputs: &Sender<Input>,
     stop: &CancellationToken,
 ) -> Result<()> {
-    let ring = kernel.ring()?;
+    let mut ring = kernel.ring()?;
+    ring.wake_for(bell)?;
     let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events));
     let (evidence, admission) = (Evidence::default(), Admission::new(limits.max_processes));
     let mut observer =
         Observer { admission, kernel, ring, describer, evidence, follow, failed: 0, failed_in_a_row: 0 };
     let send = |input| inputs.blocking_send(input).is_ok();
     let mut next_pass = Instant::now();
-    let mut more = false;
-    let mut is_heard = true;
+    let (mut more, mut asked, mut is_heard) = (false, false, true);
     while !stop.is_cancelled() && is_heard {
-        if !more {
+        if !more && !asked {
             let until_pass = next_pass.saturating_duration_since(Instant::now());
-            observer.ring.wait(until_pass.min(TICK))?;
+            let rest = if observer.follow.is_listened_to() { until_pass.min(TICK) } else { until_pass };
+            observer.ring.wait(rest)?;
         }
         // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
         // there is one place where events are lost.
         if Instant::now() >= next_pass {
-            next_pass = Instant::now() + PASS_EVERY;
+            let (began, used) = (Instant::now(), clock::thread_cpu());
             // Whatever is in the ring is older than the pass, and must be known before.
             for _ in 0..BATCHES_BEFORE {
                 (more, is_heard) = observer.hand_on(send);
@@ -134,14 +127,22 @@ pub(crate) fn run(
             if let Some(observation) = observer.observation()? {
                 is_heard = is_heard && send(Input::Pass(Box::new(observation)));
             }
+            next_pass = began + next_after(clock::thread_cpu().saturating_sub(used));
         } else {
             (more, is_heard) = observer.hand_on(send);
         }
-        if let Some(answer) = observer.answer(requests) {
+        let request = requests.try_recv().ok();
+        asked = request.is_some();
+        if let Some(answer) = request.and_then(|request| observer.answer(request)) {
             is_heard = is_heard && send(answer);
         }
     }
     Ok(())
+}
+
+/// How long after a pass that took this CPU time the next one is due.
+fn next_after(pass: Duration) -> Duration {
+    (pass * PASS_SHARE).clamp(PASS_EVERY, PASS_AT_LAST)
 }
 
 impl Observer {
@@ -202,9 +203,9 @@ impl Observer {
 
     /// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
     /// host full of suspects.
-    fn answer(&mut self, requests: &Receiver<Request>) -> Option<Input> {
+    fn answer(&mut self, request: Request) -> Option<Input> {
         let Self { kernel, evidence, follow, .. } = self;
-        match requests.try_recv().ok()? {
+        match request {
             Request::Follow(who) => follow.add(kernel, who),
             Request::Unfollow(who) => follow.remove(kernel, who),
             Request::Remember(key, resource) => {
@@ -231,5 +232,18 @@ impl Observer {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pass_takes_a_fiftieth_of_the_time_and_is_neither_hurried_nor_forgotten() {
+        let millis = Duration::from_millis;
+        assert_eq!(next_after(millis(1)), PASS_EVERY);
+        assert_eq!(next_after(millis(60)), millis(3_000));
+        assert_eq!(next_after(millis(500)), PASS_AT_LAST);
     }
 }

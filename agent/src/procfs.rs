@@ -1,7 +1,6 @@
 //! What only /proc knows of a process: its executable and its cgroup. Read once per image, never per pass.
 
 use std::{
-    collections::HashMap,
     fs,
     io::Read,
     os::unix::ffi::OsStrExt,
@@ -9,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use foldhash::HashMap;
 use plumb_common::{
     limits::COMM_LEN,
     task::{FLAG_KERNEL_THREAD, ProcKey, TaskRecord},
@@ -65,7 +65,7 @@ impl Describer {
     /// Reads below `root`, normally /proc.
     #[must_use]
     pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), known: HashMap::new(), pass: 0, budget: 0 }
+        Self { root: root.into(), known: HashMap::default(), pass: 0, budget: 0 }
     }
 
     /// Describes every record of a pass, in its order, and forgets processes that are not in it.

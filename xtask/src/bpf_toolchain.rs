@@ -46,7 +46,7 @@ pub(crate) fn linker(workspace: &Path, compiler: &Compiler) -> Option<PathBuf> {
     linker.is_file().then_some(linker)
 }
 
-/// Builds the kernel programs in release mode below `out` and returns the path of the object.
+/// Builds the kernel programs in release mode below `out` and returns the folder of the objects.
 #[allow(dead_code, reason = "agent/build.rs compiles, xtask installs")]
 pub(crate) fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
     let missing = |what: &str| {
@@ -89,7 +89,7 @@ pub(crate) fn compile(workspace: &Path, out: &Path) -> Result<PathBuf, String> {
     if !status.success() {
         return Err("the kernel programs do not build; the compiler's message is above".to_owned());
     }
-    Ok(out.join(TARGET).join("release/plumb-ebpf"))
+    Ok(out.join(TARGET).join("release"))
 }
 
 fn stdout(command: &mut Command) -> Option<String> {

@@ -1,5 +1,6 @@
 //! `cargo xtask`: the development loop.
 
+mod bench;
 mod bpf_toolchain;
 mod cmd;
 mod setup;
@@ -40,8 +41,8 @@ enum Task {
     Test(test::Arguments),
     /// Check format and lints
     Lint,
-    /// Measure snapshots and the agent against /proc, in one run (as root)
-    Bench,
+    /// Measure what plumb costs, against nothing, the floor, /proc and its peers (as root)
+    Bench(bench::Arguments),
     /// Run a program on other kernels, each in a virtual machine
     Vm(vm::Arguments),
     /// Pin the newest kernel of each series in xtask/kernels.lock
@@ -81,12 +82,7 @@ impl Task {
             }
             Self::Test(arguments) => arguments.run(),
             Self::Lint => lint(),
-            Self::Bench => {
-                setup::require_root("loading kernel programs")?;
-                setup::for_build()?;
-                run(cargo("build").args(["--release", "--examples"]))?;
-                run(cargo("bench").args(["--package", "plumb", "--bench", "host"]))
-            }
+            Self::Bench(arguments) => arguments.run(),
             Self::Vm(arguments) => arguments.run(),
             Self::Kernels => vm::refresh(),
         }

@@ -64,6 +64,20 @@ pub(crate) fn for_test() -> Result<()> {
     ])
 }
 
+/// The peers that the benchmark compares with.
+pub(crate) fn for_bench() -> Result<()> {
+    install(&[
+        package("bpftrace", "/usr/bin/bpftrace", "a peer to measure: counts and prints opens and closes"),
+        package("libbpf-tools", "/usr/sbin/opensnoop", "a peer to measure: opensnoop prints opens"),
+        package("linux-perf", "/usr/bin/perf", "a peer to measure: perf trace prints system calls"),
+        package(
+            "prometheus-process-exporter",
+            "/usr/bin/prometheus-process-exporter",
+            "a peer to measure: reads /proc at each scrape",
+        ),
+    ])
+}
+
 fn install(packages: &[Package]) -> Result<()> {
     let missing: Vec<_> = packages.iter().filter(|package| !Path::new(&package.proof).exists()).collect();
     if missing.is_empty() {

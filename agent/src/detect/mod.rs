@@ -18,11 +18,9 @@
 
 mod trend;
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use foldhash::HashMap;
 use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
@@ -159,12 +157,15 @@ const ANSWER: u64 = 30_000_000_000;
 #[derive(Debug)]
 pub(crate) struct Detector {
     limits: HostLimits,
+    passes: u64,
     histories: HashMap<ProcKey, History>,
     findings: HashMap<(ProcKey, Resource), Finding>,
 }
 
 #[derive(Debug)]
 struct History {
+    /// The last pass with this process.
+    pass: u64,
     exec_id: u64,
     tracks: [Track; 2],
 }
@@ -186,22 +187,23 @@ struct Track {
 impl Detector {
     #[must_use]
     pub(crate) fn new(limits: HostLimits) -> Self {
-        Self { limits, histories: HashMap::new(), findings: HashMap::new() }
+        Self { limits, passes: 0, histories: HashMap::default(), findings: HashMap::default() }
     }
 
     /// Takes one pass at `now` (nanoseconds since boot) and returns what changed.
     pub(crate) fn observe(&mut self, rows: &[Row], now: u64) -> Vec<Change> {
         let mut changes = Vec::new();
-        let mut alive = HashSet::with_capacity(rows.len());
+        self.passes += 1;
+        let pass = self.passes;
         for row in rows.iter().filter(|row| !row.exited && !row.is_kernel_thread()) {
-            alive.insert(row.key);
-            let fresh = || History { exec_id: row.exec_id, tracks: Default::default() };
+            let fresh = || History { pass, exec_id: row.exec_id, tracks: Default::default() };
             let history = self.histories.entry(row.key).or_insert_with(fresh);
             if history.exec_id != row.exec_id {
                 // Another program now: nothing that was learned holds.
                 *history = fresh();
                 forget(&mut self.findings, row.key, &mut changes);
             }
+            history.pass = pass;
             for (resource, track) in Resource::ALL.into_iter().zip(&mut history.tracks) {
                 if resource == Resource::Fd && !row.fds_exact() {
                     // No reading is better than a wrong one.
@@ -235,9 +237,9 @@ impl Detector {
                 }
             }
         }
-        self.histories.retain(|key, _| alive.contains(key));
-        let gone: Vec<_> =
-            self.findings.keys().map(|(key, _)| *key).filter(|key| !alive.contains(key)).collect();
+        self.histories.retain(|_, history| history.pass == pass);
+        let keys = self.findings.keys().map(|(key, _)| *key);
+        let gone: Vec<_> = keys.filter(|key| !self.histories.contains_key(key)).collect();
         gone.into_iter().for_each(|key| forget(&mut self.findings, key, &mut changes));
         changes
     }

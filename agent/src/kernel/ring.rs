@@ -63,6 +63,12 @@ impl Ring {
         Ok(Self { events, wakeups, ledger: Ledger::default() })
     }
 
+    /// Lets something else end `wait` too.
+    pub(crate) fn wake_for(&mut self, bell: impl AsFd) -> io::Result<()> {
+        let what = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        Ok(epoll::add(&self.wakeups, bell, epoll::EventData::new_u64(1), what)?)
+    }
+
     /// Sleeps until the kernel asks to be read (an eighth of the ring is full) or the time is over.
     pub fn wait(&self, timeout: Duration) -> Result<(), RingError> {
         let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;

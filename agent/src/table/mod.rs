@@ -7,12 +7,10 @@ mod row;
 #[cfg(test)]
 mod testing;
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use bytemuck::Zeroable;
+use foldhash::{HashMap, HashSet};
 use plumb_common::{
     event::{CLONE_THREAD, Clone as CloneEvent, Exec, Exit, Header},
     task::{FLAG_FDS_UNKNOWN, ProcKey, TaskRecord},
@@ -31,7 +29,8 @@ pub(crate) struct Table {
     entries: HashMap<ProcKey, Entry>,
     /// Processes that the last pass no longer found and whose exit no event has told of.
     gone: HashSet<ProcKey>,
-    seeded: bool,
+    /// Passes so far.
+    passes: u64,
     /// Not every process is followed: what is missing is no drift.
     is_full: bool,
     drift: Drift,
@@ -43,6 +42,8 @@ struct Entry {
     /// Time of the record that the row was taken from, 0 while only events told of the process. Events
     /// may come late: what is not younger is in the record.
     adopted: u64,
+    /// The pass that the record was of.
+    pass: u64,
     /// Time of the last known clone, exec or exit of this process.
     moved: u64,
     /// What the events have not told of that record yet.
@@ -90,7 +91,7 @@ impl Table {
             // Whether it is followed is for the pass to say.
             return;
         }
-        let fresh = Entry { row, adopted: 0, moved: event.header.time, owed: Owed::NOTHING };
+        let fresh = Entry { row, adopted: 0, pass: 0, moved: event.header.time, owed: Owed::NOTHING };
         self.entries.entry(event.child).or_insert(fresh).owed.clone = false;
     }
 
@@ -145,15 +146,17 @@ impl Table {
             // It began with one thread.
             row: Row { threads: 1, ..row.clone() },
             adopted: 0,
+            pass: 0,
             moved: record.key.start_boottime,
             owed: Owed::CLONE,
         });
-        entry.owed = if self.seeded && !self.is_full { entry.owed_for(record) } else { Owed::UNKNOWN };
+        entry.owed = if self.passes > 1 && !self.is_full { entry.owed_for(record) } else { Owed::UNKNOWN };
         let exited = entry.row.exited || row.exited;
         // A count that could not be read is no sign that the fds are gone.
         let fds = if row.flags & FLAG_FDS_UNKNOWN != 0 { entry.row.fds } else { row.fds };
         entry.row = Row { exited, fds, ..row };
         entry.adopted = record.time;
+        entry.pass = self.passes;
     }
 }
 

@@ -4,11 +4,9 @@
 //! A pass is not one instant. Each record holds at its own time stamp, so it is merged just before the
 //! first event of its process that is later than it.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::sync::Arc;
 
+use foldhash::{HashMap, HashSet};
 use plumb_common::task::{ProcKey, TaskRecord};
 
 use super::Table;
@@ -35,9 +33,16 @@ impl Table {
     /// Merges a pass. The first one seeds the table; from the second on differences are drift.
     pub(crate) fn reconcile(&mut self, pass: &Pass) {
         self.count_drift();
-        let mut unmerged: HashMap<ProcKey, _> =
-            pass.records.iter().map(|(record, info)| (record.key, (record, info))).collect();
-        let mut found: HashSet<ProcKey> = unmerged.keys().copied().collect();
+        self.passes += 1;
+        let named: HashSet<ProcKey> = pass.after.iter().flat_map(subjects).collect();
+        // Of the others no event tells when they have to be merged; most of the time that is all of them.
+        let mut unmerged: HashMap<ProcKey, _> = HashMap::default();
+        if !named.is_empty() {
+            let records = pass.records.iter().filter(|(record, _)| named.contains(&record.key));
+            unmerged.extend(records.map(|(record, info)| (record.key, (record, info))));
+        }
+        let mut announced: HashSet<ProcKey> = HashSet::default();
+        let mut merged: HashSet<ProcKey> = HashSet::default();
         for event in pass.after.iter() {
             for key in subjects(event) {
                 if let Some((record, info)) = unmerged.get(&key)
@@ -45,6 +50,7 @@ impl Table {
                 {
                     self.adopt(record, info);
                     unmerged.remove(&key);
+                    merged.insert(key);
                 }
             }
             self.apply(event);
@@ -53,18 +59,20 @@ impl Table {
             if let Event::Clone(event) = event
                 && event.header.time >= pass.began
             {
-                found.insert(event.child);
+                announced.insert(event.child);
             }
         }
-        for (record, info) in unmerged.into_values() {
-            self.adopt(record, info);
+        for (record, info) in &pass.records {
+            if merged.is_empty() || !merged.contains(&record.key) {
+                self.adopt(record, info);
+            }
         }
-        let seeded = std::mem::replace(&mut self.seeded, true);
         self.is_full = pass.untracked.processes > 0;
-        self.entries.retain(|key, entry| {
-            let kept = found.contains(key);
-            if !kept && seeded && !entry.row.exited && !self.is_full {
-                self.gone.insert(*key);
+        let Self { entries, gone, passes, is_full, .. } = self;
+        entries.retain(|key, entry| {
+            let kept = entry.pass == *passes || announced.contains(key);
+            if !kept && *passes > 1 && !entry.row.exited && !*is_full {
+                gone.insert(*key);
             }
             kept
         });

@@ -1,0 +1,142 @@
+//! How many fd events two cores can make, and how many of them reach a subscriber that counts.
+
+use std::{
+    fs::{self, File},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{
+    Effort,
+    usage::{Meter, die_with_parent},
+    worker::{Operation, Worker},
+};
+
+const PLUMB: &str = env!("CARGO_BIN_EXE_plumb");
+const CPUS: [usize; 2] = [0, 1];
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) fn run(effort: Effort) -> Result<()> {
+    let counts = has_count()?;
+    let reader = if counts { "`plumb watch --count`" } else { "`plumb watch -o jsonl`, which prints each" };
+    println!(
+        "\nEvents of two CPUs that do nothing else for {} s, read by {reader}:\n",
+        effort.rate.as_secs()
+    );
+    println!(
+        "| operation | events | thousands per second | received | lost | lost, % | reader CPU, % of a core |"
+    );
+    println!("|{}", "---|".repeat(7));
+    for operation in [Operation::OpenClose, Operation::DupClose] {
+        eprintln!("bench: rate of {}", operation.name());
+        one(operation, effort.rate, counts)?;
+    }
+    Ok(())
+}
+
+/// Whether this plumb can count instead of printing.
+fn has_count() -> Result<bool> {
+    let help = Command::new(PLUMB).args(["watch", "--help"]).output()?;
+    Ok(String::from_utf8_lossy(&help.stdout).contains("--count"))
+}
+
+fn one(operation: Operation, time: Duration, counts: bool) -> Result<()> {
+    let mut workers = CPUS.iter().map(|cpu| Worker::start(*cpu)).collect::<Result<Vec<_>>>()?;
+    // Only the workers have this name, so what they make is what there is to receive.
+    let name = fs::read_to_string(format!("/proc/{}/comm", workers[0].pid()))?;
+    let subscriber = Subscriber::start(name.trim_end(), counts)?;
+    let meter = Meter::start(vec![subscriber.child.id()])?;
+    for worker in &mut workers {
+        worker.begin(operation, time)?;
+    }
+    let mut made = 0;
+    let mut per_second = 0.0;
+    for worker in &mut workers {
+        let (pairs, took) = worker.finish()?;
+        made += pairs * 2;
+        per_second += (pairs * 2) as f64 / took.as_secs_f64();
+    }
+    let cpu = meter.percent()?;
+    // The reader looks every 100 ms at the latest.
+    thread::sleep(Duration::from_secs(1));
+    let (received, lost) = subscriber.end()?;
+    let received = received.map_or_else(|| "not counted".to_owned(), |received| received.to_string());
+    println!(
+        "| {} | {made} | {:.0} | {received} | {lost} | {:.3} | {cpu:.1} |",
+        operation.name(),
+        per_second / 1e3,
+        lost as f64 / made as f64 * 100.0,
+    );
+    Ok(())
+}
+
+/// `plumb watch`, and what it says in the end.
+struct Subscriber {
+    child: Child,
+    folder: std::path::PathBuf,
+    counts: bool,
+}
+
+impl Subscriber {
+    fn start(comm: &str, counts: bool) -> Result<Self> {
+        let folder = std::path::Path::new("/dev/shm").join(format!("plumb-rate-{}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let mut command = Command::new(PLUMB);
+        command.args(["watch", "--comm", comm]).args(if counts {
+            &["--count"][..]
+        } else {
+            &["-o", "jsonl"]
+        });
+        let stdout = if counts { Stdio::from(File::create(folder.join("out"))?) } else { Stdio::null() };
+        command.stdin(Stdio::null()).stdout(stdout).stderr(File::create(folder.join("err"))?);
+        let child = die_with_parent(&mut command).spawn()?;
+        let started = Self { child, folder, counts };
+        let end = Instant::now() + PATIENCE;
+        while !started.said()?.contains("plumb: watching") {
+            ensure!(Instant::now() < end, "plumb watch does not start: {}", started.said()?);
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(started)
+    }
+
+    fn said(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.folder.join("err"))?)
+    }
+
+    /// Fd events received, where they are counted, and lost.
+    fn end(mut self) -> Result<(Option<u64>, u64)> {
+        // The child was not waited for, so the number is still its own.
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
+        self.child.wait()?;
+        if self.counts {
+            let text = fs::read_to_string(self.folder.join("out"))?;
+            let last = text.lines().last().context("plumb watch --count printed nothing")?;
+            let summary: Value = serde_json::from_str(last)?;
+            return Ok((Some(sum(&summary["events"])), sum(&summary["lost"])));
+        }
+        let said = self.said()?;
+        let numbers = said.lines().filter(|line| line.contains("were lost"));
+        let lost = numbers.filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).sum();
+        Ok((None, lost))
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A number, or all numbers of an object.
+fn sum(value: &Value) -> u64 {
+    value
+        .as_u64()
+        .unwrap_or_else(|| value.as_object().into_iter().flat_map(|object| object.values()).map(sum).sum())
+}

@@ -1,0 +1,166 @@
+//! What is measured: plumb in each of its modes, the floors below it, and its peers. A new way to run any
+//! of them is a line here.
+
+/// One row of the tables.
+pub(crate) struct Subject {
+    pub(crate) name: &'static str,
+    pub(crate) what: What,
+}
+
+/// What is attached to the kernel, and how.
+pub(crate) enum What {
+    /// The control: its two sides differ by nothing but noise.
+    Nothing,
+    /// Empty programs of ebpf/src/bin/floor.rs, by name.
+    Empty(&'static [&'static str]),
+    /// Processes, started in this order.
+    Programs(&'static [Program]),
+}
+
+/// A process that is started. In its words `{plumb}` and `{self}` are executables, `{pid}` the process that
+/// does the operations, `{dir}` a folder of this run, `{port}` a free port.
+pub(crate) struct Program {
+    pub(crate) words: &'static [&'static str],
+    /// When it is at work.
+    pub(crate) ready: Ready,
+    /// False for one that only makes the others work: its CPU time and memory are not theirs.
+    pub(crate) counted: bool,
+    pub(crate) events: Events,
+}
+
+/// How to tell that a program is at work.
+pub(crate) enum Ready {
+    /// It has printed this.
+    Prints(&'static str),
+    /// It prints events of the operations.
+    SeesEvents,
+    /// It takes connections at `{port}`.
+    Listens,
+    /// As soon as it runs.
+    Runs,
+}
+
+/// What its output says about the opens and closes of one process.
+pub(crate) enum Events {
+    /// Nothing.
+    None,
+    /// A line per event with this in it; so many events per open+close.
+    Lines { containing: &'static str, each: u64 },
+    /// The numbers at the ends of such lines are counts; two events per open+close.
+    Sums { containing: &'static str },
+}
+
+const SCHED: &[&str] = &["task_newtask", "sched_process_exec", "task_rename", "sched_process_exit"];
+
+const AGENT: &[&str] =
+    &["{plumb}", "agent", "--listen", "127.0.0.1:{port}", "--run-dir", "{dir}", "--log-format", "json"];
+
+/// The agent alone.
+pub(crate) const IDLE_AGENT: &[Program] = &[agent(AGENT)];
+
+const fn program(words: &'static [&'static str], ready: Ready, events: Events) -> Program {
+    Program { words, ready, counted: true, events }
+}
+
+const fn agent(words: &'static [&'static str]) -> Program {
+    program(words, Ready::Prints("follows "), Events::None)
+}
+
+const fn watch(words: &'static [&'static str], events: Events) -> Program {
+    program(words, Ready::Prints("plumb: watching"), events)
+}
+
+/// plumb, and what any program on the same hooks costs.
+pub(crate) static OWN: [Subject; 6] = [
+    Subject { name: "nothing (control)", what: What::Nothing },
+    Subject { name: "empty programs on clone, exec, rename, exit", what: What::Empty(SCHED) },
+    Subject { name: "empty program on sys_exit", what: What::Empty(&["sys_exit"]) },
+    Subject { name: "plumb agent, fd events of nobody", what: What::Programs(&[agent(AGENT)]) },
+    Subject {
+        name: "plumb agent, fd events of another process",
+        what: What::Programs(&[
+            agent(AGENT),
+            watch(&["{plumb}", "watch", "--comm", "plumb-nobody", "-o", "jsonl"], Events::None),
+        ]),
+    },
+    Subject {
+        name: "plumb agent, fd events of this process",
+        what: What::Programs(&[
+            agent(AGENT),
+            watch(
+                &["{plumb}", "watch", "--pid", "{pid}", "-o", "jsonl"],
+                Events::Lines { containing: r#""pid":{pid},"#, each: 2 },
+            ),
+        ]),
+    },
+];
+
+const COUNTING: &str = "
+    tracepoint:syscalls:sys_exit_openat { @opens[pid] = count(); }
+    tracepoint:syscalls:sys_exit_close { @closes[pid] = count(); }
+    interval:ms:100 /!@told/ { printf(\"attached\\n\"); @told = 1; }";
+
+const PRINTING: &str = "
+    tracepoint:syscalls:sys_exit_openat { printf(\"%d open %d\\n\", pid, args->ret); }
+    tracepoint:syscalls:sys_exit_close { printf(\"%d close %d\\n\", pid, args->ret); }";
+
+/// Every process, by name.
+pub(crate) const PROCESS_EXPORTER_CONFIG: &str = "process_names:\n- name: '{{.Comm}}'\n  cmdline: ['.*']\n";
+
+/// Tools of Debian that answer a part of the same question.
+pub(crate) static PEERS: [Subject; 5] = [
+    Subject {
+        name: "bpftrace, counts per process",
+        what: What::Programs(&[program(
+            &["bpftrace", "-e", COUNTING],
+            Ready::Prints("attached"),
+            Events::Sums { containing: "[{pid}]: " },
+        )]),
+    },
+    Subject {
+        name: "bpftrace, prints events",
+        what: What::Programs(&[program(
+            &["bpftrace", "-e", PRINTING],
+            Ready::SeesEvents,
+            Events::Lines { containing: "{pid} ", each: 2 },
+        )]),
+    },
+    Subject {
+        name: "opensnoop (libbpf-tools)",
+        what: What::Programs(&[program(
+            &["opensnoop"],
+            Ready::SeesEvents,
+            Events::Lines { containing: "{pid} ", each: 1 },
+        )]),
+    },
+    Subject {
+        name: "perf trace -e openat,close",
+        what: What::Programs(&[program(
+            &["perf", "trace", "-e", "openat,close"],
+            Ready::SeesEvents,
+            Events::Lines { containing: "/{pid} ", each: 2 },
+        )]),
+    },
+    Subject {
+        name: "process-exporter, a scrape per second",
+        what: What::Programs(&[
+            program(
+                &[
+                    "prometheus-process-exporter",
+                    "-web.listen-address",
+                    "127.0.0.1:{port}",
+                    "-config.path",
+                    "{dir}/process-exporter.yml",
+                ],
+                Ready::Listens,
+                Events::None,
+            ),
+            Program {
+                words: &["{self}", "scrape", "127.0.0.1:{port}"],
+                ready: Ready::Runs,
+                counted: false,
+                events: Events::None,
+            },
+        ]),
+    },
+];
