@@ -82,7 +82,7 @@ impl Drop for Running {
     }
 }
 
-/// A running `workload` example.
+/// A running `workload` example, or `fd_paths`, which speaks the same way.
 pub(crate) struct Workload {
     pub(crate) child: Running,
     stdin: Option<ChildStdin>,
@@ -90,6 +90,11 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
+    /// The example `fd_paths`, which lies beside it.
+    pub(crate) fn fd_paths() -> PathBuf {
+        Self::program().with_file_name("fd_paths")
+    }
+
     fn program() -> PathBuf {
         env::var_os("PLUMB_WORKLOAD").map_or_else(
             || env::current_exe().unwrap().parent().unwrap().join("../examples/workload"),
