@@ -2,6 +2,7 @@
 
 mod bpf_toolchain;
 mod cmd;
+mod paths;
 mod setup;
 mod test;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -13,7 +14,7 @@ use serde_json::Value;
 use crate::{
     cargo,
     cmd::{self, run},
-    setup,
+    paths, setup,
     vm::{self, Guest},
     workspace,
 };
@@ -22,6 +23,9 @@ use crate::{
 const KERNEL_TESTS: &str = "kernel";
 const STORM: &str = "fds_up_to_the_hard_limit";
 const WORKLOAD: &str = "workload";
+const FD_PATHS: &str = "fd_paths";
+/// The test whose results are in docs/fd-paths.md.
+const PATHS: &str = "every_path";
 /// A Debian kernel under emulation takes 3 to 5 minutes for the tests.
 const DEADLINE: Duration = Duration::from_secs(1200);
 /// The tests hold 900,000 fds at 8 bytes a slot and 232 a file, beside the image.
@@ -35,6 +39,9 @@ pub(crate) struct Arguments {
     /// Only this series of xtask/kernels.lock, such as 6.1; may be repeated
     #[arg(long, value_name = "SERIES", conflicts_with = "no_vm")]
     kernel: Vec<String>,
+    /// Write docs/fd-paths.md anew from what the pinned kernels show; no other test is run
+    #[arg(long, conflicts_with = "no_vm")]
+    bless: bool,
 }
 
 impl Arguments {
@@ -44,7 +51,7 @@ impl Arguments {
         setup::for_test()?;
         // The release profile, so that what is tested is what is shipped.
         run(cargo("build").args(["--release", "--examples"]))?;
-        if self.kernel.is_empty() {
+        if self.kernel.is_empty() && !self.bless {
             run(cargo("test").arg("--release"))?;
         }
         if self.no_vm {
@@ -61,7 +68,14 @@ impl Arguments {
             "--message-format",
             "json",
         ]))?;
-        on_kernels(&self.kernel, &guest(&executable(&built)?))
+        let mut guest = guest(&executable(&built)?);
+        if self.bless {
+            guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
+        }
+        let listing = cmd::output(
+            Command::new(workspace().join("target/release/examples").join(FD_PATHS)).arg("--list"),
+        )?;
+        paths::settle(&listing, &on_kernels(&self.kernel, &guest)?, self.bless)
     }
 }
 
@@ -82,11 +96,13 @@ fn guest(tests: &Path) -> Guest {
             file(tests.to_owned(), "/bin/tests"),
             file(release.join("plumb"), "/bin/plumb"),
             file(release.join("examples").join(WORKLOAD), "/bin/workload"),
+            file(release.join("examples").join(FD_PATHS), "/bin/fd_paths"),
             file(PathBuf::from("/bin/sh"), "/bin/sh"),
         ],
         env: vec![
             ("PLUMB_BIN".to_owned(), "/bin/plumb".to_owned()),
             ("PLUMB_WORKLOAD".to_owned(), "/bin/workload".to_owned()),
+            ("PLUMB_FD_PATHS".to_owned(), "measure".to_owned()),
         ],
         // The test that holds 900,000 fds runs alone: to the others it would be a storm.
         commands: [&["/bin/tests", "--test-threads", "4", "--skip", STORM][..], &["/bin/tests", STORM]]
@@ -97,16 +113,17 @@ fn guest(tests: &Path) -> Guest {
     }
 }
 
-/// Two machines at a time: the tests mostly wait.
-fn on_kernels(series: &[String], guest: &Guest) -> Result<()> {
+/// What was printed on each series. Two machines at a time: the tests mostly wait.
+fn on_kernels(series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
     let kernels = vm::select(series)?;
-    let mut failed = Vec::new();
+    let (mut printed, mut failed) = (Vec::new(), Vec::new());
     for pair in kernels.chunks(2) {
         thread::scope(|scope| {
-            let machines: Vec<_> = pair.iter().map(|kernel| scope.spawn(|| vm::run(kernel, guest))).collect();
-            for machine in machines {
+            let machines: Vec<_> =
+                pair.iter().map(|kernel| (kernel, scope.spawn(|| vm::run(kernel, guest)))).collect();
+            for (kernel, machine) in machines {
                 match machine.join() {
-                    Ok(Ok(())) => {}
+                    Ok(Ok(lines)) => printed.push((kernel.series.clone(), lines)),
                     Ok(Err(error)) => failed.push(format!("{error:#}")),
                     Err(_) => failed.push("a machine's thread panicked".to_owned()),
                 }
@@ -114,5 +131,5 @@ fn on_kernels(series: &[String], guest: &Guest) -> Result<()> {
         });
     }
     ensure!(failed.is_empty(), "{}", failed.join("\n"));
-    Ok(())
+    Ok(printed)
 }

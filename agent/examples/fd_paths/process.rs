@@ -2,7 +2,9 @@
 
 use std::{
     ffi::CString,
+    fs::File,
     io::{self, Read, Seek},
+    mem::ManuallyDrop,
     ptr,
     sync::mpsc,
     thread,
@@ -231,13 +233,13 @@ fn clone3(flags: u64, pidfd: u64, wanted: Option<i32>) -> Result<i32> {
     Ok(child)
 }
 
-/// This process's status, open: looking at it again makes no fd.
-pub(crate) struct Threads(std::fs::File);
+/// This process's status: looking at it again makes no fd. It stays open, so that its end is not seen either.
+pub(crate) struct Threads(ManuallyDrop<File>);
 
 impl Threads {
     pub(crate) fn open() -> Result<Self> {
         // Not /proc/self: where the leader has gone, that is the same and less obvious.
-        Ok(Self(std::fs::File::open(format!("/proc/{}/status", pid()))?))
+        Ok(Self(ManuallyDrop::new(File::open(format!("/proc/{}/status", pid()))?)))
     }
 
     fn field(&mut self, name: &str) -> Result<String> {
