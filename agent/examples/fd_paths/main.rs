@@ -66,7 +66,12 @@ fn main() -> Result<()> {
             }
             Ok(())
         }
-        ["--pause", parent] => sys::pause_with(parent.parse().map_err(io::Error::other)?),
+        // A child that `process::spawn` has made; it says when its start is over.
+        ["--pause", parent, said] => {
+            let [parent, said] = [parent, said].map(|word| word.parse().map_err(io::Error::other));
+            sys!(libc::SYS_write, said?, &raw const *b"\n", 1)?;
+            sys::pause_with(parent?)
+        }
         // What is left to do after an exec.
         ["--resume", ref claims @ ..] => {
             let claims = claims.iter().map(|claim| (*claim).to_owned()).collect();

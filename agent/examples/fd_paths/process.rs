@@ -22,7 +22,10 @@ pub(crate) const PATHS: &[Path] = &[
     path("clone-files", "clone(2) with CLONE_FILES: a process that shares the table", |stage| {
         born(stage, || clone3(libc::CLONE_FILES as u64, 0, None))
     }),
-    path("vfork", "vfork and exec, as posix_spawn(3) does it", |stage| born(stage, spawn)),
+    path("vfork", "vfork and exec, as posix_spawn(3) does it", |stage| {
+        let pipe = sys::pipe()?;
+        born(stage, || spawn(pipe))
+    }),
     path("clone3-pidfd", "clone3(2) with CLONE_PIDFD: an fd in the parent", |stage| {
         let mut pidfd = -1i32;
         stage.begin()?;
@@ -192,12 +195,12 @@ fn marked() -> Result<i32> {
     sys!(libc::SYS_fcntl, 0, libc::F_DUPFD_CLOEXEC, HIGH)
 }
 
-/// Another process that runs this program.
-fn spawn() -> Result<i32> {
+/// Another process that runs this program and has started up.
+fn spawn([started, say]: [i32; 2]) -> Result<i32> {
     let path = executable()?;
     let mut child = 0;
-    let parent = CString::new(pid().to_string())?;
-    let words = [c"fd_paths", c"--pause", &parent];
+    let (parent, say) = (CString::new(pid().to_string())?, CString::new(say.to_string())?);
+    let words = [c"fd_paths", c"--pause", &parent, &say];
     let mut argv = words.map(|word| word.as_ptr().cast_mut()).to_vec();
     argv.push(ptr::null_mut());
     let envp = [ptr::null_mut()];
@@ -215,6 +218,8 @@ fn spawn() -> Result<i32> {
     if status != 0 {
         return Err(io::Error::from_raw_os_error(status));
     }
+    let mut byte = 0u8;
+    sys!(libc::SYS_read, started, &raw mut byte, 1)?;
     Ok(child)
 }
 
