@@ -115,12 +115,17 @@ impl Workload {
     }
 
     pub(crate) fn start_program(program: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the example `workload` is built by `cargo build --examples`");
+        let start =
+            || Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = loop {
+            match start() {
+                // Another test forked while this copy was written: until it runs its program it holds the file.
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                child => break child.expect("the examples are built by `cargo build --examples`"),
+            }
+        };
         let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         Self { child: Running(child), stdin, stdout }
     }
