@@ -30,6 +30,13 @@ pub(crate) struct Origin {
     pub how: u32,
 }
 
+impl Origin {
+    /// Whether nothing more can be learnt of it from an event at `time`.
+    fn is_told(&self, listed: u64, time: u64) -> bool {
+        self.tid != 0 || (self.since == 0 && time > listed.saturating_add(SETTLED))
+    }
+}
+
 /// One process's table as an iterator listed it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Listing {
@@ -181,6 +188,9 @@ impl Watched {
         match self.fds.get_mut(&event.fd) {
             // The listing has shown more recent things; of these it only did not know the origin.
             Some(known) if late && known.file != event.file => return,
+            // The file is the one whose origin is known already: the result of a call was forged, with the
+            // number of an fd that is open.
+            Some(known) if known.file == event.file && known.is_told(self.listed, time) => return,
             Some(known) => *known = origin,
             None if late => return,
             None if room == 0 => self.cut = true,

@@ -75,6 +75,24 @@ fn a_close_that_ends_late_does_not_take_the_next_file_with_it() {
 }
 
 #[test]
+fn a_forged_result_changes_no_origin() {
+    let mut origins = watched(&[(3, 10)]);
+    origins.apply(&change(FD_OPENED, 4, 11, 2 * SECOND));
+    let before = [3, 4].map(|fd| origins.of(PROCESS, fd));
+    // "openat returned 3", and "close(4) returned 0": both slots hold what they held.
+    origins.apply(&change(FD_OPENED, 3, 10, 2 * SECOND + 1));
+    origins.apply(&change(FD_OPENED, 4, 11, 2 * SECOND + 2));
+    let Event::Fd(mut close) = change(FD_CLOSED, 4, 11, 2 * SECOND + 3) else { unreachable!() };
+    close.reused = 1;
+    origins.apply(&Event::Fd(close));
+    assert_eq!([3, 4].map(|fd| origins.of(PROCESS, fd)), before);
+    for second in [3, 4] {
+        origins.merge(PROCESS, &listing(second * SECOND, &[(3, 10), (4, 11)]));
+    }
+    assert_eq!(drift(&origins), [0, 0]);
+}
+
+#[test]
 fn a_file_whose_number_is_not_known_goes_when_only_one_number_held_it() {
     let mut origins = watched(&[(3, 10), (4, 11), (5, 11)]);
     origins.apply(&change(FD_CLOSED, FD_UNKNOWN, 10, 2 * SECOND));

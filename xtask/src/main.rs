@@ -3,6 +3,7 @@
 mod bench;
 mod bpf_toolchain;
 mod cmd;
+mod paths;
 mod setup;
 mod test;
 #[cfg(test)]

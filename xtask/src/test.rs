@@ -1,7 +1,9 @@
 //! `cargo xtask test`: every test there is, on this kernel and on the pinned ones.
 
 use std::{
+    iter,
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -13,17 +15,25 @@ use serde_json::Value;
 use crate::{
     cargo,
     cmd::{self, run},
-    setup,
+    paths, setup,
     vm::{self, Guest},
     workspace,
 };
 
 /// The test binary that needs nothing but a kernel, and what it runs.
 const KERNEL_TESTS: &str = "kernel";
-const STORM: &str = "fds_up_to_the_hard_limit";
-const QUIET: &str = "the_functions_cost_other_syscalls_nothing";
-const FEW_PIDS: &str = "an_agent_that_starts_in_a_fork_storm_knows_every_process_that_stays";
+/// Tests that run alone: they start a program per path (preemptible kernels skip a kernel program that is already
+/// running), hold 900,000 fds, count what kernel programs run, or take almost all pids away.
+const ALONE: [&str; 4] = [
+    PATHS,
+    "fds_up_to_the_hard_limit",
+    "the_functions_cost_other_syscalls_nothing",
+    "an_agent_that_starts_in_a_fork_storm_knows_every_process_that_stays",
+];
 const WORKLOAD: &str = "workload";
+const FD_PATHS: &str = "fd_paths";
+/// The test whose results are in docs/fd-paths.md.
+const PATHS: &str = "every_path";
 /// A Debian kernel under emulation takes 3 to 5 minutes for the tests.
 const DEADLINE: Duration = Duration::from_secs(1200);
 /// The tests hold 900,000 fds at 8 bytes a slot and 232 a file, beside the image.
@@ -37,6 +47,9 @@ pub(crate) struct Arguments {
     /// Only this series of xtask/kernels.lock, such as 6.1; may be repeated
     #[arg(long, value_name = "SERIES", conflicts_with = "no_vm")]
     kernel: Vec<String>,
+    /// Write docs/fd-paths.md anew from what the pinned kernels show; no other test is run
+    #[arg(long, conflicts_with = "no_vm")]
+    bless: bool,
 }
 
 impl Arguments {
@@ -46,7 +59,7 @@ impl Arguments {
         setup::for_test()?;
         // The release profile, so that what is tested is what is shipped.
         run(cargo("build").args(["--release", "--examples"]))?;
-        if self.kernel.is_empty() {
+        if self.kernel.is_empty() && !self.bless {
             run(cargo("test").arg("--release"))?;
         }
         if self.no_vm {
@@ -63,7 +76,14 @@ impl Arguments {
             "--message-format",
             "json",
         ]))?;
-        on_kernels(&self.kernel, &guest(&executable(&built)?))
+        let mut guest = guest(&executable(&built)?);
+        if self.bless {
+            guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
+        }
+        let listing = cmd::output(
+            Command::new(workspace().join("target/release/examples").join(FD_PATHS)).arg("--list"),
+        )?;
+        paths::settle(&listing, &on_kernels(&self.kernel, &guest)?, self.bless)
     }
 }
 
@@ -78,12 +98,15 @@ fn executable(messages: &str) -> Result<PathBuf> {
 
 fn guest(tests: &Path) -> Guest {
     let release = workspace().join("target/release");
+    let skip = ALONE.iter().flat_map(|test| ["--skip", *test]);
+    let together = ["/bin/tests", "--test-threads", "4"].into_iter().chain(skip).collect();
     let file = |host: PathBuf, guest: &str| (host, PathBuf::from(guest));
     Guest {
         files: vec![
             file(tests.to_owned(), "/bin/tests"),
             file(release.join("plumb"), "/bin/plumb"),
             file(release.join("examples").join(WORKLOAD), "/bin/workload"),
+            file(release.join("examples").join(FD_PATHS), "/bin/fd_paths"),
             file(PathBuf::from("/bin/sh"), "/bin/sh"),
         ],
         env: vec![
@@ -91,31 +114,28 @@ fn guest(tests: &Path) -> Guest {
             ("PLUMB_WORKLOAD".to_owned(), "/bin/workload".to_owned()),
             // What concerns everybody, such as pid_max, may be changed.
             ("PLUMB_OWN_KERNEL".to_owned(), "1".to_owned()),
+            ("PLUMB_FD_PATHS".to_owned(), "measure".to_owned()),
         ],
-        // Alone run the tests that hold 900,000 fds, take almost all pids away, or count what programs run.
-        commands: [
-            &["/bin/tests", "--test-threads", "4", "--skip", STORM, "--skip", QUIET, "--skip", FEW_PIDS][..],
-            &["/bin/tests", STORM],
-            &["/bin/tests", QUIET],
-            &["/bin/tests", FEW_PIDS],
-        ]
-        .map(|command| command.iter().map(|word| (*word).to_owned()).collect())
-        .to_vec(),
+        commands: iter::once(together)
+            .chain(ALONE.map(|test| vec!["/bin/tests", test]))
+            .map(|command| command.into_iter().map(str::to_owned).collect())
+            .collect(),
         memory_mb: MEMORY_MB,
         deadline: DEADLINE,
     }
 }
 
-/// Two machines at a time: the tests mostly wait.
-fn on_kernels(series: &[String], guest: &Guest) -> Result<()> {
+/// What was printed on each series. Two machines at a time: the tests mostly wait.
+fn on_kernels(series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
     let kernels = vm::select(series)?;
-    let mut failed = Vec::new();
+    let (mut printed, mut failed) = (Vec::new(), Vec::new());
     for pair in kernels.chunks(2) {
         thread::scope(|scope| {
-            let machines: Vec<_> = pair.iter().map(|kernel| scope.spawn(|| vm::run(kernel, guest))).collect();
-            for machine in machines {
+            let machines: Vec<_> =
+                pair.iter().map(|kernel| (kernel, scope.spawn(|| vm::run(kernel, guest)))).collect();
+            for (kernel, machine) in machines {
                 match machine.join() {
-                    Ok(Ok(())) => {}
+                    Ok(Ok(lines)) => printed.push((kernel.series.clone(), lines)),
                     Ok(Err(error)) => failed.push(format!("{error:#}")),
                     Err(_) => failed.push("a machine's thread panicked".to_owned()),
                 }
@@ -123,5 +143,5 @@ fn on_kernels(series: &[String], guest: &Guest) -> Result<()> {
         });
     }
     ensure!(failed.is_empty(), "{}", failed.join("\n"));
-    Ok(())
+    Ok(printed)
 }

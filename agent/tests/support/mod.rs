@@ -82,7 +82,7 @@ impl Drop for Running {
     }
 }
 
-/// A running `workload` example.
+/// A running `workload` example, or `fd_paths`, which speaks the same way.
 pub(crate) struct Workload {
     pub(crate) child: Running,
     stdin: Option<ChildStdin>,
@@ -90,6 +90,11 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
+    /// The example `fd_paths`, which lies beside it.
+    pub(crate) fn fd_paths() -> PathBuf {
+        Self::program().with_file_name("fd_paths")
+    }
+
     fn program() -> PathBuf {
         env::var_os("PLUMB_WORKLOAD").map_or_else(
             || env::current_exe().unwrap().parent().unwrap().join("../examples/workload"),
@@ -110,12 +115,17 @@ impl Workload {
     }
 
     pub(crate) fn start_program(program: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the example `workload` is built by `cargo build --examples`");
+        let start =
+            || Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = loop {
+            match start() {
+                // Another test forked while this copy was written: until it runs its program it holds the file.
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                child => break child.expect("the examples are built by `cargo build --examples`"),
+            }
+        };
         let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         Self { child: Running(child), stdin, stdout }
     }

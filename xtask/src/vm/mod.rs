@@ -68,12 +68,13 @@ pub(crate) fn run_on(kernels: &[Kernel], guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Boots `kernel` and runs the commands of `guest`; what they print appears on stdout behind the series.
+/// Boots `kernel` and runs the commands of `guest`; what they print appears on stdout behind the series, and
+/// is returned by lines.
 ///
 /// # Errors
 /// When the kernel cannot be had, when the machine does not end by itself before the deadline, and when
 /// any command did not report exit status 0.
-pub(crate) fn run(kernel: &Kernel, guest: &Guest) -> Result<()> {
+pub(crate) fn run(kernel: &Kernel, guest: &Guest) -> Result<Vec<String>> {
     let start = Instant::now();
     let folder = kernel.folder()?;
     // A second run of the same series would overwrite the image and the log of this one.
@@ -98,7 +99,7 @@ pub(crate) fn run(kernel: &Kernel, guest: &Guest) -> Result<()> {
     let problems = problems(&guest.commands, &end);
     if problems.is_empty() {
         eprintln!("xtask: kernel {} ({}): passed in {:.1?}", kernel.series, kernel.version, start.elapsed());
-        return Ok(());
+        return Ok(end.lines);
     }
     // A command that failed has said why; a machine that broke off has only the kernel's log.
     if end.cut_short.is_some() {
@@ -146,7 +147,7 @@ mod tests {
     fn end(outcomes: Vec<Outcome>, cut_short: Option<&str>) -> End {
         let reports = outcomes.into_iter().enumerate();
         let reports = reports.map(|(command, outcome)| Report { command, outcome }).collect();
-        End { reports, cut_short: cut_short.map(ToOwned::to_owned) }
+        End { reports, lines: Vec::new(), cut_short: cut_short.map(ToOwned::to_owned) }
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub(super) struct Machine<'a> {
 /// How a machine ended and what it reported until then.
 pub(super) struct End {
     pub(super) reports: Vec<Report>,
+    /// What the commands printed.
+    pub(super) lines: Vec<String>,
     /// What happened instead of the power-off that init asks for.
     pub(super) cut_short: Option<String>,
 }
@@ -48,7 +50,7 @@ impl Machine<'_> {
         // Ends with qemu, which closes the pipe.
         thread::spawn(move || send_lines(output, &sender));
 
-        let mut reports = Vec::new();
+        let (mut reports, mut printed) = (Vec::new(), Vec::new());
         let mut timed_out = false;
         loop {
             let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -65,6 +67,7 @@ impl Machine<'_> {
             if let Some(text) = text {
                 // The verdict is the exit status; a reader that has left does not change it.
                 let _ = writeln!(io::stdout(), "{series} | {text}");
+                printed.push(text.to_owned());
             }
             reports.extend(report);
         }
@@ -79,7 +82,7 @@ impl Machine<'_> {
         } else {
             None
         };
-        Ok(End { reports, cut_short })
+        Ok(End { reports, lines: printed, cut_short })
     }
 
     /// The last words of the kernel, on stderr.
