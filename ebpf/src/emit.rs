@@ -56,7 +56,7 @@ pub(crate) fn send<T: Pod>(source: u32, event: T) {
 /// Notes what the running task's cgroups use of a ring that is filling up. In its last quarter each set of
 /// cgroups has a sixteenth of the ring until the reader has gone on by a quarter, so that a storm in one
 /// leaves room to the others.
-#[inline(never)]
+#[inline(always)]
 fn is_within_share(used: u64, size: u64, bytes: u64) -> bool {
     let cgroups = kernel::read::<u64>(kernel::current(), offsets::TASK_CSS_SET).unwrap_or(0);
     let quarter = maps::EVENTS.query(CONSUMED) / (size / 4).max(1);

@@ -48,7 +48,7 @@ impl Kernel {
         })
     }
 
-    fn pass<T: Pod>(&mut self, program: &str, process: ProcKey, each: impl FnMut(T)) -> io::Result<()> {
+    fn pass<T: Pod>(&mut self, program: &str, process: ProcKey, mut each: impl FnMut(T)) -> io::Result<()> {
         let focus = self.ebpf.map_mut("ITER_PROCESS").ok_or(io::ErrorKind::NotFound)?;
         let mut focus = Array::<_, [u64; 2]>::try_from(focus).map_err(io::Error::other)?;
         focus.set(0, bytemuck::cast::<ProcKey, [u64; 2]>(process), 0).map_err(io::Error::other)?;
@@ -56,7 +56,17 @@ impl Kernel {
         let iterator = <&mut programs::Iter>::try_from(program).map_err(io::Error::other)?;
         if process.tgid != 0 && self.sees_host_pids {
             match of_process(iterator.fd().map_err(io::Error::other)?.as_fd(), process.tgid) {
-                Ok(mut pass) => return records(&mut pass, each),
+                Ok(mut pass) => {
+                    let mut any = false;
+                    records(&mut pass, |record| {
+                        any = true;
+                        each(record);
+                    })?;
+                    // 6.1 shows nothing of a process whose leader has exited: then all are walked.
+                    if any {
+                        return Ok(());
+                    }
+                }
                 Err(error) if is_unknown(&error) => {}
                 Err(error) => return Err(error),
             }
