@@ -1,5 +1,5 @@
 //! What must hold on every kernel: run as root on the host's, and in virtual machines on others. Needs
-//! nothing but the plumb binary and the `workload` example.
+//! nothing but the plumb binary and the examples.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 #[path = "../support/mod.rs"]
@@ -7,5 +7,6 @@ mod support;
 
 mod agent;
 mod ledger;
+mod model;
 mod snapshot;
 mod watch;

@@ -1,0 +1,171 @@
+//! Scripts on the kernel: each case from the stage to nothing left, and cases at random until one fails.
+
+use std::{
+    cell::RefCell,
+    fs,
+    time::{Duration, Instant, SystemTime},
+};
+
+use plumb::kernel::{Filter, Kernel, Plan};
+use plumb_common::limits::RING_BYTES;
+use proptest::{
+    strategy::Strategy,
+    test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner},
+};
+
+use super::{
+    Mismatch,
+    check::{self, Addresses},
+    events::{Seam, Watch},
+    op::{self, Op, What},
+    stage::{Name, Stage},
+    world::{Rules, World},
+};
+
+const PROGRAMS: &[&str] = &[
+    "task_newtask",
+    "sched_process_exec",
+    "task_rename",
+    "sched_process_exit",
+    "sys_exit",
+    "processes",
+    "files",
+];
+
+/// This kernel, plumb on it, and puppets.
+pub(crate) struct Host {
+    kernel: Kernel,
+    watch: Watch,
+    name: Name,
+    rules: Rules,
+    known: Addresses,
+    stage: Option<(Stage, World)>,
+    pub(crate) tally: Tally,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    /// Those that applied.
+    pub(crate) ops: u64,
+    pub(crate) cases: u64,
+    pub(crate) quiesces: u64,
+}
+
+impl Host {
+    pub(crate) fn new(rules: Rules) -> Self {
+        let name = Name::new();
+        let filter = Filter { tgid: None, comm: Some(name.comm()) };
+        let plan = Plan { programs: Some(PROGRAMS), filter, ring_bytes: RING_BYTES };
+        let mut kernel = Kernel::load_all(plan).unwrap();
+        let watch = Watch::new(kernel.ring().unwrap(), Seam::SysExit);
+        let known = Addresses::default();
+        Self { kernel, watch, name, rules, known, stage: None, tally: Tally::default() }
+    }
+
+    pub(crate) fn events(&self) -> u64 {
+        self.watch.seen
+    }
+
+    /// One script from beginning to end.
+    pub(crate) fn case(&mut self, ops: &[Op]) -> Result<(), Mismatch> {
+        let (mut stage, mut world) = self.stage.take().unwrap_or_else(|| self.start());
+        let done = self.play(ops, &mut stage, &mut world);
+        if done.is_ok() {
+            self.stage = Some((stage, world));
+            self.tally.cases += 1;
+        } else {
+            drop(stage);
+            self.await_nobody();
+        }
+        done
+    }
+
+    fn start(&mut self) -> (Stage, World) {
+        let stage = Stage::start(&self.name);
+        self.known = Addresses::default();
+        self.watch.reset(&mut self.kernel, stage.tids[&0]);
+        (stage, World::new(self.rules))
+    }
+
+    /// Waits until the puppets of a failed case are gone.
+    fn await_nobody(&self) {
+        let end = Instant::now() + Duration::from_secs(20);
+        let is_ours = |entry: std::io::Result<fs::DirEntry>| {
+            let comm = fs::read_to_string(entry.ok()?.path().join("comm")).ok()?;
+            (comm.trim_end() == self.name.0).then_some(())
+        };
+        while fs::read_dir("/proc").unwrap().find_map(is_ours).is_some() {
+            assert!(Instant::now() < end, "puppets do not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn play(&mut self, ops: &[Op], stage: &mut Stage, world: &mut World) -> Result<(), Mismatch> {
+        world.begin().into_iter().for_each(|step| stage.push(step));
+        for op in ops {
+            if op.what == What::Quiesce || stage.is_full() {
+                self.quiesce(stage, world)?;
+            }
+            let steps = world.apply(*op);
+            self.tally.ops += u64::from(!steps.is_empty());
+            steps.into_iter().for_each(|step| stage.push(step));
+        }
+        self.quiesce(stage, world)?;
+        world.end().into_iter().for_each(|step| stage.push(step));
+        self.quiesce(stage, world)
+    }
+
+    /// The model, the kernel and plumb agree.
+    fn quiesce(&mut self, stage: &mut Stage, world: &mut World) -> Result<(), Mismatch> {
+        stage.run()?;
+        check::proc_is_model(world, &stage.tids, &self.name)?;
+        let (known, kernel) = (&mut self.known, &mut self.kernel);
+        self.watch.check(world, &stage.tids, kernel, known)?;
+        let keys = check::pass_is_model(world, &stage.tids, &self.name, kernel, known)?;
+        check::listing_is_model(world, &keys, kernel, known)?;
+        world.forget_the_dead();
+        known.retain(world);
+        stage.forget_the_dead(world);
+        self.tally.quiesces += 1;
+        Ok(())
+    }
+}
+
+/// The shortest script found that fails, and why.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) ops: Vec<Op>,
+    pub(crate) why: String,
+}
+
+/// Random cases.
+pub(crate) struct Random {
+    pub(crate) seed: u64,
+    runner: TestRunner,
+}
+
+impl Random {
+    /// From PLUMB_MODEL_SEED, or another each time.
+    pub(crate) fn new() -> Self {
+        let seed = super::number("PLUMB_MODEL_SEED").unwrap_or_else(|| {
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64
+        });
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        let config = Config { failure_persistence: None, max_shrink_time: 120_000, ..Config::default() };
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+        Self { seed, runner: TestRunner::new_with_rng(config, rng) }
+    }
+
+    /// One case, made shorter if it fails.
+    pub(crate) fn case(&mut self, host: &RefCell<Host>, length: usize) -> Result<(), Failure> {
+        let tree = op::scripts(length).new_tree(&mut self.runner).unwrap();
+        let test =
+            |ops: Vec<Op>| host.borrow_mut().case(&ops).map_err(|mismatch| TestCaseError::fail(mismatch.0));
+        match self.runner.run_one(tree, test) {
+            Ok(_) => Ok(()),
+            Err(TestError::Fail(why, ops)) => Err(Failure { ops, why: why.message().to_owned() }),
+            Err(TestError::Abort(why)) => panic!("{why}"),
+        }
+    }
+}
