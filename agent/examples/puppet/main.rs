@@ -114,7 +114,9 @@ fn finish(reply: Option<&[i32]>) {
 fn wait_until(word: &AtomicU32, ready: impl Fn(u32) -> bool) {
     loop {
         let value = word.load(SeqCst);
-        let over = shared_memory().over.load(SeqCst) != 0;
+        // The stage stays: orphans go only when their parent has seen them end.
+        let is_stage = SLOT.load(SeqCst) == protocol::STAGE;
+        let over = !is_stage && shared_memory().over.load(SeqCst) != 0;
         if ready(value) && !over {
             return;
         }

@@ -207,7 +207,8 @@ fn one(
 
 fn exited(exit: &Exit, due: &mut Due) -> Result<(), String> {
     let at = due.exits.iter().position(|(tid, _)| *tid == exit.header.tid).ok_or("no such exit is due")?;
-    let (_, code) = due.exits.swap_remove(at);
+    // In order: a thread that execs takes the id of a leader that has exited.
+    let (_, code) = due.exits.remove(at);
     due.dead |= exit.group_dead != 0;
     if code.is_none_or(|code| code == exit.code) { Ok(()) } else { Err(format!("code {code:?} is due")) }
 }

@@ -250,7 +250,7 @@ fn what() -> impl Strategy<Value = What> {
 /// Scripts of at most `length` operations.
 pub(crate) fn scripts(length: usize) -> impl Strategy<Value = Vec<Op>> {
     let op = (0..8u32, what()).prop_map(|(by, what)| Op { by, what });
-    proptest::collection::vec(op, length / 2..=length)
+    proptest::collection::vec(op, 1..=length)
 }
 
 proptest! {

@@ -1,10 +1,6 @@
 //! Scripts on the kernel: each case from the stage to nothing left, and cases at random until one fails.
 
-use std::{
-    cell::RefCell,
-    fs,
-    time::{Duration, Instant, SystemTime},
-};
+use std::{cell::RefCell, time::SystemTime};
 
 use plumb::kernel::{Filter, Kernel, Plan};
 use plumb_common::limits::RING_BYTES;
@@ -74,8 +70,7 @@ impl Host {
             self.stage = Some((stage, world));
             self.tally.cases += 1;
         } else {
-            drop(stage);
-            self.await_nobody();
+            stage.end(&self.name);
         }
         done
     }
@@ -85,19 +80,6 @@ impl Host {
         self.known = Addresses::default();
         self.watch.reset(&mut self.kernel, stage.tids[&0]);
         (stage, World::new(self.rules))
-    }
-
-    /// Waits until the puppets of a failed case are gone.
-    fn await_nobody(&self) {
-        let end = Instant::now() + Duration::from_secs(20);
-        let is_ours = |entry: std::io::Result<fs::DirEntry>| {
-            let comm = fs::read_to_string(entry.ok()?.path().join("comm")).ok()?;
-            (comm.trim_end() == self.name.0).then_some(())
-        };
-        while fs::read_dir("/proc").unwrap().find_map(is_ours).is_some() {
-            assert!(Instant::now() < end, "puppets do not end");
-            std::thread::sleep(Duration::from_millis(1));
-        }
     }
 
     fn play(&mut self, ops: &[Op], stage: &mut Stage, world: &mut World) -> Result<(), Mismatch> {
@@ -152,7 +134,12 @@ impl Random {
         });
         let mut bytes = [0; 32];
         bytes[..8].copy_from_slice(&seed.to_le_bytes());
-        let config = Config { failure_persistence: None, max_shrink_time: 120_000, ..Config::default() };
+        let config = Config {
+            failure_persistence: None,
+            max_shrink_time: 120_000,
+            max_shrink_iters: u32::MAX,
+            ..Config::default()
+        };
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
         Self { seed, runner: TestRunner::new_with_rng(config, rng) }
     }
@@ -164,8 +151,27 @@ impl Random {
             |ops: Vec<Op>| host.borrow_mut().case(&ops).map_err(|mismatch| TestCaseError::fail(mismatch.0));
         match self.runner.run_one(tree, test) {
             Ok(_) => Ok(()),
-            Err(TestError::Fail(why, ops)) => Err(Failure { ops, why: why.message().to_owned() }),
+            Err(TestError::Fail(why, ops)) => {
+                let failure = Failure { ops, why: why.message().to_owned() };
+                Err(without_the_needless(failure, &mut host.borrow_mut()))
+            }
             Err(TestError::Abort(why)) => panic!("{why}"),
         }
     }
+}
+
+/// Leaves out each operation without which it fails all the same: what proptest kept for the sake of others
+/// that it then made simpler.
+fn without_the_needless(mut failure: Failure, host: &mut Host) -> Failure {
+    let mut at = failure.ops.len();
+    while at > 0 {
+        at -= 1;
+        let mut fewer = failure.ops.clone();
+        fewer.remove(at);
+        if let Err(mismatch) = host.case(&fewer) {
+            failure = Failure { ops: fewer, why: mismatch.0 };
+            at = failure.ops.len();
+        }
+    }
+    failure
 }

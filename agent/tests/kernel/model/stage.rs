@@ -9,6 +9,7 @@ use std::{
     process::{ChildStdin, Command, Stdio},
     ptr,
     sync::atomic::{AtomicU32, Ordering::SeqCst},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -78,6 +79,8 @@ impl Stage {
         assert_ne!(at, libc::MAP_FAILED);
         // SAFETY: mapped until `drop`, aligned to a page, all zero; every field is atomic.
         let shared: &'static Shared = unsafe { &*at.cast() };
+        // The start of the stage is its first command.
+        shared.slots[STAGE].filled.store(1, SeqCst);
         // Exec takes the name of the file that it was given.
         let program = dir.0.join(&name.0);
         let puppet = env::var_os("PLUMB_PUPPET").map_or_else(
@@ -206,13 +209,30 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
-    fn drop(&mut self) {
+impl Stage {
+    /// Tells all puppets to end and waits until the stage, whose orphans they are, has seen it.
+    pub(crate) fn end(self, name: &Name) {
         self.shared.over.store(1, SeqCst);
         for slot in &self.shared.slots {
             futex(&slot.filled, libc::FUTEX_WAKE, i32::MAX as u32);
             futex(&slot.done, libc::FUTEX_WAKE, i32::MAX as u32);
         }
+        let is_ours = |entry: std::io::Result<fs::DirEntry>| {
+            let entry = entry.ok()?;
+            let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+            let is_stage = entry.file_name().to_str() == Some(&self.child.pid().to_string());
+            (comm.trim_end() == name.0 && !is_stage).then_some(())
+        };
+        let end = Instant::now() + PATIENCE;
+        while fs::read_dir("/proc").unwrap().find_map(is_ours).is_some() {
+            assert!(Instant::now() < end, "puppets do not end");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
         self.stdin = None;
         let _ = self.child.0.kill();
         let at = (&raw const *self.shared).cast_mut().cast();
