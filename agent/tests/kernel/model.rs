@@ -25,7 +25,7 @@ use world::Rules;
 pub(crate) struct Mismatch(String);
 
 /// Operations of one case, at most.
-const LENGTH: usize = 600;
+const LENGTH: usize = 4000;
 
 fn number(variable: &str) -> Option<u64> {
     env::var(variable).ok().map(|text| text.parse().unwrap())

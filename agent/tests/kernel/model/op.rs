@@ -247,10 +247,16 @@ fn what() -> impl Strategy<Value = What> {
     ]
 }
 
-/// Scripts of at most `length` operations.
+/// Scripts of at most `length` operations. A puppet mostly does several in a row: whoever waits for another
+/// sleeps.
 pub(crate) fn scripts(length: usize) -> impl Strategy<Value = Vec<Op>> {
-    let op = (0..8u32, what()).prop_map(|(by, what)| Op { by, what });
-    proptest::collection::vec(op, 1..=length)
+    const ROW: usize = 40;
+    let row = (0..8u32, proptest::collection::vec(what(), 1..=ROW));
+    let rows = proptest::collection::vec(row, 1..=length.div_ceil(ROW));
+    rows.prop_map(|rows| {
+        let ops = |(by, row): (u32, Vec<What>)| row.into_iter().map(move |what| Op { by, what });
+        rows.into_iter().flat_map(ops).collect()
+    })
 }
 
 proptest! {
