@@ -3,6 +3,7 @@
 mod bpf_toolchain;
 mod cmd;
 mod setup;
+mod soak;
 mod test;
 #[cfg(test)]
 mod tidy;
@@ -38,6 +39,8 @@ enum Task {
     },
     /// Run every test, on this kernel and in virtual machines on others (as root)
     Test(test::Arguments),
+    /// Run the model tests for long, with stress-ng beside them (as root)
+    Soak(soak::Arguments),
     /// Check format and lints
     Lint,
     /// Measure snapshots and the agent against /proc, in one run (as root)
@@ -80,6 +83,7 @@ impl Task {
                 Err(error).context("cannot start target/release/plumb")
             }
             Self::Test(arguments) => arguments.run(),
+            Self::Soak(arguments) => arguments.run(),
             Self::Lint => lint(),
             Self::Bench => {
                 setup::require_root("loading kernel programs")?;
