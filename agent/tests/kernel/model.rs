@@ -9,6 +9,7 @@ mod op;
 mod protocol;
 mod run;
 mod stage;
+mod terms;
 mod world;
 
 use std::{
@@ -18,7 +19,7 @@ use std::{
 };
 
 use run::{Failure, Host, Random, Tally};
-use world::Rules;
+use terms::Rules;
 
 /// What does not agree.
 #[derive(Debug)]

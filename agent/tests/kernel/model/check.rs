@@ -13,7 +13,8 @@ use super::{
     Mismatch,
     op::Kind,
     stage::Name,
-    world::{FileId, Process, Table, TableId, Task, Thread, World},
+    terms::{FileId, Process, Table, TableId, Task, Thread},
+    world::World,
 };
 
 /// The kernel counts a thread for a moment after it has exited; under emulation the moment is longer.

@@ -18,7 +18,8 @@ use super::{
     Mismatch,
     check::Addresses,
     protocol::STARTED_FD,
-    world::{Expect, Task, World},
+    terms::{Expect, Task},
+    world::World,
 };
 
 /// The way the fd program is attached.

@@ -1,6 +1,9 @@
 //! Scripts on the kernel: each case from the stage to nothing left, and cases at random until one fails.
 
-use std::{cell::RefCell, time::SystemTime};
+use std::{
+    cell::{Cell, RefCell},
+    time::{Duration, Instant, SystemTime},
+};
 
 use plumb::kernel::{Filter, Kernel, Plan};
 use plumb_common::limits::RING_BYTES;
@@ -15,7 +18,8 @@ use super::{
     events::{Seam, Watch},
     op::{self, Op, What},
     stage::{Name, Stage},
-    world::{Rules, World},
+    terms::Rules,
+    world::World,
 };
 
 const PROGRAMS: &[&str] = &[
@@ -27,6 +31,9 @@ const PROGRAMS: &[&str] = &[
     "processes",
     "files",
 ];
+
+/// How long a failure is made simpler, in each of two ways.
+const SHRINKING: Duration = Duration::from_secs(120);
 
 /// This kernel, plumb on it, and puppets.
 pub(crate) struct Host {
@@ -136,7 +143,7 @@ impl Random {
         bytes[..8].copy_from_slice(&seed.to_le_bytes());
         let config = Config {
             failure_persistence: None,
-            max_shrink_time: 120_000,
+            max_shrink_time: SHRINKING.as_millis() as u32,
             max_shrink_iters: u32::MAX,
             ..Config::default()
         };
@@ -146,9 +153,17 @@ impl Random {
 
     /// One case, made shorter if it fails.
     pub(crate) fn case(&mut self, host: &RefCell<Host>, length: usize) -> Result<(), Failure> {
+        let told = Cell::new(false);
         let tree = op::scripts(length).new_tree(&mut self.runner).unwrap();
-        let test =
-            |ops: Vec<Op>| host.borrow_mut().case(&ops).map_err(|mismatch| TestCaseError::fail(mismatch.0));
+        let test = |ops: Vec<Op>| {
+            let done = host.borrow_mut().case(&ops);
+            done.map_err(|Mismatch(why)| {
+                if !told.replace(true) {
+                    eprintln!("{} operations fail and are made fewer: {why}", ops.len());
+                }
+                TestCaseError::fail(why)
+            })
+        };
         match self.runner.run_one(tree, test) {
             Ok(_) => Ok(()),
             Err(TestError::Fail(why, ops)) => {
@@ -163,8 +178,9 @@ impl Random {
 /// Leaves out each operation without which it fails all the same: what proptest kept for the sake of others
 /// that it then made simpler.
 fn without_the_needless(mut failure: Failure, host: &mut Host) -> Failure {
+    let end = Instant::now() + SHRINKING;
     let mut at = failure.ops.len();
-    while at > 0 {
+    while at > 0 && Instant::now() < end {
         at -= 1;
         let mut fewer = failure.ops.clone();
         fewer.remove(at);

@@ -18,7 +18,8 @@ use plumb_common::limits::COMM_LEN;
 use super::{
     Mismatch,
     protocol::{self, QUEUE, SLOTS, STAGE, Shared},
-    world::{Reply, Step, Task, Touch, World},
+    terms::{Reply, Step, Task, Touch},
+    world::World,
 };
 use crate::support::{Running, TempDir};
 
