@@ -78,11 +78,11 @@ fn soak() {
     let mut told = began;
     let tell = |word: &str, tally: Tally| {
         let rate = tally.ops as f64 / began.elapsed().as_secs_f64();
-        let Tally { ops, cases, quiesces } = tally;
+        let Tally { ops, cases, quiesces, unheard } = tally;
         let events = host.borrow().events();
         println!(
             "soak: {word}{ops} operations, {rate:.0} per second, {cases} scripts, {quiesces} quiesces, \
-             {events} events, 0 mismatches"
+             {events} events, 0 mismatches, events of {unheard} quiesces skipped by the kernel"
         );
     };
     loop {
