@@ -40,11 +40,8 @@ impl Arguments {
     pub(crate) fn run(self) -> Result<()> {
         setup::require_root("loading kernel programs")?;
         setup::for_build()?;
-        if self.kernel.is_empty() {
-            setup::for_soak()?
-        } else {
-            setup::for_test()?
-        }
+        let needs = if self.kernel.is_empty() { setup::for_soak } else { setup::for_test };
+        needs()?;
         let tests = test::build_kernel_tests()?;
         if self.kernel.is_empty() {
             let _neighbour = if self.script.is_none() { Some(Neighbour::start()?) } else { None };
@@ -114,9 +111,10 @@ struct Neighbour(Child);
 impl Neighbour {
     fn start() -> Result<Self> {
         let mut command = Command::new("setpriv");
-        // It gets what nobody else wants, and so few fds that a pass stays short.
+        // It yields at once to whoever wakes up, keeps off one processor, and holds so few fds that a pass
+        // stays short.
         command
-            .args(["--pdeathsig", "TERM", "nice", "-n", "19", "stress-ng", "--quiet"])
+            .args(["--pdeathsig", "TERM", "chrt", "--idle", "0", "stress-ng", "--quiet", "--taskset", "0"])
             .args(["--open", "1", "--open-max", "500", "--fork", "1"])
             .current_dir(std::env::temp_dir())
             .stdin(Stdio::null());

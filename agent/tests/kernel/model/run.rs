@@ -94,17 +94,17 @@ impl Host {
     }
 
     fn play(&mut self, ops: &[Op], stage: &mut Stage, world: &mut World) -> Result<(), Mismatch> {
-        world.begin().into_iter().for_each(|step| stage.push(step));
+        world.begin().iter().for_each(|step| stage.push(step));
         for op in ops {
             if op.what == What::Quiesce || stage.is_full() {
                 self.quiesce(stage, world)?;
             }
             let steps = world.apply(*op);
             self.tally.ops += u64::from(!steps.is_empty());
-            steps.into_iter().for_each(|step| stage.push(step));
+            steps.iter().for_each(|step| stage.push(step));
         }
         self.quiesce(stage, world)?;
-        world.end().into_iter().for_each(|step| stage.push(step));
+        world.end().iter().for_each(|step| stage.push(step));
         self.quiesce(stage, world)
     }
 

@@ -122,7 +122,7 @@ impl Stage {
     }
 
     /// Writes a command, and before it the wait for whatever it depends on.
-    pub(crate) fn push(&mut self, step: Step) {
+    pub(crate) fn push(&mut self, step: &Step) {
         for touch in &step.touches {
             if let Some(&(slot, number)) = self.last.get(touch)
                 && slot != step.slot
