@@ -189,8 +189,8 @@ fn run(command: &Command, index: usize) -> Option<usize> {
             one(unsafe { sys::call(libc::SYS_openat, arguments) });
         }
         protocol::MEMFD => {
-            // SAFETY: a live name.
             let name = c"model".as_ptr() as usize;
+            // SAFETY: a live name.
             one(unsafe { sys::call(libc::SYS_memfd_create, [name, first as usize, 0, 0, 0, 0]) });
         }
         protocol::PIPE | protocol::SOCKETPAIR => {
