@@ -5,6 +5,7 @@ mod bpf_toolchain;
 mod cmd;
 mod paths;
 mod setup;
+mod soak;
 mod test;
 #[cfg(test)]
 mod tidy;
@@ -40,6 +41,8 @@ enum Task {
     },
     /// Run every test, on this kernel and in virtual machines on others (as root)
     Test(test::Arguments),
+    /// Run the model tests for long, with stress-ng beside them (as root)
+    Soak(soak::Arguments),
     /// Check format and lints
     Lint,
     /// Measure what plumb costs, against nothing, the floor, /proc and its peers (as root)
@@ -82,6 +85,7 @@ impl Task {
                 Err(error).context("cannot start target/release/plumb")
             }
             Self::Test(arguments) => arguments.run(),
+            Self::Soak(arguments) => arguments.run(),
             Self::Lint => lint(),
             Self::Bench(arguments) => arguments.run(),
             Self::Vm(arguments) => arguments.run(),

@@ -78,6 +78,11 @@ pub(crate) fn for_bench() -> Result<()> {
     ])
 }
 
+/// What a soak needs on this kernel.
+pub(crate) fn for_soak() -> Result<()> {
+    install(&[package("stress-ng", "/usr/bin/stress-ng", "unrest beside the model tests")])
+}
+
 fn install(packages: &[Package]) -> Result<()> {
     let missing: Vec<_> = packages.iter().filter(|package| !Path::new(&package.proof).exists()).collect();
     if missing.is_empty() {

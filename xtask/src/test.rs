@@ -15,25 +15,30 @@ use serde_json::Value;
 use crate::{
     cargo,
     cmd::{self, run},
-    paths, setup,
+    paths, setup, soak,
     vm::{self, Guest},
     workspace,
 };
 
 /// The test binary that needs nothing but a kernel, and what it runs.
 const KERNEL_TESTS: &str = "kernel";
-/// Tests that run alone: they start a program per path (preemptible kernels skip a kernel program that is already
-/// running), hold 900,000 fds, count what kernel programs run, or take almost all pids away.
-const ALONE: [&str; 4] = [
+/// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
+/// program that is already running), hold 900,000 fds, count what kernel programs run, or take almost all pids.
+const ALONE: [&str; 5] = [
     PATHS,
+    MODEL,
     "fds_up_to_the_hard_limit",
     "the_functions_cost_other_syscalls_nothing",
     "an_agent_that_starts_in_a_fork_storm_knows_every_process_that_stays",
 ];
-const WORKLOAD: &str = "workload";
-const FD_PATHS: &str = "fd_paths";
-/// The test whose results are in docs/fd-paths.md.
+/// The test whose results are in docs/fd-paths.md, and the program that it starts.
 const PATHS: &str = "every_path";
+const FD_PATHS: &str = "fd_paths";
+const MODEL: &str = "model::";
+const EXAMPLES: [&str; 3] = ["workload", FD_PATHS, "puppet"];
+/// Operations of the model test on an emulated kernel: half a minute.
+const EMULATED_OPS: u32 = 10_000;
+const SOAK: Duration = Duration::from_secs(30);
 /// A Debian kernel under emulation takes 3 to 5 minutes for the tests.
 const DEADLINE: Duration = Duration::from_secs(1200);
 /// The tests hold 900,000 fds at 8 bytes a slot and 232 a file, beside the image.
@@ -57,26 +62,19 @@ impl Arguments {
         setup::require_root("testing on this kernel")?;
         setup::for_build()?;
         setup::for_test()?;
-        // The release profile, so that what is tested is what is shipped.
-        run(cargo("build").args(["--release", "--examples"]))?;
+        if self.kernel.is_empty() && !self.bless {
+            setup::for_soak()?;
+        }
+        let tests = build_kernel_tests()?;
         if self.kernel.is_empty() && !self.bless {
             run(cargo("test").arg("--release"))?;
+            soak::Arguments::short(&tests, SOAK)?;
         }
         if self.no_vm {
             eprintln!("xtask: the other kernels were left out");
             return Ok(());
         }
-        let built = cmd::output(cargo("test").args([
-            "--release",
-            "--package",
-            "plumb",
-            "--test",
-            KERNEL_TESTS,
-            "--no-run",
-            "--message-format",
-            "json",
-        ]))?;
-        let mut guest = guest(&executable(&built)?);
+        let mut guest = guest(&tests);
         if self.bless {
             guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
         }
@@ -85,6 +83,23 @@ impl Arguments {
         )?;
         paths::settle(&listing, &on_kernels(&self.kernel, &guest)?, self.bless)
     }
+}
+
+/// Builds the test binary for every kernel and what it needs. The release profile, so that what is tested is
+/// what is shipped.
+pub(crate) fn build_kernel_tests() -> Result<PathBuf> {
+    run(cargo("build").args(["--release", "--examples"]))?;
+    let built = cmd::output(cargo("test").args([
+        "--release",
+        "--package",
+        "plumb",
+        "--test",
+        KERNEL_TESTS,
+        "--no-run",
+        "--message-format",
+        "json",
+    ]))?;
+    executable(&built)
 }
 
 /// The path of the test binary in cargo's messages.
@@ -96,28 +111,31 @@ fn executable(messages: &str) -> Result<PathBuf> {
     path.context("cargo built no kernel tests")
 }
 
-fn guest(tests: &Path) -> Guest {
+pub(crate) fn guest(tests: &Path) -> Guest {
     let release = workspace().join("target/release");
     let skip = ALONE.iter().flat_map(|test| ["--skip", *test]);
     let together = ["/bin/tests", "--test-threads", "4"].into_iter().chain(skip).collect();
     let file = |host: PathBuf, guest: &str| (host, PathBuf::from(guest));
+    let examples = EXAMPLES.map(|name| file(release.join("examples").join(name), &format!("/bin/{name}")));
+    let mut files = vec![
+        file(tests.to_owned(), "/bin/tests"),
+        file(release.join("plumb"), "/bin/plumb"),
+        file(PathBuf::from("/bin/sh"), "/bin/sh"),
+    ];
+    files.extend(examples);
     Guest {
-        files: vec![
-            file(tests.to_owned(), "/bin/tests"),
-            file(release.join("plumb"), "/bin/plumb"),
-            file(release.join("examples").join(WORKLOAD), "/bin/workload"),
-            file(release.join("examples").join(FD_PATHS), "/bin/fd_paths"),
-            file(PathBuf::from("/bin/sh"), "/bin/sh"),
-        ],
+        files,
         env: vec![
             ("PLUMB_BIN".to_owned(), "/bin/plumb".to_owned()),
             ("PLUMB_WORKLOAD".to_owned(), "/bin/workload".to_owned()),
+            ("PLUMB_PUPPET".to_owned(), "/bin/puppet".to_owned()),
             // What concerns everybody, such as pid_max, may be changed.
             ("PLUMB_OWN_KERNEL".to_owned(), "1".to_owned()),
             ("PLUMB_FD_PATHS".to_owned(), "measure".to_owned()),
+            ("PLUMB_MODEL_OPS".to_owned(), EMULATED_OPS.to_string()),
         ],
         commands: iter::once(together)
-            .chain(ALONE.map(|test| vec!["/bin/tests", test]))
+            .chain(ALONE.map(|test| vec!["/bin/tests", "--test-threads", "1", test]))
             .map(|command| command.into_iter().map(str::to_owned).collect())
             .collect(),
         memory_mb: MEMORY_MB,
@@ -126,7 +144,7 @@ fn guest(tests: &Path) -> Guest {
 }
 
 /// What was printed on each series. Two machines at a time: the tests mostly wait.
-fn on_kernels(series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
+pub(crate) fn on_kernels(series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
     let kernels = vm::select(series)?;
     let (mut printed, mut failed) = (Vec::new(), Vec::new());
     for pair in kernels.chunks(2) {

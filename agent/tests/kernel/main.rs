@@ -9,6 +9,7 @@ mod agent;
 mod follow;
 mod isolation;
 mod ledger;
+mod model;
 mod paths;
 mod snapshot;
 mod watch;
