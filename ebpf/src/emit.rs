@@ -21,9 +21,31 @@ const HEADER: u64 = 8;
 #[inline(always)]
 pub(crate) fn count(source: u32, outcome: u32) {
     if let Some(counter) = maps::COUNTS.get_ptr_mut(counts::index(source, outcome)) {
-        // SAFETY: a per-CPU value; the tracepoint programs that write it do not nest.
-        unsafe { *counter += 1 };
+        // Per CPU, and still atomic: where tracepoints can be preempted another program may come in between.
+        // SAFETY: the map's own value.
+        unsafe { increment(counter) };
     }
+}
+
+/// # Safety
+/// `counter` is valid.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+unsafe fn increment(counter: *mut u64) {
+    use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
+    // `core::sync::atomic` has no such operation for this target.
+    // SAFETY: as required.
+    unsafe { atomic_xadd::<u64, u64, { Relaxed }>(counter, 1) };
+}
+
+/// Only for the workspace to be checked.
+///
+/// # Safety
+/// `counter` is valid.
+#[cfg(not(target_arch = "bpf"))]
+unsafe fn increment(counter: *mut u64) {
+    // SAFETY: as required.
+    unsafe { *counter += 1 };
 }
 
 /// Nanoseconds since boot.

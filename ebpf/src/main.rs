@@ -2,7 +2,7 @@
 //!
 //! `task` follows clone, exec, rename and exit; `fd` turns every hook into one `FdChange`; `iter` answers "what
 //! is there now". `emit` is the only writer of the ring, `kernel` the only reader of kernel structs.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics), allow(internal_features))]
 
 mod emit;
 mod fd;
