@@ -308,7 +308,8 @@ impl Lines {
 
     fn words(&mut self, item: &Item) -> String {
         let events = match item {
-            Item::Gap(lost) => return line::gap(*lost) + "\n",
+            Item::Gap(lost) => return line::gap(*lost, "reader") + "\n",
+            Item::Lost(lost) => return line::gap(*lost, "kernel") + "\n",
             Item::Events(events) => events,
         };
         let who = self.subscription.who;

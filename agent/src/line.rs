@@ -148,10 +148,11 @@ fn fd(event: &FdChange) -> (&'static str, Detail) {
     }
 }
 
-/// A line that says how many events are missing at its place.
+/// A line that says how many events are missing: of this stream at this place, because its reader did not keep
+/// up, or of anybody, lost on the way from the kernel a moment ago.
 #[must_use]
-pub(crate) fn gap(lost: u64) -> String {
-    serde_json::json!({ "schema": SCHEMA, "event": "gap", "lost": lost }).to_string()
+pub(crate) fn gap(lost: u64, by: &str) -> String {
+    serde_json::json!({ "schema": SCHEMA, "event": "gap", "lost": lost, "by": by }).to_string()
 }
 
 /// How many events there were, by name.

@@ -21,8 +21,10 @@ const MAX_QUEUED: usize = 65_536;
 pub(crate) enum Item {
     /// In order; others' are among them.
     Events(Arc<Vec<Event>>),
-    /// This many of its events are missing here.
+    /// This many of its events are missing here, because it did not keep up.
     Gap(u64),
+    /// This many events of anybody have been lost on the way from the kernel.
+    Lost(u64),
 }
 
 #[derive(Debug)]
@@ -90,7 +92,9 @@ impl Subscribers {
     pub(crate) fn publish(&self, events: &Arc<Vec<Event>>, lost: u64) {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         for subscriber in list.iter_mut() {
-            subscriber.gap += lost;
+            if lost > 0 {
+                let _ = subscriber.items.send(Item::Lost(lost));
+            }
             // A batch is taken whole, so one larger than the bound still fits into an empty queue.
             let queued = subscriber.queued.load(Relaxed);
             if queued > 0 && queued + events.len() > MAX_QUEUED {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -21,10 +21,8 @@ const CPUS: [usize; 2] = [0, 1];
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) fn run(effort: Effort) -> Result<()> {
-    let counts = has_count()?;
-    let reader = if counts { "`plumb watch --count`" } else { "`plumb watch -o jsonl`, which prints each" };
     println!(
-        "\nEvents of two CPUs that do nothing else for {} s, read by {reader}:\n",
+        "\nEvents of two CPUs that do nothing else for {} s, read by `plumb watch --count`:\n",
         effort.rate.as_secs()
     );
     println!(
@@ -33,22 +31,16 @@ pub(crate) fn run(effort: Effort) -> Result<()> {
     println!("|{}", "---|".repeat(7));
     for operation in [Operation::OpenClose, Operation::DupClose] {
         eprintln!("bench: rate of {}", operation.name());
-        one(operation, effort.rate, counts)?;
+        one(operation, effort.rate)?;
     }
     Ok(())
 }
 
-/// Whether this plumb can count instead of printing.
-fn has_count() -> Result<bool> {
-    let help = Command::new(PLUMB).args(["watch", "--help"]).output()?;
-    Ok(String::from_utf8_lossy(&help.stdout).contains("--count"))
-}
-
-fn one(operation: Operation, time: Duration, counts: bool) -> Result<()> {
+fn one(operation: Operation, time: Duration) -> Result<()> {
     let mut workers = CPUS.iter().map(|cpu| Worker::start(*cpu)).collect::<Result<Vec<_>>>()?;
     // Only the workers have this name, so what they make is what there is to receive.
     let name = fs::read_to_string(format!("/proc/{}/comm", workers[0].pid()))?;
-    let subscriber = Subscriber::start(name.trim_end(), counts)?;
+    let subscriber = Subscriber::start(name.trim_end())?;
     let meter = Meter::start(vec![subscriber.child.id()])?;
     for worker in &mut workers {
         worker.begin(operation, time)?;
@@ -64,7 +56,6 @@ fn one(operation: Operation, time: Duration, counts: bool) -> Result<()> {
     // The reader looks every 100 ms at the latest.
     thread::sleep(Duration::from_secs(1));
     let (received, lost) = subscriber.end()?;
-    let received = received.map_or_else(|| "not counted".to_owned(), |received| received.to_string());
     println!(
         "| {} | {made} | {:.0} | {received} | {lost} | {:.3} | {cpu:.1} |",
         operation.name(),
@@ -74,27 +65,22 @@ fn one(operation: Operation, time: Duration, counts: bool) -> Result<()> {
     Ok(())
 }
 
-/// `plumb watch`, and what it says in the end.
+/// `plumb watch --count`, and what it says in the end.
 struct Subscriber {
     child: Child,
     folder: std::path::PathBuf,
-    counts: bool,
 }
 
 impl Subscriber {
-    fn start(comm: &str, counts: bool) -> Result<Self> {
+    fn start(comm: &str) -> Result<Self> {
         let folder = std::path::Path::new("/dev/shm").join(format!("plumb-rate-{}", std::process::id()));
         fs::create_dir_all(&folder)?;
         let mut command = Command::new(PLUMB);
-        command.args(["watch", "--comm", comm]).args(if counts {
-            &["--count"][..]
-        } else {
-            &["-o", "jsonl"]
-        });
-        let stdout = if counts { Stdio::from(File::create(folder.join("out"))?) } else { Stdio::null() };
-        command.stdin(Stdio::null()).stdout(stdout).stderr(File::create(folder.join("err"))?);
+        command.args(["watch", "--count", "-o", "json", "--comm", comm]);
+        let (out, err) = (File::create(folder.join("out"))?, File::create(folder.join("err"))?);
+        command.stdin(Stdio::null()).stdout(out).stderr(err);
         let child = die_with_parent(&mut command).spawn()?;
-        let started = Self { child, folder, counts };
+        let started = Self { child, folder };
         let end = Instant::now() + PATIENCE;
         while !started.said()?.contains("plumb: watching") {
             ensure!(Instant::now() < end, "plumb watch does not start: {}", started.said()?);
@@ -107,22 +93,14 @@ impl Subscriber {
         Ok(fs::read_to_string(self.folder.join("err"))?)
     }
 
-    /// Fd events received, where they are counted, and lost.
-    fn end(mut self) -> Result<(Option<u64>, u64)> {
+    /// Events received and lost.
+    fn end(mut self) -> Result<(u64, u64)> {
         // The child was not waited for, so the number is still its own.
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
         self.child.wait()?;
-        if self.counts {
-            let text = fs::read_to_string(self.folder.join("out"))?;
-            let last = text.lines().last().context("plumb watch --count printed nothing")?;
-            let summary: Value = serde_json::from_str(last)?;
-            return Ok((Some(sum(&summary["events"])), sum(&summary["lost"])));
-        }
-        let said = self.said()?;
-        let numbers = said.lines().filter(|line| line.contains("were lost"));
-        let lost = numbers.filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).sum();
-        Ok((None, lost))
+        let summary: Value = serde_json::from_str(&fs::read_to_string(self.folder.join("out"))?)?;
+        Ok((sum(&summary["events"]), sum(&summary["lost"])))
     }
 }
 

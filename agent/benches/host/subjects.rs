@@ -52,18 +52,33 @@ pub(crate) enum Events {
 
 const SCHED: &[&str] = &["task_newtask", "sched_process_exec", "task_rename", "sched_process_exit"];
 
-const AGENT: &[&str] =
-    &["{plumb}", "agent", "--listen", "127.0.0.1:{port}", "--run-dir", "{dir}", "--log-format", "json"];
+/// The agent with this setting of `fd_events`.
+macro_rules! agent {
+    ($fd_events:literal) => {
+        program(
+            &[
+                "{plumb}",
+                "agent",
+                "--fd-events",
+                $fd_events,
+                "--listen",
+                "127.0.0.1:{port}",
+                "--run-dir",
+                "{dir}",
+                "--log-format",
+                "json",
+            ],
+            Ready::Prints("follows "),
+            Events::None,
+        )
+    };
+}
 
 /// The agent alone.
-pub(crate) const IDLE_AGENT: &[Program] = &[agent(AGENT)];
+pub(crate) const IDLE_AGENT: &[Program] = &[agent!("auto")];
 
 const fn program(words: &'static [&'static str], ready: Ready, events: Events) -> Program {
     Program { words, ready, counted: true, events }
-}
-
-const fn agent(words: &'static [&'static str]) -> Program {
-    program(words, Ready::Prints("follows "), Events::None)
 }
 
 const fn watch(words: &'static [&'static str], events: Events) -> Program {
@@ -71,22 +86,26 @@ const fn watch(words: &'static [&'static str], events: Events) -> Program {
 }
 
 /// plumb, and what any program on the same hooks costs.
-pub(crate) static OWN: [Subject; 6] = [
+pub(crate) static OWN: [Subject; 7] = [
     Subject { name: "nothing (control)", what: What::Nothing },
     Subject { name: "empty programs on clone, exec, rename, exit", what: What::Empty(SCHED) },
     Subject { name: "empty program on sys_exit", what: What::Empty(&["sys_exit"]) },
-    Subject { name: "plumb agent, fd events of nobody", what: What::Programs(&[agent(AGENT)]) },
     Subject {
-        name: "plumb agent, fd events of another process",
+        name: "plumb agent, fd_events = watched, nobody watched",
+        what: What::Programs(&[agent!("watched")]),
+    },
+    Subject { name: "plumb agent, fd_events = always", what: What::Programs(&[agent!("always")]) },
+    Subject {
+        name: "plumb agent and `plumb watch --count` of this process",
         what: What::Programs(&[
-            agent(AGENT),
-            watch(&["{plumb}", "watch", "--comm", "plumb-nobody", "-o", "jsonl"], Events::None),
+            agent!("watched"),
+            watch(&["{plumb}", "watch", "--pid", "{pid}", "--count"], Events::None),
         ]),
     },
     Subject {
-        name: "plumb agent, fd events of this process",
+        name: "plumb agent and `plumb watch -o jsonl` of this process",
         what: What::Programs(&[
-            agent(AGENT),
+            agent!("watched"),
             watch(
                 &["{plumb}", "watch", "--pid", "{pid}", "-o", "jsonl"],
                 Events::Lines { containing: r#""pid":{pid},"#, each: 2 },

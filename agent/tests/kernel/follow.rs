@@ -37,18 +37,37 @@ fn wait_attached(agent: &Agent, wanted: bool) {
     }
 }
 
-/// Events of a stream about fds, and how many it says are missing.
-fn read_to_end(stream: BufReader<UnixStream>) -> (u64, u64) {
-    let (mut events, mut missing) = (0, 0);
-    for line in stream.lines() {
-        let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
-        match event["event"].as_str().unwrap() {
-            "gap" => missing += event["lost"].as_u64().unwrap(),
-            "open" | "close" => events += 1,
-            _ => {}
+/// What a stream had to say.
+#[derive(Debug, Default)]
+struct Heard {
+    /// About fds.
+    events: u64,
+    /// Missing because nobody read.
+    missed: u64,
+    /// Lost by anybody on the way from the kernel.
+    lost: u64,
+}
+
+impl Heard {
+    fn to_end(stream: BufReader<UnixStream>) -> Self {
+        let mut heard = Self::default();
+        for line in stream.lines() {
+            let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            match (event["event"].as_str().unwrap(), event["by"].as_str()) {
+                ("gap", Some("reader")) => heard.missed += event["lost"].as_u64().unwrap(),
+                ("gap", Some("kernel")) => heard.lost += event["lost"].as_u64().unwrap(),
+                ("open" | "close", None) => heard.events += 1,
+                _ => {}
+            }
         }
+        heard
     }
-    (events, missing)
+
+    /// All of them, but for those of which the kernel says that it did not run a program.
+    fn assert_all(&self, made: u64) {
+        assert!(self.events <= made && self.events + self.lost >= made, "{self:?} of {made}");
+        assert_eq!(self.missed, 0);
+    }
 }
 
 #[test]
@@ -62,7 +81,7 @@ fn fds_are_followed_while_somebody_listens_and_the_stream_ends_with_the_process(
     agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
     storm.stage();
     storm.end();
-    assert_eq!(read_to_end(stream), (2000, 0));
+    Heard::to_end(stream).assert_all(2000);
     assert!(is_attached(&agent), "one reader is left");
     drop(abandoned);
     wait_attached(&agent, false);
@@ -88,9 +107,11 @@ fn a_reader_that_does_not_keep_up_is_told_of_each_gap_and_the_ledger_balances() 
     storm.stage();
     let missed = agent.wait_metric("plumb_subscriber_missed_events_total", |missed| missed > 0.0);
     storm.end();
-    let (events, missing) = read_to_end(slow);
-    assert!(missing as f64 >= missed, "{missing} of {missed}");
-    assert_eq!(events + missing, 2 * PAIRS);
+    let heard = Heard::to_end(slow);
+    assert!(heard.missed as f64 >= missed, "{heard:?} of {missed}");
+    // Its end may be among the missing.
+    let told = heard.events + heard.missed;
+    assert!(told <= 2 * PAIRS + 1 && told + heard.lost >= 2 * PAIRS, "{heard:?}");
 
     // What was sent was consumed, and what happened was sent, filtered or lost by a known cause.
     let end = Instant::now() + Duration::from_secs(20);
@@ -144,7 +165,7 @@ fn a_watched_process_that_somebody_takes_away_is_watched_again() {
     }
     storm.stage();
     storm.end();
-    assert_eq!(read_to_end(stream), (1000, 0));
+    Heard::to_end(stream).assert_all(1000);
 }
 
 #[test]
@@ -205,8 +226,8 @@ fn a_pass_that_fails_is_counted_and_the_next_one_heals_it() {
         rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current: Some(4), maximum: now.maximum })
     });
     let whole = whole.unwrap();
-    // Without a free fd it cannot answer either.
-    thread::sleep(Duration::from_millis(2500));
+    // Without a free fd it cannot answer either. On a slow machine there are up to 4 s between passes.
+    thread::sleep(Duration::from_secs(6));
     rustix::process::prlimit(pid, Resource::Nofile, whole).unwrap();
     let failed = agent.wait_metric("plumb_passes_failed_total", |failed| failed >= 1.0);
     assert!(failed < 10.0, "{failed}");

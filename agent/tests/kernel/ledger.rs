@@ -42,7 +42,9 @@ fn memory_that_cannot_be_read_is_counted_as_a_fault_for_each_fd() {
         let counted = kernel.counts().unwrap();
         let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
         // Two fds and one close_range each; a page that came back empty names fd 0, which is open, twice.
-        assert_eq!(of(counts::SENT) + of(counts::FAULT), 3 * made, "{counted:?}");
+        let seen = of(counts::SENT) + of(counts::FAULT);
+        // What the kernel did not run nobody saw.
+        assert!(seen <= 3 * made && seen + kernel.not_run() >= 3 * made, "{made} {counted:?}");
         assert_eq!([counts::RING_FULL, counts::QUOTA, counts::FORGED].map(of), [0; 3]);
         if of(counts::FAULT) > 0 {
             assert_eq!(of(counts::FAULT) % 2, 0, "{counted:?}");

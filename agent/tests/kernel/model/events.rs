@@ -30,8 +30,8 @@ fn reports(seam: Seam, expect: &Expect) -> bool {
     match (seam, expect) {
         (Seam::SysExit, Expect::Fd { call, .. }) => syscalls::TABLE.iter().any(|known| known.nr == *call),
         // The functions see each fd that goes, of a range too, but not its number.
-        (Seam::Functions, Expect::Fd { change, fd, fd_last, .. }) => {
-            *change != FD_CLOSE_ON_EXEC && (*change != FD_CLOSED || fd == fd_last)
+        (Seam::Functions, Expect::Fd { call, change, .. }) => {
+            *change != FD_CLOSE_ON_EXEC && (*change != FD_CLOSED || i64::from(*call) == libc::SYS_close)
         }
         _ => true,
     }
