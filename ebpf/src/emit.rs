@@ -20,10 +20,10 @@ const HEADER: u64 = 8;
 /// Adds one to a counter of the ledger.
 #[inline(always)]
 pub(crate) fn count(source: u32, outcome: u32) {
-    if let Some(counter) = maps::COUNTS.get_ptr_mut(counts::index(source, outcome)) {
+    if let Some(counters) = maps::COUNTS.get_ptr_mut(0) {
         // Per CPU, and still atomic: where tracepoints can be preempted another program may come in between.
-        // SAFETY: the map's own value.
-        unsafe { increment(counter) };
+        // SAFETY: the map's own value, and an index that `counts` gives.
+        unsafe { increment(counters.cast::<u64>().add(counts::index(source, outcome) as usize)) };
     }
 }
 

@@ -16,9 +16,9 @@ use plumb_common::{
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
 
-/// The ledger, indexed by `counts::index`. Per CPU, so each entry has one writer at a time.
+/// The ledger, indexed by `counts::index`. One value, so that the agent reads it in one call.
 #[map]
-pub(crate) static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counts::LEN, 0);
+pub(crate) static COUNTS: PerCpuArray<[u64; counts::LEN as usize]> = PerCpuArray::with_max_entries(1, 0);
 
 /// Where one piece of an `open_fds` bitmap is copied to before its bits are counted. The agent runs one
 /// pass at a time, so nobody else writes here.

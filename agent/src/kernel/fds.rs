@@ -14,7 +14,7 @@ use plumb_common::{event::FdControl, offsets, task::ProcKey};
 
 use super::{
     load::{Fds, Kernel, load, refusal},
-    programs::{PROGRAMS, Program, Seam, Status, Verdict},
+    programs::{Hook, PROGRAMS, Program, Seam, Status, Verdict},
 };
 
 /// One attached program; dropping it detaches.
@@ -195,8 +195,12 @@ impl Kernel {
     /// summed (`recursion_misses`, since 5.12; 0 before).
     #[must_use]
     pub fn not_run(&self) -> u64 {
-        let fds =
-            self.ebpf.programs().filter_map(|(_, program)| Some(program.fd().ok()?.as_fd().as_raw_fd()));
+        // The iterators do not run beside themselves.
+        let runs =
+            |status: &&Status| status.is_attached() && !matches!(status.program.hook, Hook::Iterator(_));
+        let programs =
+            self.programs.iter().filter(runs).filter_map(|status| self.ebpf.program(status.program.name));
+        let fds = programs.filter_map(|program| Some(program.fd().ok()?.as_fd().as_raw_fd()));
         fds.filter_map(|fd| std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok())
             .filter_map(|text| recursion_misses(&text))
             .sum()

@@ -135,6 +135,14 @@ impl From<LoadError> for Failure {
     }
 }
 
+/// One CPU's part of the ledger.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+struct Counts([u64; counts::LEN as usize]);
+
+// SAFETY: plain numbers.
+unsafe impl aya::Pod for Counts {}
+
 /// The loaded programs. Dropping it detaches everything.
 #[derive(Debug)]
 pub struct Kernel {
@@ -237,11 +245,11 @@ impl Kernel {
     /// The kernel's side of the ledger, summed over CPUs, by `counts::index`.
     pub fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
         let map = self.ebpf.map(COUNTS).ok_or(io::ErrorKind::NotFound)?;
-        let array = PerCpuArray::<&_, u64>::try_from(map as &Map).map_err(io::Error::other)?;
+        let array = PerCpuArray::<&_, Counts>::try_from(map as &Map).map_err(io::Error::other)?;
+        let per_cpu: PerCpuValues<Counts> = array.get(&0, 0).map_err(io::Error::other)?;
         let mut sums = [0; counts::LEN as usize];
-        for (index, sum) in sums.iter_mut().enumerate() {
-            let values: PerCpuValues<u64> = array.get(&(index as u32), 0).map_err(io::Error::other)?;
-            *sum = values.iter().sum();
+        for (sum, index) in sums.iter_mut().zip(0..) {
+            *sum = per_cpu.iter().map(|Counts(counts)| counts[index]).sum();
         }
         Ok(sums)
     }
