@@ -85,6 +85,8 @@ struct Observer {
     evidence: Evidence,
     follow: Follow,
     admission: Admission,
+    /// What the kernel's part of the last pass took.
+    pass_cpu: Duration,
     failed: u64,
     failed_in_a_row: u64,
 }
@@ -102,8 +104,17 @@ pub(crate) fn run(
     ring.wake_for(bell)?;
     let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events));
     let (evidence, admission) = (Evidence::default(), Admission::new(limits.max_processes));
-    let mut observer =
-        Observer { admission, kernel, ring, describer, evidence, follow, failed: 0, failed_in_a_row: 0 };
+    let mut observer = Observer {
+        admission,
+        kernel,
+        ring,
+        describer,
+        evidence,
+        follow,
+        pass_cpu: Duration::ZERO,
+        failed: 0,
+        failed_in_a_row: 0,
+    };
     let send = |input| inputs.blocking_send(input).is_ok();
     let mut next_pass = Instant::now();
     let (mut more, mut asked, mut is_heard) = (false, false, true);
@@ -116,7 +127,7 @@ pub(crate) fn run(
         // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
         // there is one place where events are lost.
         if Instant::now() >= next_pass {
-            let (began, used) = (Instant::now(), clock::thread_cpu());
+            let began = Instant::now();
             // Whatever is in the ring is older than the pass, and must be known before.
             for _ in 0..BATCHES_BEFORE {
                 (more, is_heard) = observer.hand_on(send);
@@ -127,7 +138,7 @@ pub(crate) fn run(
             if let Some(observation) = observer.observation()? {
                 is_heard = is_heard && send(Input::Pass(Box::new(observation)));
             }
-            next_pass = began + next_after(clock::thread_cpu().saturating_sub(used));
+            next_pass = began + next_after(observer.pass_cpu);
         } else {
             (more, is_heard) = observer.hand_on(send);
         }
@@ -191,7 +202,9 @@ impl Observer {
     /// One pass with the events around it, the fds of watched processes, and when it ended.
     fn pass(&mut self) -> Result<Pass> {
         let began = clock::boottime();
+        let used = clock::thread_cpu();
         let mut records = self.kernel.processes().context("the pass over all processes failed")?;
+        self.pass_cpu = clock::thread_cpu().saturating_sub(used);
         let ended = clock::boottime();
         let untracked = self.admission.admit(&mut records);
         let listings = self.follow.list(&mut self.kernel, &records);

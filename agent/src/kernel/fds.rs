@@ -195,9 +195,11 @@ impl Kernel {
     /// summed (`recursion_misses`, since 5.12; 0 before).
     #[must_use]
     pub fn not_run(&self) -> u64 {
-        // The iterators do not run beside themselves.
-        let runs =
-            |status: &&Status| status.is_attached() && !matches!(status.program.hook, Hook::Iterator(_));
+        // The iterators do not run beside themselves; a program that is detached keeps its count.
+        let runs = |status: &&Status| {
+            matches!(status.verdict, Verdict::Attached | Verdict::Loaded)
+                && !matches!(status.program.hook, Hook::Iterator(_))
+        };
         let programs =
             self.programs.iter().filter(runs).filter_map(|status| self.ebpf.program(status.program.name));
         let fds = programs.filter_map(|program| Some(program.fd().ok()?.as_fd().as_raw_fd()));
