@@ -23,6 +23,7 @@ use crate::{
     detect::HostLimits,
     export::prometheus::Own,
     failure::{Exit, Failure},
+    follow::Wanted,
     host::Host,
     kernel::{self, Kernel, Plan},
     observe, report,
@@ -69,8 +70,10 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
     let first = Arc::new(Mutex::new(Some(kernel)));
     let requests = Arc::new(Mutex::new(requests));
+    let wanted = Arc::new(Mutex::new(Wanted::new()));
     supervisor.spawn("observer", move |stop| {
         let (first, requests, inputs) = (Arc::clone(&first), Arc::clone(&requests), inputs.clone());
+        let wanted = Arc::clone(&wanted);
         let (bell, ending) = (bell.clone(), stop.clone());
         let to_end = bell.clone();
         tokio::spawn(async move {
@@ -84,7 +87,8 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
                 None => Kernel::load_required(Plan::AGENT)?,
             };
             let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
-            observe::run(kernel, &limits, &requests, &bell, &inputs, &stop)
+            let mut wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            observe::run(kernel, &limits, &mut wanted, (&requests, &bell), &inputs, &stop)
         })
     });
 

@@ -54,12 +54,14 @@ pub(crate) struct Following {
     pub canary_missed: u32,
 }
 
+/// How many asked for each. Outlives the observer: who listens goes on listening when it is started anew.
+pub(crate) type Wanted = BTreeMap<Who, u32>;
+
 /// The observer's side of it.
-#[derive(Debug, Default)]
-pub(crate) struct Follow {
+#[derive(Debug)]
+pub(crate) struct Follow<'a> {
     mode: FdEvents,
-    /// How many asked for each.
-    wanted: BTreeMap<Who, u32>,
+    wanted: &'a mut Wanted,
     /// Processes that the kernel was told of.
     told: HashSet<ProcKey>,
     refused: usize,
@@ -68,10 +70,10 @@ pub(crate) struct Follow {
     next: usize,
 }
 
-impl Follow {
+impl<'a> Follow<'a> {
     #[must_use]
-    pub(crate) fn new(mode: FdEvents) -> Self {
-        Self { mode, ..Self::default() }
+    pub(crate) fn new(mode: FdEvents, wanted: &'a mut Wanted) -> Self {
+        Self { mode, wanted, told: HashSet::new(), refused: 0, canary: Canary::default(), next: 0 }
     }
 
     /// Somebody asks for events. Attached first: what comes later is in the ring, what was before is listed.

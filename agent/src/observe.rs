@@ -18,7 +18,7 @@ use crate::{
     decode::Event,
     detect::{Confirmation, Resource},
     evidence::Evidence,
-    follow::{FdEvents, Follow, Following, Who},
+    follow::{FdEvents, Follow, Following, Wanted, Who},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
     table::Pass,
@@ -78,12 +78,12 @@ pub(crate) struct Limits {
 }
 
 /// Everything the observer works with.
-struct Observer {
+struct Observer<'a> {
     kernel: Kernel,
     ring: Ring,
     describer: Describer,
     evidence: Evidence,
-    follow: Follow,
+    follow: Follow<'a>,
     admission: Admission,
     /// What the kernel's part of the last pass took.
     pass_cpu: Duration,
@@ -95,14 +95,14 @@ struct Observer {
 pub(crate) fn run(
     mut kernel: Kernel,
     limits: &Limits,
-    requests: &Receiver<Request>,
-    bell: &Bell,
+    wanted: &mut Wanted,
+    (requests, bell): (&Receiver<Request>, &Bell),
     inputs: &Sender<Input>,
     stop: &CancellationToken,
 ) -> Result<()> {
     let mut ring = kernel.ring()?;
     ring.wake_for(bell)?;
-    let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events));
+    let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events, wanted));
     let (evidence, admission) = (Evidence::default(), Admission::new(limits.max_processes));
     let mut observer = Observer {
         admission,
@@ -156,7 +156,7 @@ fn next_after(pass: Duration) -> Duration {
     (pass * PASS_SHARE).clamp(PASS_EVERY, PASS_AT_LAST)
 }
 
-impl Observer {
+impl Observer<'_> {
     fn drain(&mut self) -> Vec<Event> {
         let events = self.ring.drain(BATCH);
         self.follow.look(&events);
