@@ -17,7 +17,7 @@ pub(crate) struct Untracked {
 }
 
 /// Remembers who is followed. A cgroup stands for itself by its `css_set`, which is the same for all
-/// processes in the same cgroups.
+/// processes in the same cgroups; a cgroup below it is another.
 #[derive(Debug)]
 pub(crate) struct Admission {
     capacity: usize,
@@ -50,8 +50,8 @@ impl Admission {
                 continue;
             }
             let of_cgroup = held.entry(record.css_set).or_default();
-            let half_is_free = admitted.len() < self.capacity / 2;
-            if half_is_free || (*of_cgroup < self.capacity / 8 && admitted.len() < self.capacity) {
+            let half_is_free = admitted.len() < self.capacity.div_ceil(2);
+            if half_is_free || (*of_cgroup < self.capacity.div_ceil(8) && admitted.len() < self.capacity) {
                 *of_cgroup += 1;
                 admitted.insert(record.key);
             } else {

@@ -244,6 +244,10 @@ async fn stream(
         None => Who::Everybody,
         Some(pid) => match process(&mut shared.views, pid).await {
             Some(key) => Who::Process(key),
+            None if shared.views.borrow().untracked.processes > 0 => {
+                let why = format!("no process that is followed one by one has pid {pid}: see max_processes");
+                return refuse(StatusCode::SERVICE_UNAVAILABLE, why);
+            }
             None => return refuse(StatusCode::NOT_FOUND, format!("no process has pid {pid}")),
         },
     };
@@ -294,7 +298,11 @@ impl Lines {
             tokio::select! {
                 // What has happened comes before its end.
                 biased;
-                item = self.subscription.next() => page = self.words(&item?),
+                item = self.subscription.next() => {
+                    let item = item?;
+                    // Each opened file is asked of /proc: nobody else on this thread shall wait for that.
+                    page = tokio::task::block_in_place(|| self.words(&item));
+                }
                 changed = self.views.changed() => {
                     changed.ok()?;
                     // An exit event may be lost; a process that no pass shows has ended all the same.
@@ -302,6 +310,11 @@ impl Lines {
                     self.ended = !view.rows.iter().any(|row| who == Who::Everybody || who == Who::Process(row.key));
                 }
             }
+        }
+        if self.ended
+            && let Some(gap) = self.subscription.untold()
+        {
+            page += &self.words(&gap);
         }
         (!page.is_empty()).then_some(page)
     }

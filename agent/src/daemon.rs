@@ -23,7 +23,6 @@ use crate::{
     detect::HostLimits,
     export::prometheus::Own,
     failure::{Exit, Failure},
-    follow::Wanted,
     host::Host,
     kernel::{self, Kernel, Plan},
     observe, report,
@@ -70,10 +69,10 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
     let first = Arc::new(Mutex::new(Some(kernel)));
     let requests = Arc::new(Mutex::new(requests));
-    let wanted = Arc::new(Mutex::new(Wanted::new()));
+    let kept = Arc::new(Mutex::new(observe::Kept::default()));
     supervisor.spawn("observer", move |stop| {
         let (first, requests, inputs) = (Arc::clone(&first), Arc::clone(&requests), inputs.clone());
-        let wanted = Arc::clone(&wanted);
+        let kept = Arc::clone(&kept);
         let (bell, ending) = (bell.clone(), stop.clone());
         let to_end = bell.clone();
         tokio::spawn(async move {
@@ -87,8 +86,8 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
                 None => Kernel::load_required(Plan::AGENT)?,
             };
             let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
-            observe::run(kernel, &limits, &mut wanted, (&requests, &bell), &inputs, &stop)
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            observe::run(kernel, &limits, &mut kept, (&requests, &bell), &inputs, &stop)
         })
     });
 

@@ -1,12 +1,15 @@
 //! Whose fds are followed: decides when the fd programs are attached, and tells the kernel for whom.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    time::{Duration, Instant},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    time::Instant,
 };
 
 use clap::ValueEnum;
-use plumb_common::task::{ProcKey, TaskRecord};
+use plumb_common::{
+    event::FdControl,
+    task::{FLAG_FDS_UNKNOWN, ProcKey, TaskRecord},
+};
 use serde::Deserialize;
 
 use crate::{
@@ -37,8 +40,8 @@ pub(crate) enum Who {
     Process(ProcKey),
 }
 
-/// Time spent on listing the fds of watched processes per pass, but for the last one.
-const LISTING_BUDGET: Duration = Duration::from_millis(20);
+/// The fds of a process are listed again no sooner than this many times the last listing took: 2 % of a core.
+const LISTING_SHARE: u32 = 50;
 
 /// How the following goes, for readers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,43 +57,82 @@ pub(crate) struct Following {
     pub canary_missed: u32,
 }
 
-/// How many asked for each. Outlives the observer: who listens goes on listening when it is started anew.
-pub(crate) type Wanted = BTreeMap<Who, u32>;
+/// Who asked for whom. Outlives the observer: who listens goes on listening when it is started anew.
+#[derive(Debug, Default)]
+pub(crate) struct Wanted {
+    /// How many listen to each.
+    listeners: BTreeMap<Who, u32>,
+    suspects: BTreeSet<ProcKey>,
+}
+
+impl Wanted {
+    fn is_empty(&self) -> bool {
+        self.listeners.is_empty() && self.suspects.is_empty()
+    }
+
+    fn processes(&self) -> HashSet<ProcKey> {
+        let listened = self
+            .listeners
+            .keys()
+            .filter_map(|who| if let Who::Process(key) = who { Some(*key) } else { None });
+        listened.chain(self.suspects.iter().copied()).collect()
+    }
+}
 
 /// The observer's side of it.
 #[derive(Debug)]
-pub(crate) struct Follow<'a> {
+pub(crate) struct Follow {
     mode: FdEvents,
-    wanted: &'a mut Wanted,
+    wanted: Wanted,
     /// Processes that the kernel was told of.
     told: HashSet<ProcKey>,
     refused: usize,
     canary: Canary,
-    /// The process whose turn it is to be listed.
-    next: usize,
+    /// When each is to be listed again.
+    due: HashMap<ProcKey, Instant>,
 }
 
-impl<'a> Follow<'a> {
+impl Follow {
     #[must_use]
-    pub(crate) fn new(mode: FdEvents, wanted: &'a mut Wanted) -> Self {
-        Self { mode, wanted, told: HashSet::new(), refused: 0, canary: Canary::default(), next: 0 }
+    pub(crate) fn new(mode: FdEvents, wanted: Wanted) -> Self {
+        let (told, due) = (HashSet::new(), HashMap::new());
+        Self { mode, wanted, told, refused: 0, canary: Canary::default(), due }
     }
 
-    /// Somebody asks for events. Attached first: what comes later is in the ring, what was before is listed.
+    /// Somebody listens. Attached first: what comes later is in the ring, what was before is listed.
     pub(crate) fn add(&mut self, kernel: &mut Kernel, who: Who) {
-        *self.wanted.entry(who).or_default() += 1;
+        *self.wanted.listeners.entry(who).or_default() += 1;
         self.apply(kernel);
     }
 
     /// And no longer.
     pub(crate) fn remove(&mut self, kernel: &mut Kernel, who: Who) {
-        if let Some(count) = self.wanted.get_mut(&who) {
+        if let Some(count) = self.wanted.listeners.get_mut(&who) {
             *count -= 1;
             if *count == 0 {
-                self.wanted.remove(&who);
+                self.wanted.listeners.remove(&who);
             }
         }
         self.apply(kernel);
+    }
+
+    /// A process is suspect, or no longer.
+    pub(crate) fn suspect(&mut self, kernel: &mut Kernel, process: ProcKey, is_suspect: bool) {
+        if is_suspect {
+            self.wanted.suspects.insert(process);
+        } else {
+            self.wanted.suspects.remove(&process);
+        }
+        self.apply(kernel);
+    }
+
+    /// What outlives the observer.
+    pub(crate) fn into_wanted(self) -> Wanted {
+        self.wanted
+    }
+
+    fn is_for_all(&self) -> bool {
+        self.wanted.listeners.contains_key(&Who::Everybody)
     }
 
     /// Makes the kernel do what is wanted. What it refuses is tried again at the next pass.
@@ -100,13 +142,19 @@ impl<'a> Follow<'a> {
             FdEvents::Auto => kernel.seam() == Some(Seam::Functions),
             FdEvents::Watched => false,
         };
+        // Said before anything is attached: otherwise the first events would be measured by what was wanted
+        // the last time.
+        let control = FdControl { all: u32::from(self.is_for_all()), canary_tid: 0 };
+        if let Err(error) = kernel.set_fd_control(control) {
+            tracing::warn!(%error, "the kernel cannot be told whose fds are followed");
+        }
         if let Err(verdict) = kernel.follow_fds(always || !self.wanted.is_empty()) {
             tracing::warn!("fds cannot be followed: {}", verdict.explain());
         }
         if !kernel.follows_fds() {
             self.canary.rest();
         }
-        let wanted: HashSet<ProcKey> = self.processes().collect();
+        let wanted = self.wanted.processes();
         for gone in self.told.difference(&wanted) {
             if let Err(error) = kernel.unwatch(*gone) {
                 tracing::warn!(pid = gone.tgid, %error, "a process cannot be released");
@@ -126,18 +174,13 @@ impl<'a> Follow<'a> {
         }
     }
 
-    fn processes(&self) -> impl Iterator<Item = ProcKey> {
-        self.wanted.keys().filter_map(|who| if let Who::Process(key) = who { Some(*key) } else { None })
-    }
-
     /// Before each pass: the canary, and whatever did not work the last time.
     pub(crate) fn tend(&mut self, kernel: &mut Kernel) {
         self.apply(kernel);
-        if kernel.follows_fds() {
-            let all = self.wanted.contains_key(&Who::Everybody);
-            if let Err(error) = self.canary.sing(kernel, all) {
-                tracing::warn!(%error, "the canary cannot be sent");
-            }
+        if kernel.follows_fds()
+            && let Err(error) = self.canary.sing(kernel, self.is_for_all())
+        {
+            tracing::warn!(%error, "the canary cannot be sent");
         }
     }
 
@@ -152,33 +195,36 @@ impl<'a> Follow<'a> {
         self.canary.look(events);
     }
 
-    /// Lists the fds of watched processes that the pass has found; forgets the others. As many as there is
-    /// time for, in turn.
+    /// Lists the fds of watched processes that the pass has found, as often as that is cheap; forgets the others.
     pub(crate) fn list(&mut self, kernel: &mut Kernel, records: &[TaskRecord]) -> Vec<(ProcKey, Listing)> {
-        if self.told.is_empty() {
+        if self.wanted.is_empty() {
             return Vec::new();
         }
-        let tables: HashMap<ProcKey, u64> = records.iter().map(|record| (record.key, record.files)).collect();
-        self.wanted.retain(|who, _| !matches!(who, Who::Process(key) if !tables.contains_key(key)));
-        let mut order: Vec<ProcKey> = self.told.iter().copied().collect();
-        order.sort_unstable();
-        let turn = self.next % order.len();
-        order.rotate_left(turn);
-        let began = Instant::now();
+        let found: HashMap<ProcKey, &TaskRecord> =
+            records.iter().map(|record| (record.key, record)).collect();
+        self.wanted.suspects.retain(|key| found.contains_key(key));
+        self.wanted.listeners.retain(|who, _| !matches!(who, Who::Process(key) if !found.contains_key(key)));
+        self.due.retain(|key, _| self.told.contains(key));
         let mut listings = Vec::new();
-        for process in order {
-            self.next += 1;
-            let Some(files) = tables.get(&process) else { continue };
-            let mut listing = Listing { began: clock::boottime(), files: *files, ..Listing::default() };
-            match kernel.files(process, |file| {
-                listing.fds.insert(file.fd, file.file);
-            }) {
-                Ok(()) => listings.push((process, listing)),
+        for process in &self.told {
+            let began = Instant::now();
+            let Some(record) = found.get(process) else { continue };
+            if self.due.get(process).is_some_and(|due| began < *due) {
+                continue;
+            }
+            let mut listing = Listing { began: clock::boottime(), files: record.files, ..Listing::default() };
+            // To see that there is nothing, all processes of the host would be walked.
+            let is_empty = record.files == 0 || (record.fds == 0 && record.flags & FLAG_FDS_UNKNOWN == 0);
+            let done = if is_empty {
+                Ok(())
+            } else {
+                kernel.files(*process, |file| listing.push(file.fd, file.file))
+            };
+            match done {
+                Ok(()) => listings.push((*process, listing)),
                 Err(error) => tracing::warn!(pid = process.tgid, %error, "fds cannot be listed"),
             }
-            if began.elapsed() > LISTING_BUDGET {
-                break;
-            }
+            self.due.insert(*process, began + began.elapsed() * LISTING_SHARE);
         }
         listings
     }

@@ -212,7 +212,7 @@ impl EventCounts {
     #[must_use]
     pub(crate) fn new(
         counted: &Counted,
-        ledger: &[u64; counts::LEN as usize],
+        (ledger, elsewhere): (&[u64; counts::LEN as usize], [(&'static str, u64); 2]),
         seam: Option<Seam>,
         took: Duration,
         cpu: Duration,
@@ -228,7 +228,10 @@ impl EventCounts {
             cpu_seconds: cpu.as_secs_f64(),
             via: seam.map_or("none", Seam::word),
             events: counted.by_name(),
-            lost: counts::LOSSES.map(|outcome| (name(outcome), of_cause(outcome))).into(),
+            lost: (counts::LOSSES.into_iter())
+                .map(|outcome| (name(outcome), of_cause(outcome)))
+                .chain(elsewhere)
+                .collect(),
         }
     }
 

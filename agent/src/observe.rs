@@ -18,7 +18,7 @@ use crate::{
     decode::Event,
     detect::{Confirmation, Resource},
     evidence::Evidence,
-    follow::{FdEvents, Follow, Following, Wanted, Who},
+    follow::{FdEvents, Follow, Following, Wanted},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
     table::Pass,
@@ -77,13 +77,20 @@ pub(crate) struct Limits {
     pub max_processes: usize,
 }
 
+/// What outlives an observer that fails and is started anew.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    wanted: Wanted,
+    evidence: Evidence,
+}
+
 /// Everything the observer works with.
-struct Observer<'a> {
+struct Observer {
     kernel: Kernel,
     ring: Ring,
     describer: Describer,
     evidence: Evidence,
-    follow: Follow<'a>,
+    follow: Follow,
     admission: Admission,
     /// What the kernel's part of the last pass took.
     pass_cpu: Duration,
@@ -95,15 +102,15 @@ struct Observer<'a> {
 pub(crate) fn run(
     mut kernel: Kernel,
     limits: &Limits,
-    wanted: &mut Wanted,
+    kept: &mut Kept,
     (requests, bell): (&Receiver<Request>, &Bell),
     inputs: &Sender<Input>,
     stop: &CancellationToken,
 ) -> Result<()> {
-    let mut ring = kernel.ring()?;
-    ring.wake_for(bell)?;
+    let ring = kernel.ring()?;
+    let Kept { wanted, evidence } = std::mem::take(kept);
     let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events, wanted));
-    let (evidence, admission) = (Evidence::default(), Admission::new(limits.max_processes));
+    let admission = Admission::new(limits.max_processes);
     let mut observer = Observer {
         admission,
         kernel,
@@ -115,40 +122,9 @@ pub(crate) fn run(
         failed: 0,
         failed_in_a_row: 0,
     };
-    let send = |input| inputs.blocking_send(input).is_ok();
-    let mut next_pass = Instant::now();
-    let (mut more, mut asked, mut is_heard) = (false, false, true);
-    while !stop.is_cancelled() && is_heard {
-        if !more && !asked {
-            let until_pass = next_pass.saturating_duration_since(Instant::now());
-            let rest = if observer.follow.is_listened_to() { until_pass.min(TICK) } else { until_pass };
-            observer.ring.wait(rest)?;
-        }
-        // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
-        // there is one place where events are lost.
-        if Instant::now() >= next_pass {
-            let began = Instant::now();
-            // Whatever is in the ring is older than the pass, and must be known before.
-            for _ in 0..BATCHES_BEFORE {
-                (more, is_heard) = observer.hand_on(send);
-                if !more || !is_heard {
-                    break;
-                }
-            }
-            if let Some(observation) = observer.observation()? {
-                is_heard = is_heard && send(Input::Pass(Box::new(observation)));
-            }
-            next_pass = began + next_after(observer.pass_cpu);
-        } else {
-            (more, is_heard) = observer.hand_on(send);
-        }
-        let request = requests.try_recv().ok();
-        asked = request.is_some();
-        if let Some(answer) = request.and_then(|request| observer.answer(request)) {
-            is_heard = is_heard && send(answer);
-        }
-    }
-    Ok(())
+    let done = observer.work((requests, bell), inputs, stop);
+    *kept = Kept { wanted: observer.follow.into_wanted(), evidence: observer.evidence };
+    done
 }
 
 /// How long after a pass that took this CPU time the next one is due.
@@ -156,7 +132,50 @@ fn next_after(pass: Duration) -> Duration {
     (pass * PASS_SHARE).clamp(PASS_EVERY, PASS_AT_LAST)
 }
 
-impl Observer<'_> {
+impl Observer {
+    fn work(
+        &mut self,
+        (requests, bell): (&Receiver<Request>, &Bell),
+        inputs: &Sender<Input>,
+        stop: &CancellationToken,
+    ) -> Result<()> {
+        self.ring.wake_for(bell)?;
+        let send = |input| inputs.blocking_send(input).is_ok();
+        let mut next_pass = Instant::now();
+        let (mut more, mut asked, mut is_heard) = (false, false, true);
+        while !stop.is_cancelled() && is_heard {
+            if !more && !asked {
+                let until_pass = next_pass.saturating_duration_since(Instant::now());
+                let rest = if self.follow.is_listened_to() { until_pass.min(TICK) } else { until_pass };
+                self.ring.wait(rest)?;
+            }
+            // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
+            // there is one place where events are lost.
+            if Instant::now() >= next_pass {
+                let began = Instant::now();
+                // Whatever is in the ring is older than the pass, and must be known before.
+                for _ in 0..BATCHES_BEFORE {
+                    (more, is_heard) = self.hand_on(send);
+                    if !more || !is_heard {
+                        break;
+                    }
+                }
+                if let Some(observation) = self.observation()? {
+                    is_heard = is_heard && send(Input::Pass(Box::new(observation)));
+                }
+                next_pass = began + next_after(self.pass_cpu);
+            } else {
+                (more, is_heard) = self.hand_on(send);
+            }
+            let request = requests.try_recv().ok();
+            asked = request.is_some();
+            if let Some(answer) = request.and_then(|request| self.answer(request)) {
+                is_heard = is_heard && send(answer);
+            }
+        }
+        Ok(())
+    }
+
     fn drain(&mut self) -> Vec<Event> {
         let events = self.ring.drain(BATCH);
         self.follow.look(&events);
@@ -223,7 +242,7 @@ impl Observer<'_> {
             Request::Unfollow(who) => follow.remove(kernel, who),
             Request::Remember(key, resource) => {
                 if resource == Resource::Fd {
-                    follow.add(kernel, Who::Process(key));
+                    follow.suspect(kernel, key, true);
                 }
                 if let Err(error) = evidence.remember(kernel, key, resource) {
                     tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
@@ -231,7 +250,7 @@ impl Observer<'_> {
             }
             Request::Forget(key, resource) => {
                 if resource == Resource::Fd {
-                    follow.remove(kernel, Who::Process(key));
+                    follow.suspect(kernel, key, false);
                 }
                 evidence.forget(key, resource);
             }

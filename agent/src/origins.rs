@@ -1,7 +1,7 @@
 //! Where the live fds of watched processes came from. Events make origins; a listing of the process's own
 //! table is the truth, and what the events had got wrong is counted and mended.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use plumb_common::{
     event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_UNKNOWN, FdChange},
@@ -11,11 +11,14 @@ use plumb_common::{
 
 use crate::decode::Event;
 
-/// Origins kept at a time, over all processes; at about 48 bytes each.
+/// Origins kept at a time, over all processes; at about 150 bytes each.
 const MAX_ORIGINS: usize = 262_144;
 /// A listing is sure to show, or not to show, only events this far away from it, in nanoseconds: a slot is
 /// filled a moment before the event through `sys_exit` and a moment after it through the functions.
 const SETTLED: u64 = 50_000_000;
+
+/// Pending closes that a late event without a number is compared with.
+const MAX_TRIED: usize = 64;
 
 /// Where one live fd came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +49,19 @@ pub(crate) struct Listing {
     pub files: u64,
     /// Each open fd with the address of its `struct file`.
     pub fds: HashMap<u32, u64>,
+    /// There are more than `MAX_ORIGINS`: what is missing may be open all the same.
+    pub cut: bool,
+}
+
+impl Listing {
+    /// Takes the next fd, as long as there is room.
+    pub(crate) fn push(&mut self, fd: u32, file: u64) {
+        if self.fds.len() < MAX_ORIGINS {
+            self.fds.insert(fd, file);
+        } else {
+            self.cut = true;
+        }
+    }
 }
 
 /// What listings found that no event had told of.
@@ -57,21 +73,44 @@ pub(crate) struct FdDrift {
     pub closes_unseen: u64,
 }
 
-/// A difference that a late event may still explain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pending {
-    Open { fd: u32, file: u64 },
-    Close { fd: u32, file: u64 },
+/// The origins of one process, by fd and by file.
+#[derive(Debug, Default)]
+struct Slots {
+    fds: BTreeMap<u32, Origin>,
+    holders: HashMap<u64, BTreeSet<u32>>,
 }
 
-/// One watched process.
+impl Slots {
+    fn insert(&mut self, fd: u32, origin: Origin) {
+        self.remove(fd);
+        self.fds.insert(fd, origin);
+        self.holders.entry(origin.file).or_default().insert(fd);
+    }
+
+    fn remove(&mut self, fd: u32) -> Option<Origin> {
+        let origin = self.fds.remove(&fd)?;
+        if let Some(holders) = self.holders.get_mut(&origin.file) {
+            holders.remove(&fd);
+            if holders.is_empty() {
+                self.holders.remove(&origin.file);
+            }
+        }
+        Some(origin)
+    }
+}
+
+/// One watched process. What an event does here takes no longer when the process has many fds.
 #[derive(Debug, Default)]
 struct Watched {
     files: u64,
-    fds: HashMap<u32, Origin>,
+    slots: Slots,
     /// Last event about an fd, as far as it may be too close to a listing.
     touched: HashMap<u32, u64>,
-    pending: Vec<Pending>,
+    /// Last removal of a file of which it is not known which of its fds went.
+    unsure: HashMap<u64, u64>,
+    /// Differences that a late event may still explain: fds that were there, and fds that were not.
+    opens_pending: HashMap<u32, u64>,
+    closes_pending: BTreeMap<u32, u64>,
     /// Start of the last listing.
     listed: u64,
     /// A listing has shown what was open before.
@@ -96,7 +135,7 @@ impl Origins {
 
     pub(crate) fn unwatch(&mut self, process: ProcKey) {
         if let Some(watched) = self.processes.remove(&process) {
-            self.held -= watched.fds.len();
+            self.held -= watched.slots.fds.len();
         }
     }
 
@@ -115,7 +154,7 @@ impl Origins {
     /// The origin of one fd.
     #[cfg(test)]
     fn of(&self, process: ProcKey, fd: u32) -> Option<Origin> {
-        self.processes.get(&process)?.fds.get(&fd).copied()
+        self.processes.get(&process)?.slots.fds.get(&fd).copied()
     }
 
     /// How many of a process's live fds came from which call, those from before the watch left out.
@@ -124,7 +163,7 @@ impl Origins {
         let mut calls = BTreeMap::new();
         let watched = self.processes.get(&process);
         for origin in
-            watched.iter().flat_map(|watched| watched.fds.values()).filter(|origin| origin.since > 0)
+            watched.iter().flat_map(|watched| watched.slots.fds.values()).filter(|origin| origin.since > 0)
         {
             let name = syscalls::TABLE.get(origin.how as usize).map_or("other", |call| call.name);
             *calls.entry(name).or_default() += 1;
@@ -145,9 +184,9 @@ impl Origins {
             }
             Event::Fd(change) => {
                 if let Some(watched) = self.processes.get_mut(&process) {
-                    let before = watched.fds.len();
+                    let before = watched.slots.fds.len();
                     watched.apply(change, MAX_ORIGINS - self.held);
-                    self.held = self.held + watched.fds.len() - before;
+                    self.held = self.held + watched.slots.fds.len() - before;
                 }
             }
             _ => {}
@@ -157,15 +196,11 @@ impl Origins {
     /// Takes a listing over as the truth about its process.
     pub(crate) fn merge(&mut self, process: ProcKey, listing: &Listing) {
         if let Some(watched) = self.processes.get_mut(&process) {
-            for pending in watched.pending.drain(..) {
-                match pending {
-                    Pending::Open { .. } => self.drift.opens_unseen += 1,
-                    Pending::Close { .. } => self.drift.closes_unseen += 1,
-                }
-            }
-            let before = watched.fds.len();
+            self.drift.opens_unseen += std::mem::take(&mut watched.opens_pending).len() as u64;
+            self.drift.closes_unseen += std::mem::take(&mut watched.closes_pending).len() as u64;
+            let before = watched.slots.fds.len();
             watched.merge(listing, MAX_ORIGINS - (self.held - before));
-            self.held = self.held + watched.fds.len() - before;
+            self.held = self.held + watched.slots.fds.len() - before;
         }
     }
 }
@@ -183,62 +218,63 @@ impl Watched {
             return;
         }
         let origin = Origin { file: event.file, since: time, tid: event.header.tid, how: event.how };
-        let told = Pending::Open { fd: event.fd, file: event.file };
-        self.pending.retain(|pending| *pending != told);
-        match self.fds.get_mut(&event.fd) {
+        if self.opens_pending.get(&event.fd) == Some(&event.file) {
+            self.opens_pending.remove(&event.fd);
+        }
+        match self.slots.fds.get(&event.fd) {
             // The listing has shown more recent things; of these it only did not know the origin.
             Some(known) if late && known.file != event.file => return,
             // The file is the one whose origin is known already: the result of a call was forged, with the
             // number of an fd that is open.
             Some(known) if known.file == event.file && known.is_told(self.listed, time) => return,
-            Some(known) => *known = origin,
             None if late => return,
             None if room == 0 => self.cut = true,
-            None => {
-                self.fds.insert(event.fd, origin);
-            }
+            _ => self.slots.insert(event.fd, origin),
         }
         self.touch(event.fd, time);
     }
 
     fn closed(&mut self, event: &FdChange, late: bool) {
-        let within = |fd: u32| {
-            if event.fd == FD_UNKNOWN && event.file != 0 {
-                true
-            } else {
-                (event.fd..=event.fd_last).contains(&fd)
-            }
-        };
-        let same = |file: u64| event.file == 0 || event.reused != 0 || file == event.file;
-        self.pending.retain(|pending| match *pending {
-            Pending::Close { fd, file } => !(within(fd) && same(file)),
-            Pending::Open { .. } => true,
-        });
-        if late {
-            return;
-        }
         let time = event.header.time;
         if event.fd == FD_UNKNOWN && event.file != 0 {
-            let holders: Vec<u32> =
-                self.fds.iter().filter(|(_, origin)| origin.file == event.file).map(|(fd, _)| *fd).collect();
-            // Which of several numbers went is for the listing to say.
-            if let [fd] = holders[..] {
-                self.fds.remove(&fd);
-            }
-            holders.into_iter().for_each(|fd| self.touch(fd, time));
-        } else if event.fd == event.fd_last {
-            let stays = |origin: &Origin| {
-                if event.reused != 0 { origin.file == event.file } else { !same(origin.file) }
-            };
-            if self.fds.get(&event.fd).is_some_and(|origin| !stays(origin)) {
-                self.fds.remove(&event.fd);
-            }
-            self.touch(event.fd, time);
-        } else {
-            let gone: Vec<u32> = self.fds.keys().copied().filter(|fd| within(*fd)).collect();
-            for fd in gone {
-                self.fds.remove(&fd);
+            let holders = self.slots.holders.get(&event.file);
+            let only = holders.filter(|holders| holders.len() == 1).and_then(BTreeSet::first).copied();
+            if late || holders.is_none() {
+                // Which pending close it explains is not known either; there is seldom more than one.
+                let told = self.closes_pending.iter().take(MAX_TRIED).find(|(_, file)| **file == event.file);
+                if let Some(fd) = told.map(|(fd, _)| *fd) {
+                    self.closes_pending.remove(&fd);
+                }
+            } else if let Some(fd) = only {
+                self.slots.remove(fd);
                 self.touch(fd, time);
+            } else {
+                // Which of several numbers went is for the listing to say.
+                self.unsure.insert(event.file, time);
+            }
+        } else if event.fd == event.fd_last {
+            let goes = |file: u64| event.file == 0 || (event.reused != 0) != (file == event.file);
+            if self.closes_pending.get(&event.fd).is_some_and(|file| event.reused != 0 || goes(*file)) {
+                self.closes_pending.remove(&event.fd);
+            }
+            if !late {
+                if self.slots.fds.get(&event.fd).is_some_and(|origin| goes(origin.file)) {
+                    self.slots.remove(event.fd);
+                }
+                self.touch(event.fd, time);
+            }
+        } else if event.fd < event.fd_last {
+            let within = event.fd..=event.fd_last;
+            let explained: Vec<u32> = self.closes_pending.range(within.clone()).map(|(fd, _)| *fd).collect();
+            for fd in explained {
+                self.closes_pending.remove(&fd);
+            }
+            if !late {
+                let gone: Vec<u32> = self.slots.fds.range(within).map(|(fd, _)| *fd).collect();
+                for fd in gone {
+                    self.slots.remove(fd);
+                    self.touch(fd, time);
+                }
             }
         }
     }
@@ -252,32 +288,40 @@ impl Watched {
         if self.files != listing.files {
             (self.files, self.seeded) = (listing.files, false);
         }
-        let unsure = listing.began.saturating_sub(SETTLED);
-        self.touched.retain(|_, time| *time >= unsure);
-        let Self { fds, touched, pending, seeded, .. } = self;
-        fds.retain(|fd, origin| {
+        let settled = listing.began.saturating_sub(SETTLED);
+        self.touched.retain(|_, time| *time >= settled);
+        self.unsure.retain(|_, time| *time >= settled);
+        let differs = |(fd, origin): (&u32, &Origin)| {
             let now = listing.fds.get(fd);
-            if now == Some(&origin.file) || touched.contains_key(fd) {
-                return true;
+            let may = now == Some(&origin.file)
+                || (now.is_none() && listing.cut)
+                || self.touched.contains_key(fd)
+                || self.unsure.contains_key(&origin.file);
+            (!may).then_some((*fd, now.is_none()))
+        };
+        let gone: Vec<(u32, bool)> = self.slots.fds.iter().filter_map(differs).collect();
+        for (fd, is_empty) in gone {
+            let origin = self.slots.remove(fd);
+            if let Some(origin) = origin
+                && self.seeded
+                && is_empty
+            {
+                self.closes_pending.insert(fd, origin.file);
             }
-            if *seeded && now.is_none() {
-                pending.push(Pending::Close { fd: *fd, file: origin.file });
-            }
-            false
-        });
-        self.cut &= self.fds.len() < listing.fds.len();
+        }
+        self.cut = listing.cut || (self.cut && self.slots.fds.len() < listing.fds.len());
         for (&fd, &file) in &listing.fds {
-            if self.fds.contains_key(&fd) || self.touched.contains_key(&fd) {
+            if self.slots.fds.contains_key(&fd) || self.touched.contains_key(&fd) {
                 continue;
             }
-            if self.fds.len() >= room {
+            if self.slots.fds.len() >= room {
                 self.cut = true;
                 break;
             }
             let since = if self.seeded { listing.began } else { 0 };
-            self.fds.insert(fd, Origin { file, since, tid: 0, how: syscalls::OTHER });
+            self.slots.insert(fd, Origin { file, since, tid: 0, how: syscalls::OTHER });
             if self.seeded && !self.cut {
-                self.pending.push(Pending::Open { fd, file });
+                self.opens_pending.insert(fd, file);
             }
         }
         (self.listed, self.seeded) = (listing.began, true);

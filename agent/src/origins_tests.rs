@@ -15,7 +15,7 @@ fn change(change: u32, fd: u32, file: u64, time: u64) -> Event {
 }
 
 fn listing(began: u64, fds: &[(u32, u64)]) -> Listing {
-    Listing { began, files: TABLE, fds: fds.iter().copied().collect() }
+    Listing { began, files: TABLE, fds: fds.iter().copied().collect(), cut: false }
 }
 
 /// Watched and seeded at second 1.
@@ -140,4 +140,13 @@ fn the_number_of_origins_is_bounded_and_a_cut_is_no_drift() {
     assert_eq!((origins.held(), drift(&origins)), (MAX_ORIGINS, [0, 0]));
     origins.unwatch(PROCESS);
     assert_eq!(origins.held(), 0);
+}
+
+#[test]
+fn a_listing_that_was_cut_takes_nothing_away() {
+    let mut origins = watched(&[(3, 10), (4, 11)]);
+    let cut = Listing { cut: true, ..listing(2 * SECOND, &[(3, 10), (5, 12)]) };
+    origins.merge(PROCESS, &cut);
+    origins.merge(PROCESS, &Listing { began: 3 * SECOND, ..cut });
+    assert_eq!((origins.held(), drift(&origins)), (3, [0, 0]));
 }

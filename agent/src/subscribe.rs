@@ -32,7 +32,9 @@ struct Subscriber {
     who: Who,
     items: UnboundedSender<Item>,
     queued: Arc<AtomicUsize>,
-    gap: u64,
+    /// Not told yet: events missed, and events lost by anybody.
+    gap: Arc<AtomicU64>,
+    lost: u64,
 }
 
 /// All listeners.
@@ -48,6 +50,7 @@ pub(crate) struct Subscription {
     pub who: Who,
     items: UnboundedReceiver<Item>,
     queued: Arc<AtomicUsize>,
+    gap: Arc<AtomicU64>,
 }
 
 impl Subscription {
@@ -58,6 +61,11 @@ impl Subscription {
             self.queued.fetch_sub(events.len(), Relaxed);
         }
         Some(item)
+    }
+
+    /// Events missed that it has not been told of yet; for the end.
+    pub(crate) fn untold(&self) -> Option<Item> {
+        Some(self.gap.swap(0, Relaxed)).filter(|gap| *gap > 0).map(Item::Gap)
     }
 }
 
@@ -83,28 +91,31 @@ impl Subscribers {
             return None;
         }
         let (items, receiver) = unbounded_channel();
-        let queued = Arc::new(AtomicUsize::new(0));
-        list.push(Subscriber { who, items, queued: Arc::clone(&queued), gap: 0 });
-        Some(Subscription { who, items: receiver, queued })
+        let (queued, gap) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
+        list.push(Subscriber { who, items, queued: Arc::clone(&queued), gap: Arc::clone(&gap), lost: 0 });
+        Some(Subscription { who, items: receiver, queued, gap })
     }
 
     /// Hands a batch to everybody; lost is what the ring itself could not keep since the last time.
     pub(crate) fn publish(&self, events: &Arc<Vec<Event>>, lost: u64) {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         for subscriber in list.iter_mut() {
-            if lost > 0 {
-                let _ = subscriber.items.send(Item::Lost(lost));
-            }
+            subscriber.lost += lost;
             // A batch is taken whole, so one larger than the bound still fits into an empty queue.
             let queued = subscriber.queued.load(Relaxed);
             if queued > 0 && queued + events.len() > MAX_QUEUED {
                 let own = events.iter().filter(|event| is_about(event, subscriber.who)).count() as u64;
-                subscriber.gap += own;
+                subscriber.gap.fetch_add(own, Relaxed);
                 self.missed.fetch_add(own, Relaxed);
                 continue;
             }
-            if subscriber.gap > 0 {
-                let _ = subscriber.items.send(Item::Gap(std::mem::take(&mut subscriber.gap)));
+            // Neither counts against the bound, so only a reader that takes them gets more of them.
+            let gap = if queued == 0 || !events.is_empty() { subscriber.gap.swap(0, Relaxed) } else { 0 };
+            if gap > 0 {
+                let _ = subscriber.items.send(Item::Gap(gap));
+            }
+            if subscriber.lost > 0 && (queued == 0 || !events.is_empty()) {
+                let _ = subscriber.items.send(Item::Lost(std::mem::take(&mut subscriber.lost)));
             }
             if !events.is_empty() {
                 subscriber.queued.fetch_add(events.len(), Relaxed);

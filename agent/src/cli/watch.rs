@@ -124,11 +124,11 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         let is_last = gone || is_over || !is_read || (ending && !more);
         if is_last || now >= next_look {
             next_look = now + LEDGER_EVERY;
-            let losses = view::lost(&kernel.counts()?) + ring.ledger().rejected;
+            let losses = view::lost(&kernel.counts()?) + ring.ledger().rejected + kernel.not_run();
             if losses > told {
                 let lost = losses - told;
                 output::message(&format!(
-                    "plumb: {lost} events were lost: they came faster than they were read"
+                    "plumb: {lost} events were lost: they came faster than they were read, or the kernel skipped them"
                 ));
                 told = losses;
             }
@@ -137,7 +137,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             break;
         }
     }
-    printer.end(&kernel, began.elapsed(), own_cpu().saturating_sub(cpu))?;
+    printer.end(&kernel, ring.ledger().rejected, began.elapsed(), own_cpu().saturating_sub(cpu))?;
     Ok(if stop.is_cancelled() { Exit::Interrupted } else { Exit::Ok })
 }
 
@@ -185,10 +185,11 @@ impl Printer {
         }
     }
 
-    fn end(&self, kernel: &Kernel, took: Duration, cpu: Duration) -> Result<(), Failure> {
+    fn end(&self, kernel: &Kernel, rejected: u64, took: Duration, cpu: Duration) -> Result<(), Failure> {
         if let Self::Sums { counted, format } = self {
             let counts = kernel.counts()?;
-            let document = EventCounts::new(counted, &counts, kernel.seam(), took, cpu);
+            let elsewhere = [("decode", rejected), ("not_run", kernel.not_run())];
+            let document = EventCounts::new(counted, (&counts, elsewhere), kernel.seam(), took, cpu);
             let text =
                 if *format == Format::Table { document.text() } else { output::json(&document)? + "\n" };
             output::data(&text)?;

@@ -31,6 +31,8 @@ enum Attached {
 pub(super) struct FdHooks {
     seam: Option<Seam>,
     attached: Vec<Attached>,
+    /// Once detached they cannot be attached again.
+    stays: bool,
 }
 
 fn of_seam(seam: Seam) -> impl Iterator<Item = &'static Program> {
@@ -64,13 +66,25 @@ impl FdHooks {
                 })
                 .collect();
             let all = tried.iter().all(|(_, done)| done.is_ok());
+            if all && !at_once && seam == Seam::Functions {
+                hooks.attached = tried.into_iter().filter_map(|(_, done)| done.ok()).collect();
+                hooks.find_out_whether_they_stay(ebpf, btf, known);
+                let verdict = || if hooks.stays { Verdict::Attached } else { Verdict::Loaded };
+                verdicts.extend(of_seam(seam).map(|program| (program, verdict())));
+                hooks.seam = Some(seam);
+                continue;
+            }
             for (program, done) in tried {
                 let verdict = match done {
                     Ok(link) if all && at_once => {
                         hooks.attached.push(link);
                         Verdict::Attached
                     }
-                    Ok(_) => Verdict::Loaded,
+                    Ok(_) if all => Verdict::Loaded,
+                    Ok(_) => {
+                        let why = "the others of its way cannot be attached".to_owned();
+                        Verdict::Unsupported { why }
+                    }
                     Err(verdict) => verdict,
                 };
                 verdicts.push((program, verdict));
@@ -96,6 +110,27 @@ impl FdHooks {
         }
         statuses.extend(verdicts.into_iter().map(|(program, verdict)| Status { program, verdict }));
         hooks
+    }
+}
+
+impl FdHooks {
+    /// Before 5.13 a program on a function can be attached once: then it is loaded again and stays attached,
+    /// which costs other syscalls nothing.
+    fn find_out_whether_they_stay(&mut self, ebpf: &mut Ebpf, btf: &Btf, known: &[u32; offsets::LEN]) {
+        self.attached.clear();
+        let mut programs = of_seam(Seam::Functions);
+        self.stays = !programs.all(|program| attach(ebpf, program).is_ok());
+        if self.stays {
+            for program in of_seam(Seam::Functions) {
+                let unloaded = match ebpf.program_mut(program.name) {
+                    Some(programs::Program::FEntry(hook)) => hook.unload(),
+                    Some(programs::Program::FExit(hook)) => hook.unload(),
+                    _ => Ok(()),
+                };
+                let again = unloaded.map_err(refusal).and_then(|()| load(ebpf, program, btf, known));
+                self.attached.extend(again.and_then(|()| attach(ebpf, program)));
+            }
+        }
     }
 }
 
@@ -141,21 +176,34 @@ impl Kernel {
     /// Attaches or detaches the fd programs. Does nothing when that is done already or there is no way.
     pub fn follow_fds(&mut self, on: bool) -> Result<(), Verdict> {
         let Some(seam) = self.fds.seam else { return Ok(()) };
-        if on == self.follows_fds() {
+        if on == self.follows_fds() || self.fds.stays {
             return Ok(());
         }
         self.fds.attached.clear();
-        let mut links = Vec::new();
-        if on {
-            for program in of_seam(seam) {
-                links.push(attach(&mut self.ebpf, program)?);
+        let mut refused = None;
+        for status in self.programs.iter_mut().filter(|status| status.program.seam == Some(seam)) {
+            status.verdict = Verdict::Loaded;
+            if on {
+                match attach(&mut self.ebpf, status.program) {
+                    Ok(link) => {
+                        self.fds.attached.push(link);
+                        status.verdict = Verdict::Attached;
+                    }
+                    Err(verdict) => {
+                        status.verdict = verdict.clone();
+                        refused = Some(verdict);
+                    }
+                }
             }
         }
-        self.fds.attached = links;
-        for status in self.programs.iter_mut().filter(|status| status.program.seam == Some(seam)) {
-            status.verdict = if on { Verdict::Attached } else { Verdict::Loaded };
+        match refused {
+            None => Ok(()),
+            Some(verdict) => {
+                // A part of them would tell half of the truth.
+                self.fds.attached.clear();
+                Err(verdict)
+            }
         }
-        Ok(())
     }
 
     /// Whose fd events are sent beside the watched processes'.

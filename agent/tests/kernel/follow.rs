@@ -29,6 +29,12 @@ fn is_attached(agent: &Agent) -> bool {
     ATTACHED.iter().any(|series| page.contains(&format!("{series} 1\n")))
 }
 
+fn is_before_5_13() -> bool {
+    let name = rustix::system::uname();
+    let mut numbers = name.release().to_str().unwrap().split(['.', '-']).map(str::parse::<u32>);
+    (numbers.next().unwrap().unwrap(), numbers.next().unwrap().unwrap()) < (5, 13)
+}
+
 fn wait_attached(agent: &Agent, wanted: bool) {
     let end = Instant::now() + Duration::from_secs(20);
     while is_attached(agent) != wanted {
@@ -73,7 +79,9 @@ impl Heard {
 #[test]
 fn fds_are_followed_while_somebody_listens_and_the_stream_ends_with_the_process() {
     let agent = Agent::start(&["--fd-events", "watched"]);
-    assert!(!is_attached(&agent));
+    // Before 5.13 a program on a function can be attached once, and so it stays.
+    let stays = is_before_5_13() && is_attached(&agent);
+    assert!(stays || !is_attached(&agent));
     let mut storm = Workload::start_ready(&["fd-storm", "1000"]);
     let stream = agent.events(&format!("?pid={}", storm.pid()));
     let abandoned = agent.events("");
@@ -84,7 +92,7 @@ fn fds_are_followed_while_somebody_listens_and_the_stream_ends_with_the_process(
     Heard::to_end(stream).assert_all(2000);
     assert!(is_attached(&agent), "one reader is left");
     drop(abandoned);
-    wait_attached(&agent, false);
+    wait_attached(&agent, stays);
     assert_eq!(agent.metric("plumb_watched_processes"), 0.0);
     let page = agent.get("/metrics").unwrap().1;
     for cause in ["fd_open_unseen", "fd_close_unseen"] {
@@ -122,9 +130,12 @@ fn a_reader_that_does_not_keep_up_is_told_of_each_gap_and_the_ledger_balances() 
             lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
         };
         let (sent, consumed) = (sum("plumb_events_sent_total"), sum("plumb_events_consumed_total"));
-        let elsewhere = ["filtered", "forged", "lost"].map(|what| sum(&format!("plumb_events_{what}_total")));
-        if sent == consumed && sum("plumb_events_seen_total") == sent + elsewhere.iter().sum::<f64>() {
-            assert!(sent >= 2.0 * PAIRS as f64 - elsewhere[2], "{page}");
+        let lost = sum("plumb_events_lost_total");
+        // What the kernel did not run no program saw.
+        let unseen = sum("plumb_events_lost_total{source=\"any\"");
+        let elsewhere = sum("plumb_events_filtered_total") + sum("plumb_events_forged_total") + lost - unseen;
+        if sent == consumed && sum("plumb_events_seen_total") == sent + elsewhere {
+            assert!(sent >= 2.0 * PAIRS as f64 - lost, "{page}");
             break;
         }
         assert!(Instant::now() < end, "{page}");
