@@ -29,6 +29,8 @@ pub(crate) struct Table {
     entries: HashMap<ProcKey, Entry>,
     /// Processes that the last pass no longer found and whose exit no event has told of.
     gone: HashSet<ProcKey>,
+    /// Processes whose end was told before the first pass could show them.
+    ended: HashSet<ProcKey>,
     /// Passes so far.
     passes: u64,
     /// Not every process is followed: what is missing is no drift.
@@ -100,6 +102,9 @@ impl Table {
         let Some(entry) = self.entries.get_mut(&process) else {
             if event.group_dead != 0 {
                 self.gone.remove(&process);
+                if self.passes <= 1 {
+                    self.ended.insert(process);
+                }
             }
             return;
         };
@@ -151,7 +156,7 @@ impl Table {
             owed: Owed::CLONE,
         });
         entry.owed = if self.passes > 1 && !self.is_full { entry.owed_for(record) } else { Owed::UNKNOWN };
-        let exited = entry.row.exited || row.exited;
+        let exited = entry.row.exited || row.exited || self.ended.contains(&record.key);
         // A count that could not be read is no sign that the fds are gone.
         let fds = if row.flags & FLAG_FDS_UNKNOWN != 0 { entry.row.fds } else { row.fds };
         entry.row = Row { exited, fds, ..row };

@@ -68,6 +68,7 @@ impl Table {
             }
         }
         self.is_full = pass.untracked.processes > 0;
+        self.ended.clear();
         let Self { entries, gone, passes, is_full, .. } = self;
         entries.retain(|key, entry| {
             let kept = entry.pass == *passes || announced.contains(key);

@@ -246,3 +246,23 @@ fn a_leader_that_exits_first_still_counts() {
         assert_eq!(table.drift(), Drift::default());
     }
 }
+
+#[test]
+fn a_process_that_was_ending_when_the_first_pass_saw_it_is_not_missed() {
+    // The event comes early in the end of a process; a record read after it still shows it alive.
+    let key = ProcKey::new(7, 1);
+    for before in [true, false] {
+        let mut table = Table::default();
+        let end = exit(key, 7, 9 * SECOND, true);
+        if before {
+            table.apply(&end);
+        }
+        let after = if before { Vec::new() } else { vec![end] };
+        let records = vec![record(7, 1, 10 * SECOND, 1, 3)];
+        table.reconcile(&Pass { began: 10 * SECOND, records, after: after.into(), ..Pass::default() });
+        for second in [11, 12, 13] {
+            table.reconcile(&Pass { began: second * SECOND, ..Pass::default() });
+        }
+        assert_eq!(table.drift(), Drift::default(), "told before the pass: {before}");
+    }
+}

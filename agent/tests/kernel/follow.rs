@@ -93,7 +93,7 @@ fn fds_are_followed_while_somebody_listens_and_the_stream_ends_with_the_process(
     assert!(is_attached(&agent), "one reader is left");
     drop(abandoned);
     wait_attached(&agent, stays);
-    assert_eq!(agent.metric("plumb_watched_processes"), 0.0);
+    agent.wait_metric("plumb_watched_processes", |watched| watched == 0.0);
     let page = agent.get("/metrics").unwrap().1;
     for cause in ["fd_open_unseen", "fd_close_unseen"] {
         assert!(page.contains(&format!("plumb_drift_total{{cause=\"{cause}\"}} 0\n")), "{page}");
