@@ -1,7 +1,8 @@
 //! What an open fd is, in words: kind and target.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::ffi::OsStrExt,
     path::Path,
@@ -16,6 +17,9 @@ use plumb_common::{
 use crate::text;
 
 const S_IFMT: u32 = 0o170_000;
+
+/// Text read of a ring's fdinfo at most, in bytes.
+const FDINFO_LIMIT: u64 = 1 << 20;
 
 /// An open fd of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +38,15 @@ impl OpenFile {
     pub(crate) fn describe(record: &FdRecord) -> Self {
         let link = format!("/proc/{}/fd/{}", record.tgid, record.fd);
         let path = fs::read_link(Path::new(&link)).ok();
-        Self::from_parts(record, path.as_deref().map(|path| path.as_os_str().as_bytes()))
+        let mut file = Self::from_parts(record, path.as_deref().map(|path| path.as_os_str().as_bytes()));
+        if file.kind == "io_uring"
+            && let Ok(info) = File::open(format!("/proc/{}/fdinfo/{}", record.tgid, record.fd))
+            && let Some(held @ 1..) = ring_files(info)
+        {
+            // They are open and in no fd table.
+            file.target += &format!(", files of its own: {held}");
+        }
+        file
     }
 
     /// Puts an event's file into words, as `describe`.
@@ -58,6 +70,20 @@ impl OpenFile {
         };
         Self { fd: record.fd, kind, target }
     }
+}
+
+/// Files that an io_uring keeps for itself: direct descriptors and registered files, as its fdinfo lists them.
+fn ring_files(info: impl Read) -> Option<usize> {
+    let mut text = String::new();
+    info.take(FDINFO_LIMIT).read_to_string(&mut text).ok()?;
+    let mut lines = text.lines().skip_while(|line| !line.starts_with("UserFiles:"));
+    lines.next()?;
+    let slot = |line: &str| {
+        let (number, name) = line.split_once(':')?;
+        number.trim().parse::<u32>().ok()?;
+        Some(name.trim() != "<none>")
+    };
+    Some(lines.map_while(slot).filter(|is_used| *is_used).count())
 }
 
 /// A name with the inode in brackets, as /proc writes it. An event does not carry the inode.
@@ -160,6 +186,13 @@ mod tests {
         (record.mode, record.inode) = (mode, 77);
         record.name[..name.len()].copy_from_slice(name);
         record
+    }
+
+    #[test]
+    fn the_files_of_a_ring_are_those_in_its_slots() {
+        let info = "SqMask:\t0x7\nUserFiles:\t4\n    0: hosts\n    1: <none>\n    3: [eventfd]\nUserBufs:\t1\n    0: 0x7f/4096\n";
+        assert_eq!(ring_files(info.as_bytes()), Some(2));
+        assert_eq!(ring_files(&b"SqMask:\t0x7\n"[..]), None);
     }
 
     #[test]

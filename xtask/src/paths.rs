@@ -29,7 +29,7 @@ is seen:
 - `reconcile`: by the next pass.
 - `some events`, `some by reconcile`: part of what changes.
 - `none`: no fd table and no thread group changes, and nothing is seen; what is open all the same, such as a
-  direct descriptor of io_uring, is in no count.
+  direct descriptor of io_uring, is in no count; `plumb fds` tells their number beside the ring.
 - `unseen`: something changes that neither shows: a mark for exec.
 - `false event`: an event for what has not happened. A pass is not misled.
 - `unsupported`: this kernel does not have it, and the error it gives.

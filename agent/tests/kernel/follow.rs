@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use plumb::kernel::{Fds, Filter, Kernel, Plan, Seam};
 
-use crate::support::{Agent, TempDir, Workload};
+use crate::support::{Agent, TempDir, Workload, kernel_is_before};
 
 const ATTACHED: [&str; 2] =
     ["plumb_fd_events_attached{via=\"functions\"}", "plumb_fd_events_attached{via=\"sys_exit\"}"];
@@ -27,12 +27,6 @@ const ATTACHED: [&str; 2] =
 fn is_attached(agent: &Agent) -> bool {
     let page = agent.get("/metrics").unwrap().1;
     ATTACHED.iter().any(|series| page.contains(&format!("{series} 1\n")))
-}
-
-fn is_before_5_13() -> bool {
-    let name = rustix::system::uname();
-    let mut numbers = name.release().to_str().unwrap().split(['.', '-']).map(str::parse::<u32>);
-    (numbers.next().unwrap().unwrap(), numbers.next().unwrap().unwrap()) < (5, 13)
 }
 
 fn wait_attached(agent: &Agent, wanted: bool) {
@@ -80,7 +74,7 @@ impl Heard {
 fn fds_are_followed_while_somebody_listens_and_the_stream_ends_with_the_process() {
     let agent = Agent::start(&["--fd-events", "watched"]);
     // Before 5.13 a program on a function can be attached once, and so it stays.
-    let stays = is_before_5_13() && is_attached(&agent);
+    let stays = kernel_is_before((5, 13)) && is_attached(&agent);
     assert!(stays || !is_attached(&agent));
     let mut storm = Workload::start_ready(&["fd-storm", "1000"]);
     let stream = agent.events(&format!("?pid={}", storm.pid()));

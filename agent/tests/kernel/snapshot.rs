@@ -11,7 +11,7 @@ use std::{
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
 
-use crate::support::{Workload, assert_ps_is_proc, plumb, plumb_json, truth_of};
+use crate::support::{Workload, assert_ps_is_proc, kernel_is_before, plumb, plumb_json, truth_of};
 
 fn process(pid: u32) -> Value {
     let document = plumb_json(&["ps"]);
@@ -148,4 +148,25 @@ fn a_process_that_is_not_there_is_an_error() {
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(stderr, "plumb: there is no process 4194304; `plumb ps` lists them all\n");
     }
+}
+
+#[test]
+fn what_an_io_uring_keeps_for_itself_is_told_apart() {
+    let mut ring = Workload::start_program(&Workload::fd_paths(), &["io-uring-direct-open"]).ready();
+    let rings = |pid: u32| -> Vec<String> {
+        let document = plumb_json(&["fds", "--pid", &pid.to_string()]);
+        let fds = document["fds"].as_array().unwrap().iter();
+        let rings = fds.filter(|fd| fd["kind"] == "io_uring");
+        rings.map(|fd| fd["target"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(rings(ring.pid()), ["anon_inode:[io_uring]"]);
+    let said = ring.stage();
+    let held = rings(ring.pid());
+    // Such slots exist since 5.15.
+    if kernel_is_before((5, 15)) {
+        assert_eq!(held, ["anon_inode:[io_uring]"], "{said:?}");
+    } else {
+        assert_eq!(held, ["anon_inode:[io_uring], files of its own: 1"], "{said:?}");
+    }
+    ring.end();
 }

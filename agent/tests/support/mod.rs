@@ -298,6 +298,13 @@ fn exchange(mut stream: impl Read + Write, path: &str) -> Option<(u16, String)> 
     Some((status, body.to_owned()))
 }
 
+/// Whether the running kernel is older.
+pub(crate) fn kernel_is_before(version: (u32, u32)) -> bool {
+    let name = rustix::system::uname();
+    let mut numbers = name.release().to_str().unwrap().split(['.', '-']).map(str::parse::<u32>);
+    (numbers.next().unwrap().unwrap(), numbers.next().unwrap().unwrap()) < version
+}
+
 /// A port that nobody listens on now.
 pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
