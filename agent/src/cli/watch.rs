@@ -22,7 +22,7 @@ use crate::{
     clock::Calendar,
     decode::Event,
     failure::{Exit, Failure},
-    kernel::{Fds, Filter, Kernel, Plan, Seam},
+    kernel::{Fds, Filter, Kernel, LoadError, Plan, Seam},
     line::{Counted, EventCounts, Line},
     view,
 };
@@ -94,7 +94,15 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         Via::SysExit => Seam::SysExit,
     });
     let filter = Filter { tgid: arguments.pid, comm: arguments.comm };
-    let mut kernel = Kernel::load_all(Plan { fds: Fds::All(via), ..Plan::watch(filter) })?;
+    let loaded = Kernel::load_all(Plan { fds: Fds::All(via), ..Plan::watch(filter) });
+    let mut kernel = loaded.map_err(|error| match (via, &error) {
+        (Some(via), LoadError::Required { .. }) => Failure::new(
+            Exit::KernelCannot,
+            format!("fds cannot be followed through {} here: {error}", via.word()),
+            "leave out --via to take the way that this kernel allows",
+        ),
+        _ => error.into(),
+    })?;
     let bug = |error: &dyn std::fmt::Display| {
         Failure::new(Exit::Error, format!("the event stream ended: {error}"), "this is a bug of plumb")
     };

@@ -113,7 +113,7 @@ pub enum LoadError {
     BadBtf(#[source] BtfError),
     #[error("the kernel refuses the maps or programs: {0}")]
     Refused(String),
-    #[error("{name}, which everything depends on, is {verdict}: {why}")]
+    #[error("{name}, which this depends on, is {verdict}: {why}")]
     Required { name: &'static str, verdict: &'static str, why: String, privilege: bool },
 }
 
