@@ -21,7 +21,9 @@ fn a_full_ring_loses_events_and_counts_each() {
     let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
     assert!(read > 0 && of(counts::RING_FULL) + of(counts::QUOTA) > 0, "{counted:?}");
     assert_eq!(of(counts::SENT), read + ring.ledger().rejected);
-    assert_eq!(of(counts::SENT) + of(counts::RING_FULL) + of(counts::QUOTA), 2 * PAIRS, "{counted:?}");
+    let seen = of(counts::SENT) + of(counts::RING_FULL) + of(counts::QUOTA);
+    // What the kernel did not run nobody saw.
+    assert!(seen <= 2 * PAIRS && seen + kernel.not_run() >= 2 * PAIRS, "{counted:?}");
     assert_eq!([counts::FORGED, counts::FAULT].map(of), [0, 0]);
     // The rest of the host was kept out, and that is counted too.
     drop(std::fs::File::open("/proc/self/stat").unwrap());
