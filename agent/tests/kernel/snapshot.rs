@@ -11,7 +11,7 @@ use std::{
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
 
-use crate::support::{Workload, assert_ps_is_proc, kernel_is_before, plumb, plumb_json, truth_of};
+use crate::support::{Workload, assert_ps_is_proc, plumb, plumb_json, truth_of};
 
 fn process(pid: u32) -> Value {
     let document = plumb_json(&["ps"]);
@@ -162,11 +162,6 @@ fn what_an_io_uring_keeps_for_itself_is_told_apart() {
     assert_eq!(rings(ring.pid()), ["anon_inode:[io_uring]"]);
     let said = ring.stage();
     let held = rings(ring.pid());
-    // Such slots exist since 5.15.
-    if kernel_is_before((5, 15)) {
-        assert_eq!(held, ["anon_inode:[io_uring]"], "{said:?}");
-    } else {
-        assert_eq!(held, ["anon_inode:[io_uring], files of its own: 1"], "{said:?}");
-    }
+    assert_eq!(held, ["anon_inode:[io_uring], files of its own: 1"], "{said:?}");
     ring.end();
 }
