@@ -126,8 +126,7 @@ fn exit(event: &ExitEvent) -> Detail {
 }
 
 fn fd(event: &FdChange) -> (&'static str, Detail) {
-    // Outside a followed call: by a message, an ioctl, io_uring.
-    let syscall = syscalls::TABLE.get(event.how as usize).map_or("other", |call| call.name);
+    let syscall = syscalls::name(event.how);
     let closed = Detail::Closed { syscall, fd: event.fd, fd_last: event.fd_last };
     let named = || {
         let OpenFile { kind, target, .. } = OpenFile::of_event(event);
@@ -217,10 +216,6 @@ impl EventCounts {
         took: Duration,
         cpu: Duration,
     ) -> Self {
-        let of_cause = |outcome| {
-            let sources = 0..counts::SOURCES.len() as u32;
-            sources.map(|source| ledger[counts::index(source, outcome) as usize]).sum()
-        };
         let name = |outcome: u32| counts::OUTCOMES[outcome as usize];
         Self {
             schema: SCHEMA,
@@ -229,7 +224,7 @@ impl EventCounts {
             via: seam.map_or("none", Seam::word),
             events: counted.by_name(),
             lost: (counts::LOSSES.into_iter())
-                .map(|outcome| (name(outcome), of_cause(outcome)))
+                .map(|outcome| (name(outcome), counts::of_outcome(ledger, outcome)))
                 .chain(elsewhere)
                 .collect(),
         }

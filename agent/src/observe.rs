@@ -161,6 +161,7 @@ impl Observer {
                     }
                 }
                 if let Some(observation) = self.observation()? {
+                    more |= observation.pass.after.len() == BATCH;
                     is_heard = is_heard && send(Input::Pass(Box::new(observation)));
                 }
                 next_pass = began + next_after(self.pass_cpu);

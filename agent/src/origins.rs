@@ -165,8 +165,7 @@ impl Origins {
         for origin in
             watched.iter().flat_map(|watched| watched.slots.fds.values()).filter(|origin| origin.since > 0)
         {
-            let name = syscalls::TABLE.get(origin.how as usize).map_or("other", |call| call.name);
-            *calls.entry(name).or_default() += 1;
+            *calls.entry(syscalls::name(origin.how)).or_default() += 1;
         }
         calls
     }

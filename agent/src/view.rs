@@ -59,8 +59,5 @@ impl HostView {
 /// Sum of the outcomes that are losses.
 #[must_use]
 pub(crate) fn lost(counts: &[u64; counts::LEN as usize]) -> u64 {
-    let of_source = |source| {
-        counts::LOSSES.map(|outcome| counts[counts::index(source, outcome) as usize]).iter().sum::<u64>()
-    };
-    (0..counts::SOURCES.len() as u32).map(of_source).sum()
+    counts::LOSSES.map(|outcome| counts::of_outcome(counts, outcome)).iter().sum()
 }

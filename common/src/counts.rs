@@ -31,6 +31,12 @@ pub const LOSSES: [u32; 3] = [RING_FULL, FAULT, QUOTA];
 /// Entries of the array.
 pub const LEN: u32 = (SOURCES.len() * OUTCOMES.len()) as u32;
 
+/// Sum over the sources.
+#[must_use]
+pub fn of_outcome(ledger: &[u64; LEN as usize], outcome: u32) -> u64 {
+    (0..SOURCES.len() as u32).map(|source| ledger[index(source, outcome) as usize]).sum()
+}
+
 /// Index of one counter.
 #[must_use]
 pub const fn index(source: u32, outcome: u32) -> u32 {

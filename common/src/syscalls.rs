@@ -98,6 +98,13 @@ pub const TABLE: [Syscall; 45] = [
     call("seccomp", 317, 354, SECCOMP),
 ];
 
+/// Name of an event's call.
+#[must_use]
+pub fn name(how: u32) -> &'static str {
+    // Outside a followed call: by a message, an ioctl, io_uring.
+    TABLE.get(how as usize).map_or("other", |call| call.name)
+}
+
 /// In `BY_NUMBER`: not followed.
 pub const UNKNOWN: u8 = u8::MAX;
 

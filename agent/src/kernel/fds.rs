@@ -67,11 +67,16 @@ impl FdHooks {
                 .collect();
             let all = tried.iter().all(|(_, done)| done.is_ok());
             if all && !at_once && seam == Seam::Functions {
-                hooks.attached = tried.into_iter().filter_map(|(_, done)| done.ok()).collect();
-                hooks.find_out_whether_they_stay(ebpf, btf, known);
-                let verdict = || if hooks.stays { Verdict::Attached } else { Verdict::Loaded };
-                verdicts.extend(of_seam(seam).map(|program| (program, verdict())));
-                hooks.seam = Some(seam);
+                drop(tried);
+                let found = hooks.find_out_whether_they_stay(ebpf, btf, known);
+                hooks.stays &= found.is_ok();
+                let verdict = match &found {
+                    Ok(()) if hooks.stays => Verdict::Attached,
+                    Ok(()) => Verdict::Loaded,
+                    Err(verdict) => verdict.clone(),
+                };
+                verdicts.extend(of_seam(seam).map(|program| (program, verdict.clone())));
+                hooks.seam = found.is_ok().then_some(seam);
                 continue;
             }
             for (program, done) in tried {
@@ -115,22 +120,30 @@ impl FdHooks {
 
 impl FdHooks {
     /// Before 5.13 a program on a function can be attached once: then it is loaded again and stays attached,
-    /// which costs other syscalls nothing.
-    fn find_out_whether_they_stay(&mut self, ebpf: &mut Ebpf, btf: &Btf, known: &[u32; offsets::LEN]) {
-        self.attached.clear();
-        let mut programs = of_seam(Seam::Functions);
-        self.stays = !programs.all(|program| attach(ebpf, program).is_ok());
-        if self.stays {
-            for program in of_seam(Seam::Functions) {
-                let unloaded = match ebpf.program_mut(program.name) {
-                    Some(programs::Program::FEntry(hook)) => hook.unload(),
-                    Some(programs::Program::FExit(hook)) => hook.unload(),
-                    _ => Ok(()),
-                };
-                let again = unloaded.map_err(refusal).and_then(|()| load(ebpf, program, btf, known));
-                self.attached.extend(again.and_then(|()| attach(ebpf, program)));
-            }
+    /// which costs other syscalls nothing. An error means that they cannot be had at all.
+    fn find_out_whether_they_stay(
+        &mut self,
+        ebpf: &mut Ebpf,
+        btf: &Btf,
+        known: &[u32; offsets::LEN],
+    ) -> Result<(), Verdict> {
+        self.stays = !of_seam(Seam::Functions).all(|program| attach(ebpf, program).is_ok());
+        if !self.stays {
+            return Ok(());
         }
+        let mut links = Vec::new();
+        for program in of_seam(Seam::Functions) {
+            match ebpf.program_mut(program.name) {
+                Some(programs::Program::FEntry(hook)) => hook.unload(),
+                Some(programs::Program::FExit(hook)) => hook.unload(),
+                _ => Ok(()),
+            }
+            .map_err(refusal)?;
+            load(ebpf, program, btf, known)?;
+            links.push(attach(ebpf, program)?);
+        }
+        self.attached = links;
+        Ok(())
     }
 }
 

@@ -68,18 +68,6 @@ fn every_path_is_counted_and_seen_as_documented() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// How often the kernel did not run a program of this process because it was running on that CPU already
-/// (since 5.12): a task that is preempted within it keeps it from all others there.
-fn skipped() -> u64 {
-    let fds = fs::read_dir("/proc/self/fdinfo").unwrap();
-    let texts = fds.filter_map(|fd| fs::read_to_string(fd.ok()?.path()).ok());
-    texts
-        .filter_map(|text| {
-            text.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse::<u64>().ok())
-        })
-        .sum()
-}
-
 /// What the newest pinned kernel that has the path says. Panics where the table lacks the path.
 fn documented(seam: &str, name: &str) -> Option<String> {
     let table = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/fd-paths.md")).unwrap();
@@ -212,9 +200,9 @@ impl Watcher {
     /// Takes the path while the kernel runs every program: an event that nobody could see is not missing.
     fn take_seen(&mut self, name: &str) -> Outcome {
         for _ in 0..10 {
-            let before = skipped();
+            let before = self.kernel.not_run();
             let outcome = self.take(name);
-            let now = skipped() - before;
+            let now = self.kernel.not_run() - before;
             if now == 0 {
                 return outcome;
             }

@@ -1,10 +1,7 @@
 //! The events: each that the model expects comes once and in its process's order, no other comes, and the
 //! ledger agrees. The only place that knows what a way of attaching reports.
 
-use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
-    fs,
-};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use plumb::{
     decode::Event,
@@ -154,19 +151,6 @@ impl Watch {
         }
         Ok(())
     }
-}
-
-/// How often the kernel has skipped a program of this test because it was running on that processor already
-/// (`recursion_misses`, since 5.12). A task that is preempted inside of one makes the next one on its
-/// processor skip; where system call tracepoints can be preempted (seen with 7.3) this loses events, and the
-/// ledger of the ring does not know.
-pub(crate) fn skipped() -> u64 {
-    let entries = fs::read_dir("/proc/self/fdinfo").unwrap();
-    let misses = entries.filter_map(|entry| {
-        let text = fs::read_to_string(entry.ok()?.path()).ok()?;
-        text.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse::<u64>().ok()
-    });
-    misses.sum()
 }
 
 /// Compares one event with what is due. A new process is returned with its key.

@@ -15,7 +15,7 @@ use proptest::{
 use super::{
     Mismatch,
     check::{self, Addresses},
-    events::{self, Watch},
+    events::Watch,
     op::{self, Op, What},
     stage::{Name, Stage},
     terms::Rules,
@@ -36,7 +36,7 @@ pub(crate) struct Host {
     rules: Rules,
     known: Addresses,
     stage: Option<(Stage, World)>,
-    /// `events::skipped` so far.
+    /// Programs that the kernel did not run so far.
     skipped: u64,
     pub(crate) tally: Tally,
 }
@@ -112,7 +112,7 @@ impl Host {
         check::proc_is_model(world, &stage.tids, &self.name)?;
         let (known, kernel) = (&mut self.known, &mut self.kernel);
         let events = self.watch.check(world, &stage.tids, kernel, known);
-        let skipped = events::skipped();
+        let skipped = kernel.not_run();
         let skipped_now = skipped - std::mem::replace(&mut self.skipped, skipped);
         if skipped_now > 0 && events.is_err() {
             // The kernel did not run the programs, as it says: what they missed cannot be known.
