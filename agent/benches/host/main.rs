@@ -41,7 +41,7 @@ struct Effort {
 
 const FULL: Effort = Effort {
     pairs: 30,
-    side: Duration::from_millis(20),
+    side: Duration::from_millis(50),
     load: Duration::from_secs(5),
     rate: Duration::from_secs(60),
     readings: 3,
