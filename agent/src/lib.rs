@@ -3,7 +3,7 @@
 //! In the order in which what the kernel knows becomes something a person reads: `kernel` loads and
 //! reads the programs, `decode` makes events of bytes, `observe` runs both, `follow` decides whose fds are
 //! followed, `table` holds the processes, `origins` where their fds came from, `detect` judges them, `evidence` and `report` say what leaks, `export`, `api`, `subscribe` and `cli` hand it out.
-//! `admission` bounds whom is followed.
+//! `admission` bounds whom is followed. `symbolise` gives stacks the names of functions and lines.
 //! `daemon` puts the agent together, `supervisor` keeps its workers running.
 
 mod admission;
@@ -32,6 +32,7 @@ mod procfs;
 mod report;
 mod subscribe;
 mod supervisor;
+pub mod symbolise;
 mod table;
 mod text;
 mod view;

@@ -13,7 +13,10 @@ use std::{io, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::failure::{Exit, Failure};
+use crate::{
+    failure::{Exit, Failure},
+    symbolise,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,6 +57,9 @@ enum Command {
     Watch(watch::Arguments),
     /// Say what this kernel lets plumb see, and what to do about the rest
     Doctor(doctor::Arguments),
+    /// Reads foreign files for the agent, which starts it
+    #[command(hide = true)]
+    SymboliseWorker,
 }
 
 /// Runs the command line of this process.
@@ -67,12 +73,19 @@ pub fn main() -> ExitCode {
         Command::Leaks(arguments) => leaks::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::SymboliseWorker => symbolise_worker(),
     };
     let exit = done.unwrap_or_else(|failure| {
         output::message(&format!("plumb: {failure}"));
         failure.exit
     });
     ExitCode::from(exit as u8)
+}
+
+fn symbolise_worker() -> Outcome {
+    symbolise::child::main().map(|()| Exit::Ok).map_err(|error| {
+        Failure::new(Exit::Error, error.to_string(), "the agent starts it by itself; it serves nobody else")
+    })
 }
 
 /// The outcome of a subcommand.

@@ -1,0 +1,554 @@
+//! From the registers and the stack of a thread to functions and lines.
+//!
+//! Whatever is read of a foreign file is read by a worker without rights (`child`), which a bad file may slow down
+//! or kill; `worker` starts and ends it, `process` and `modules` know the files, `origin` picks the frame that
+//! matters. Everything here blocks.
+
+pub(crate) mod child;
+mod modules;
+mod origin;
+mod process;
+mod protocol;
+mod worker;
+
+use std::{
+    ffi::OsString,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use foldhash::{HashMap, HashMapExt};
+use plumb_common::task::ProcKey;
+use rustix::fs::makedev;
+use serde::{Deserialize, Serialize};
+
+pub use self::origin::origin_frame;
+use self::{
+    modules::{Table, Trust},
+    process::{FileKey, Mapped},
+    protocol::{Content, FromWorker, MAX_FRAMES, MAX_LINES, Mapping, RawLine, ToWorker, Walk},
+    worker::{Failed, Library, Worker},
+};
+use crate::text;
+
+/// Time for the stacks of one call, and for the names in one file: with debug information, then without.
+const UNWIND: Duration = Duration::from_millis(1000);
+const NAME_WITH_DEBUG: Duration = Duration::from_millis(700);
+const NAME: Duration = Duration::from_millis(300);
+/// Bytes of a stack that are used at most.
+const MAX_STACK: usize = 64 << 10;
+/// Bytes of stacks in one request.
+const BATCH: usize = 512 << 10;
+/// Processes remembered at most.
+const MAX_PROCESSES: usize = 1024;
+/// Places whose names are remembered: between this and twice as many.
+const MAX_NAMES: usize = 32 << 10;
+/// Files of one process that may do harm before its stacks are no longer looked at.
+const MAX_HARM: u32 = 4;
+/// Looking at the mappings again costs at most one part in so many of the time.
+const REFRESH_SHARE: u32 = 20;
+/// Bytes of code shown to the worker.
+const CODE: usize = 16;
+
+/// Registers and stack of one thread at one syscall.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RawStack {
+    /// Just behind the syscall instruction.
+    pub ip: u64,
+    pub sp: u64,
+    pub bp: u64,
+    /// From `sp` upwards; may be cut.
+    #[serde(with = "serde_bytes")]
+    pub stack: Vec<u8>,
+}
+
+/// How a frame was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum How {
+    /// The innermost one.
+    Registers,
+    /// By call frame information.
+    Tables,
+    /// By the tables of Go.
+    Go,
+    /// The caller of a syscall stub that no table covers.
+    Leaf,
+    /// By the end of the function that was called, which is compiled code.
+    Epilogue,
+    /// By the frame pointer, which may skip callers.
+    FramePointer,
+}
+
+/// Where an instruction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Place {
+    File {
+        module: u32,
+        offset: u64,
+    },
+    /// In memory without a file, or in no mapping.
+    Memory {
+        process: ProcKey,
+        address: u64,
+    },
+}
+
+/// Where the calls came from, innermost first. Equal stacks of different processes are equal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Stack {
+    places: Arc<[(Place, How)]>,
+    /// The outermost function is in it.
+    pub complete: bool,
+}
+
+/// One frame of a stack, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    pub how: How,
+    /// The path of the file, as the process has it; `None` for memory without a file.
+    pub module: Option<Arc<str>>,
+    /// In hexadecimal digits.
+    pub build_id: Option<Arc<str>>,
+    /// In the file, or the address in memory.
+    pub offset: u64,
+    /// Innermost first: what was inlined, then the function itself. Empty if it has no name.
+    pub lines: Arc<[Line]>,
+}
+
+/// A function, and a place in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// As its programmer would write it; empty if it is not known.
+    pub function: String,
+    pub file: Option<String>,
+    pub line: Option<u32>,
+    /// Into the function that follows.
+    pub inlined: bool,
+}
+
+/// What did not go well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Requests that took too long.
+    pub timeouts: u64,
+    /// Requests that killed the worker.
+    pub crashes: u64,
+    /// Questions that were not asked, because the file or the process has done harm before or cannot be read.
+    pub refused: u64,
+    /// Workers replaced because they held too much.
+    pub recycled: u64,
+    /// Workers that did not start.
+    pub not_started: u64,
+}
+
+/// Unwinds and names stacks.
+pub struct Symboliser {
+    worker: Worker,
+    books: Books,
+    names: Names,
+    counters: Counters,
+}
+
+impl Symboliser {
+    /// With this program's own binary as the worker, also after an upgrade has replaced it on disk.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::with("/proc/self/exe", "/usr/lib/debug")
+    }
+
+    /// With another plumb binary, and another folder of debug files.
+    #[must_use]
+    pub fn with(program: impl Into<OsString>, debug_files: impl Into<PathBuf>) -> Self {
+        Self {
+            worker: Worker::new(program),
+            books: Books {
+                table: Table::new(),
+                processes: HashMap::new(),
+                debug_files: debug_files.into(),
+                clock: 0,
+            },
+            names: Names::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Remembers the files of a process, so that its stacks have names after it has exited. To be called again
+    /// after an exec.
+    pub fn attach(&mut self, process: ProcKey) {
+        self.books.look(process);
+    }
+
+    pub fn forget(&mut self, process: ProcKey) {
+        self.books.processes.remove(&process);
+    }
+
+    /// Walks stacks, which were taken of one process.
+    pub fn unwind(&mut self, process: ProcKey, stacks: &[RawStack]) -> Vec<Stack> {
+        let until = Instant::now() + UNWIND;
+        if !self.books.processes.contains_key(&process) {
+            self.books.look(process);
+        }
+        let mut walks = self.walk(process, &stacks.iter().collect::<Vec<_>>(), until);
+        let lost: Vec<_> = (0..walks.len()).filter(|index| walks[*index].lost).collect();
+        if !lost.is_empty() && self.books.look_again(process) {
+            let again: Vec<_> = lost.iter().map(|index| &stacks[*index]).collect();
+            for (index, walk) in lost.into_iter().zip(self.walk(process, &again, until)) {
+                walks[index] = walk;
+            }
+        }
+        walks.into_iter().map(|walk| self.books.stack(process, &walk)).collect()
+    }
+
+    fn walk(&mut self, process: ProcKey, stacks: &[&RawStack], until: Instant) -> Vec<Walk> {
+        let mut walks = Vec::with_capacity(stacks.len());
+        for batch in stacks.chunks(BATCH / MAX_STACK) {
+            let found = self.walk_batch(process, batch, until);
+            let bare = |raw: &&RawStack| Walk {
+                frames: vec![(raw.ip.wrapping_sub(1), How::Registers)],
+                ..Walk::default()
+            };
+            match found.filter(|found| found.len() == batch.len()) {
+                Some(found) => walks.extend(found),
+                None => walks.extend(batch.iter().map(bare)),
+            }
+        }
+        walks
+    }
+
+    fn walk_batch(&mut self, process: ProcKey, batch: &[&RawStack], until: Instant) -> Option<Vec<Walk>> {
+        let stacks: Vec<_> = batch
+            .iter()
+            .map(|raw| RawStack { stack: raw.stack[..raw.stack.len().min(MAX_STACK)].to_vec(), ..**raw })
+            .collect();
+        let mut request = ToWorker::Unwind { mappings: Vec::new(), stacks };
+        loop {
+            let known = self.books.processes.get_mut(&process)?;
+            if known.harm >= MAX_HARM {
+                self.counters.refused += 1;
+                return None;
+            }
+            if let ToWorker::Unwind { mappings, .. } = &mut request {
+                *mappings = known.mappings.clone();
+                for mapping in mappings {
+                    mapping.content = self.books.table.content(mapping.content);
+                }
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let asked = Asked { books: &mut self.books, process: Some(process), path: None };
+            match ask(&mut self.worker, &request, None, left, asked, &mut self.counters) {
+                Ok(FromWorker::Walked(mut walks)) => {
+                    walks.iter_mut().for_each(|walk| walk.frames.truncate(MAX_FRAMES));
+                    return Some(walks);
+                }
+                Err(Failed::Stale) => {}
+                Err(Failed::Died(Some(module)) | Failed::Late(Some(module))) => {
+                    self.books.table.blame(module, Trust::Sealed);
+                    self.books.processes.get_mut(&process)?.harm += 1;
+                }
+                _ => return None,
+            }
+        }
+    }
+
+    /// The frames of a stack in words; names are remembered.
+    pub fn symbolise(&mut self, stack: &Stack) -> Vec<Frame> {
+        let mut wanted: Vec<(u32, Vec<u64>)> = Vec::new();
+        let mut in_memory: Vec<(ProcKey, Vec<u64>)> = Vec::new();
+        for (place, _) in stack.places.iter().filter(|(place, _)| self.names.get(place).is_none()) {
+            match *place {
+                Place::File { module, offset } => collect(&mut wanted, module, offset),
+                Place::Memory { process, address } => collect(&mut in_memory, process, address),
+            }
+        }
+        for (module, offsets) in wanted {
+            let places = self.name(module, &offsets);
+            for (offset, lines) in offsets.into_iter().zip(places.unwrap_or_default()) {
+                self.names.keep(Place::File { module, offset }, lines);
+            }
+        }
+        for (process, addresses) in in_memory {
+            let places = self.name_in_memory(process, &addresses).unwrap_or_default();
+            // What has no name yet may get one.
+            for (address, lines) in addresses.into_iter().zip(places).filter(|(_, lines)| !lines.is_empty()) {
+                self.names.keep(Place::Memory { process, address }, lines);
+            }
+        }
+        stack.places.iter().map(|(place, how)| self.frame(place, *how)).collect()
+    }
+
+    fn frame(&self, place: &Place, how: How) -> Frame {
+        let lines = self.names.get(place).unwrap_or_default();
+        match *place {
+            Place::Memory { address, .. } => {
+                Frame { how, module: None, build_id: None, offset: address, lines }
+            }
+            Place::File { module, offset } => {
+                let known = self.books.table.get(module);
+                let path = known.map(|module| Arc::clone(&module.path));
+                let build_id = known.and_then(|module| module.build_id.clone());
+                Frame { how, module: path, build_id, offset, lines }
+            }
+        }
+    }
+
+    /// Names places in a file; `None` if that may work another time.
+    fn name(&mut self, module: u32, offsets: &[u64]) -> Option<Vec<Vec<RawLine>>> {
+        let mut stale = false;
+        loop {
+            let known = self.books.table.get(module)?;
+            let (debug, time, less) = match known.trust {
+                Trust::Full => (true, NAME_WITH_DEBUG, Trust::NoDebug),
+                Trust::NoDebug => (false, NAME, Trust::Sealed),
+                Trust::Sealed => {
+                    self.counters.refused += 1;
+                    return Some(vec![Vec::new(); offsets.len()]);
+                }
+            };
+            let path = Some(Arc::clone(&known.path));
+            let request = ToWorker::Name { module, debug, offsets: offsets.to_vec() };
+            let asked = Asked { books: &mut self.books, process: None, path };
+            match ask(&mut self.worker, &request, None, time, asked, &mut self.counters) {
+                Ok(FromWorker::Named { build_id, places }) if places.len() == offsets.len() => {
+                    if let Some(known) = self.books.table.get_mut(module).filter(|_| !build_id.is_empty()) {
+                        let digits = build_id.iter().take(64).map(|byte| format!("{byte:02x}"));
+                        known.build_id = Some(digits.collect::<String>().into());
+                    }
+                    return Some(places);
+                }
+                Err(Failed::Stale) if !stale => stale = true,
+                // Nothing else was asked for, so whatever happened is this file's fault.
+                Err(Failed::Died(_) | Failed::Late(_)) => self.books.table.blame(module, less),
+                _ => return None,
+            }
+        }
+    }
+
+    fn name_in_memory(&mut self, process: ProcKey, addresses: &[u64]) -> Option<Vec<Vec<RawLine>>> {
+        let known = self.books.processes.get_mut(&process).filter(|known| known.harm < MAX_HARM)?;
+        let map = known.perf_map(process)?;
+        let request = ToWorker::PerfMap { addresses: addresses.to_vec() };
+        let asked = Asked { books: &mut self.books, process: Some(process), path: None };
+        match ask(&mut self.worker, &request, Some(&map), NAME, asked, &mut self.counters) {
+            Ok(FromWorker::Named { places, .. }) if places.len() == addresses.len() => Some(places),
+            Err(Failed::Died(_) | Failed::Late(_)) => {
+                self.books.processes.get_mut(&process)?.harm += 1;
+                None
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Default for Symboliser {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn ask(
+    worker: &mut Worker,
+    request: &ToWorker,
+    file: Option<&OwnedFd>,
+    time: Duration,
+    mut asked: Asked<'_>,
+    counters: &mut Counters,
+) -> Result<FromWorker, Failed> {
+    worker.ask(request, file, time, &mut asked, counters)
+}
+
+fn collect<K: PartialEq>(groups: &mut Vec<(K, Vec<u64>)>, key: K, value: u64) {
+    match groups.iter_mut().find(|(other, _)| *other == key) {
+        Some((_, values)) if values.contains(&value) => {}
+        Some((_, values)) => values.push(value),
+        None => groups.push((key, vec![value])),
+    }
+}
+
+/// Processes and files.
+struct Books {
+    table: Table,
+    processes: HashMap<ProcKey, Process>,
+    debug_files: PathBuf,
+    clock: u64,
+}
+
+/// What is remembered of a process.
+struct Process {
+    mappings: Vec<Mapping>,
+    mapped: Vec<Mapped>,
+    /// Its mappings are not looked at again before.
+    not_before: Instant,
+    perf_map: Option<Arc<OwnedFd>>,
+    /// Files of it that have slowed down or killed the worker.
+    harm: u32,
+    used: u64,
+}
+
+impl Process {
+    fn perf_map(&mut self, key: ProcKey) -> Option<Arc<OwnedFd>> {
+        // It may be another by now; the one that is open lasts longer than the process.
+        if let Ok(map) = process::open_perf_map(key) {
+            self.perf_map = Some(Arc::new(map));
+        }
+        let map = self.perf_map.clone()?;
+        rustix::fs::seek(&*map, rustix::fs::SeekFrom::Start(0)).ok()?;
+        Some(map)
+    }
+}
+
+impl Books {
+    /// Reads the mappings of a process and opens its files.
+    fn look(&mut self, key: ProcKey) {
+        let begun = Instant::now();
+        self.clock += 1;
+        let Ok(mapped) = process::mappings(key) else { return };
+        let mut seen: Vec<((u32, u32), u64, Content)> = Vec::new();
+        let mut mappings = Vec::with_capacity(mapped.len());
+        for one in &mapped {
+            let known =
+                seen.iter().find(|known| one.inode != 0 && (known.0, known.1) == (one.device, one.inode));
+            let content = match known {
+                Some(known) => known.2,
+                None => self.content(key, one),
+            };
+            if known.is_none() {
+                seen.push((one.device, one.inode, content));
+            }
+            mappings.push(Mapping { start: one.start, end: one.end, offset: one.offset, content });
+        }
+        if self.processes.len() >= MAX_PROCESSES
+            && !self.processes.contains_key(&key)
+            && let Some(oldest) =
+                self.processes.iter().min_by_key(|(_, known)| known.used).map(|(key, _)| *key)
+        {
+            self.processes.remove(&oldest);
+        }
+        let not_before = Instant::now() + begun.elapsed() * REFRESH_SHARE;
+        let before = self.processes.remove(&key);
+        let (perf_map, harm) = before.map(|before| (before.perf_map, before.harm)).unwrap_or_default();
+        let known = Process { mappings, mapped, not_before, perf_map, harm, used: self.clock };
+        self.processes.insert(key, known);
+    }
+
+    /// Whether it was time to look again.
+    fn look_again(&mut self, key: ProcKey) -> bool {
+        let is_due = self.processes.get(&key).is_none_or(|known| known.not_before <= Instant::now());
+        if is_due {
+            self.look(key);
+        }
+        is_due
+    }
+
+    fn content(&mut self, key: ProcKey, mapped: &Mapped) -> Content {
+        if mapped.inode == 0 {
+            // Such as [vdso]: the kernel's.
+            let is_special = mapped.path.first() == Some(&b'[') && !mapped.path.starts_with(b"[anon");
+            return if is_special { Content::Sealed } else { Content::Anonymous };
+        }
+        let path = text::printable(&mapped.path).into();
+        let id = match process::open_mapped(key, mapped) {
+            Ok((file, found)) => self.table.add(found, &path, Some(file)),
+            Err(_) => {
+                let device = makedev(mapped.device.0, mapped.device.1);
+                let unread = FileKey { device, inode: mapped.inode, size: 0, modified: (0, 0) };
+                self.table.add(unread, &path, None)
+            }
+        };
+        Content::File(id)
+    }
+
+    fn stack(&self, key: ProcKey, walk: &Walk) -> Stack {
+        let mappings = self.processes.get(&key).map(|known| known.mappings.as_slice()).unwrap_or_default();
+        let place = |address: u64| {
+            let after = mappings.partition_point(|mapping| mapping.start <= address);
+            let mapping = after.checked_sub(1).and_then(|index| mappings.get(index));
+            match mapping.filter(|mapping| address < mapping.end) {
+                Some(Mapping { start, offset, content: Content::File(module), .. }) => {
+                    Place::File { module: *module, offset: (address - start).wrapping_add(*offset) }
+                }
+                _ => Place::Memory { process: key, address },
+            }
+        };
+        let places = walk.frames.iter().map(|(address, how)| (place(*address), *how)).collect();
+        Stack { places, complete: walk.complete }
+    }
+}
+
+impl Table {
+    /// What the worker may know.
+    fn content(&self, content: Content) -> Content {
+        match content {
+            Content::File(id) if self.get(id).is_none_or(|module| module.trust == Trust::Sealed) => {
+                Content::Sealed
+            }
+            other => other,
+        }
+    }
+}
+
+/// What the worker may ask for.
+struct Asked<'a> {
+    books: &'a mut Books,
+    process: Option<ProcKey>,
+    /// Of the file that is being named.
+    path: Option<Arc<str>>,
+}
+
+impl Library for Asked<'_> {
+    fn module(&mut self, id: u32) -> Option<Arc<OwnedFd>> {
+        let module = self.books.table.get(id).filter(|module| module.trust != Trust::Sealed)?;
+        let wanted = module.key;
+        if let Some(file) = self.books.table.file(id) {
+            return Some(file);
+        }
+        let mut users = self.books.processes.iter().filter_map(|(key, known)| {
+            let index = known.mappings.iter().position(|mapping| mapping.content == Content::File(id))?;
+            process::open_mapped(*key, known.mapped.get(index)?).ok()
+        });
+        let (file, _) = users.find(|(_, found)| *found == wanted)?;
+        let file = Arc::new(file);
+        self.books.table.keep_open(id, Arc::clone(&file));
+        Some(file)
+    }
+
+    fn debug(&mut self, build_id: &[u8], link: &[u8]) -> Option<OwnedFd> {
+        process::open_debug(Path::new(&self.books.debug_files), self.path.as_deref()?, build_id, link)
+    }
+
+    fn code(&mut self, address: u64) -> Vec<u8> {
+        self.process.map(|key| process::code(key, address, CODE)).unwrap_or_default()
+    }
+}
+
+/// Names of places, in two halves: when the younger is full, the older is forgotten.
+#[derive(Default)]
+struct Names {
+    young: HashMap<Place, Arc<[Line]>>,
+    old: HashMap<Place, Arc<[Line]>>,
+}
+
+impl Names {
+    fn get(&self, place: &Place) -> Option<Arc<[Line]>> {
+        self.young.get(place).or_else(|| self.old.get(place)).cloned()
+    }
+
+    fn keep(&mut self, place: Place, lines: Vec<RawLine>) {
+        if self.young.len() >= MAX_NAMES {
+            self.old = std::mem::take(&mut self.young);
+        }
+        let lines = lines.into_iter().take(MAX_LINES).map(|line| Line {
+            function: text::printable(&line.function),
+            file: (!line.file.is_empty()).then(|| text::printable(&line.file)),
+            line: (line.line != 0).then_some(line.line),
+            inlined: line.inlined,
+        });
+        self.young.insert(place, lines.collect());
+    }
+}

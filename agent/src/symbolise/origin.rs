@@ -1,0 +1,313 @@
+//! Which frame of a stack is the program's own: the first that is not of a runtime or of a standard library.
+
+use super::{Frame, Line};
+
+/// Files of C and C++ runtimes: how their names begin.
+const RUNTIME_FILES: [&str; 14] = [
+    "libc.so",
+    "libc-2.",
+    "ld-linux",
+    "ld-2.",
+    "ld-musl",
+    "libc.musl",
+    "libpthread",
+    "libdl",
+    "librt",
+    "libm.so",
+    "libresolv",
+    "libstdc++",
+    "libc++",
+    "libgcc_s",
+];
+
+/// Functions of C and C++ runtimes, also where they are linked into the program.
+const C_RUNTIME: [&str; 8] =
+    ["std::", "__gnu_cxx::", "__cxxabiv1::", "__libc_", "_IO_", "__GI_", "boost::asio::detail::", "_start"];
+
+/// The wrappers of libc that are linked into a static program, and what they call.
+const LIBC_FUNCTIONS: [&str; 53] = [
+    "accept",
+    "accept4",
+    "clone",
+    "clone3",
+    "creat",
+    "creat64",
+    "create_thread",
+    "dup",
+    "dup2",
+    "dup3",
+    "epoll_create",
+    "epoll_create1",
+    "eventfd",
+    "fanotify_init",
+    "fcntl",
+    "fcntl64",
+    "fdopendir",
+    "fopen",
+    "fopen64",
+    "fopen_internal",
+    "fork",
+    "freopen",
+    "freopen64",
+    "inotify_init",
+    "inotify_init1",
+    "memfd_create",
+    "mkostemp",
+    "mkstemp",
+    "mkstemp64",
+    "open",
+    "open64",
+    "openat",
+    "openat64",
+    "opendir",
+    "pidfd_open",
+    "pipe",
+    "pipe2",
+    "popen",
+    "posix_openpt",
+    "pthread_create",
+    "recvmsg",
+    "shm_open",
+    "signalfd",
+    "socket",
+    "socketpair",
+    "syscall",
+    "thrd_create",
+    "timerfd_create",
+    "tmpfile",
+    "tmpfile64",
+    "vfork",
+    "do_fcntl",
+    "do_system",
+];
+
+/// Crates that come between a Rust program and the kernel, beside std.
+const RUST_RUNTIME: [&str; 9] = ["std", "core", "alloc", "tokio", "mio", "rustix", "nix", "libc", "socket2"];
+
+/// Functions of the interpreter of Python.
+const CPYTHON: [&str; 4] = ["_Py", "Py", "py_", "cfunction_"];
+
+/// The index of the frame for a headline: the first of the program itself, else none.
+#[must_use]
+pub fn origin_frame(frames: &[Frame]) -> Option<usize> {
+    let first = |is: &dyn Fn(&Line) -> bool| frames.iter().position(|frame| frame.lines.iter().any(is));
+    // Below a function of Python there is nothing but its interpreter.
+    if let Some(python) = first(&|line| line.function.starts_with("py::")) {
+        let native = frames[..python].iter().position(|frame| is_own(frame) && !is_interpreter(frame));
+        return native.or(Some(python));
+    }
+    frames.iter().position(is_own)
+}
+
+fn is_own(frame: &Frame) -> bool {
+    let file = frame.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    // A function that was inlined decides as well: `own` into `std::…` is own.
+    !RUNTIME_FILES.iter().any(|name| file.starts_with(name))
+        && !frame.lines.is_empty()
+        && frame.lines.iter().any(|line| !line.function.is_empty() && !is_runtime(line))
+}
+
+fn is_interpreter(frame: &Frame) -> bool {
+    let named = |line: &Line| CPYTHON.iter().any(|name| line.function.starts_with(name));
+    let file = frame.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    frame.lines.iter().any(named)
+        || file.starts_with("libpython")
+        || file.starts_with("python")
+        || file.contains(".cpython-")
+            && frame.module.as_deref().is_some_and(|path| path.contains("/lib-dynload/"))
+}
+
+fn is_runtime(line: &Line) -> bool {
+    let function = line.function.as_str();
+    let is_go = line.file.as_deref().is_some_and(|file| file.ends_with(".go") || file.ends_with(".s"));
+    if is_go {
+        return is_go_standard(function);
+    }
+    let plain = function.trim_start_matches('_').split("@@").next().unwrap_or_default();
+    LIBC_FUNCTIONS.contains(&plain)
+        || C_RUNTIME.iter().any(|start| function.starts_with(start))
+        || is_rust_runtime(function)
+        || is_node_internal(line)
+}
+
+/// `std::…`, and `<std::fs::File as …>` or `<F as std::…>`: the type decides, unless it is a parameter.
+fn is_rust_runtime(function: &str) -> bool {
+    let path = function.trim_start_matches(['<', '&', '*', '[', '(']);
+    let path = path.strip_prefix("mut ").or_else(|| path.strip_prefix("dyn ")).unwrap_or(path);
+    let of = |path: &str| {
+        RUST_RUNTIME.iter().any(|name| path.strip_prefix(name).is_some_and(|rest| rest.starts_with("::")))
+    };
+    if of(path) {
+        return true;
+    }
+    // `<T as core::ops::FnOnce>::call_once`: glue for a type without a path.
+    let implemented = function.strip_prefix('<').and_then(|rest| rest.split_once(" as "));
+    implemented.is_some_and(|(kind, of_trait)| !kind.contains("::") && of(of_trait))
+}
+
+/// The first element of an import path of Go's own has no dot, and is not `main`.
+fn is_go_standard(function: &str) -> bool {
+    let function = function.strip_prefix("go:").unwrap_or(function);
+    // Type parameters and receivers may hold other paths.
+    let head = function.split(['[', '(']).next().unwrap_or_default();
+    match head.split_once('/') {
+        Some((first, _)) => !first.contains('.'),
+        None => head.split('.').next() != Some("main"),
+    }
+}
+
+fn is_node_internal(line: &Line) -> bool {
+    line.function.starts_with("Builtin:")
+        || line.function.starts_with("BytecodeHandler:")
+        || line.function.starts_with("node::")
+        || line.function.starts_with("v8::")
+        || line.function.starts_with("uv_")
+        || line.file.as_deref().is_some_and(|file| file.starts_with("node:"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::How, *};
+
+    fn frame(module: &str, lines: &[(&str, &str)]) -> Frame {
+        let line = |(function, file): &(&str, &str)| Line {
+            function: (*function).to_owned(),
+            file: (!file.is_empty()).then(|| (*file).to_owned()),
+            line: None,
+            inlined: false,
+        };
+        Frame {
+            how: How::Tables,
+            module: (!module.is_empty()).then(|| module.into()),
+            build_id: None,
+            offset: 0,
+            lines: lines.iter().map(line).collect(),
+        }
+    }
+
+    #[test]
+    fn the_headline_is_the_programs_own() {
+        const LIBC: &str = "/usr/lib/x86_64-linux-gnu/libc.so.6";
+        const APP: &str = "/srv/app";
+        type Frames<'a> = &'a [(&'a str, &'a [(&'a str, &'a str)])];
+        let cases: [(&str, Frames<'_>, Option<usize>); 16] = [
+            ("C", &[(LIBC, &[("open", "")]), (APP, &[("leak", "a.c")]), (APP, &[("main", "a.c")])], Some(1)),
+            (
+                "static C",
+                &[(APP, &[("__open64", "")]), (APP, &[("_IO_file_open", "")]), (APP, &[("leak", "")])],
+                Some(2),
+            ),
+            ("stripped C", &[(LIBC, &[("open", "")]), (APP, &[])], None),
+            (
+                "C++",
+                &[
+                    (LIBC, &[("open", "")]),
+                    ("/usr/lib/libstdc++.so.6.0.30", &[("std::x", "")]),
+                    (APP, &[("std::vector<int>::push_back(int)", "")]),
+                    (APP, &[("Pool::get()", "")]),
+                ],
+                Some(3),
+            ),
+            (
+                "Rust",
+                &[
+                    (LIBC, &[("open64", "")]),
+                    (APP, &[("std::sys::fs::unix::File::open_c", "x.rs")]),
+                    (APP, &[("<std::fs::File as std::io::Read>::read", "x.rs")]),
+                    (APP, &[("app::leak", "main.rs")]),
+                ],
+                Some(3),
+            ),
+            (
+                "Rust, inlined",
+                &[
+                    (LIBC, &[("open64", "")]),
+                    (APP, &[("std::fs::File::open", "x.rs"), ("app::leak", "main.rs")]),
+                ],
+                Some(1),
+            ),
+            (
+                "Rust closure",
+                &[
+                    (APP, &[("<F as core::ops::function::FnOnce>::call_once", "x.rs")]),
+                    (APP, &[("<app::Job as app::Run>::run", "x.rs")]),
+                ],
+                Some(1),
+            ),
+            (
+                "tokio",
+                &[
+                    (APP, &[("mio::net::TcpStream::connect", "")]),
+                    (APP, &[("tokio::net::connect", "")]),
+                    (APP, &[("<app::Client as core::future::Future>::poll", "")]),
+                ],
+                Some(2),
+            ),
+            (
+                "Go",
+                &[
+                    (APP, &[("internal/runtime/syscall.Syscall6", "asm.s")]),
+                    (APP, &[("syscall.Open", "zsyscall.go")]),
+                    (APP, &[("os.OpenFile", "file.go")]),
+                    (APP, &[("net/http.(*Client).Do", "c.go")]),
+                    (APP, &[("main.leak", "main.go")]),
+                ],
+                Some(4),
+            ),
+            (
+                "Go module",
+                &[(APP, &[("os.Open", "file.go")]), (APP, &[("example.org/pool.(*Pool).Get", "pool.go")])],
+                Some(1),
+            ),
+            (
+                "Go generics",
+                &[
+                    (APP, &[("slices.SortFunc[go.shape.[]example.org/x.T]", "sort.go")]),
+                    (APP, &[("main.main", "m.go")]),
+                ],
+                Some(1),
+            ),
+            (
+                "Go only runtime",
+                &[(APP, &[("runtime.clone", "sys.s")]), (APP, &[("runtime.newm", "proc.go")])],
+                None,
+            ),
+            (
+                "Python",
+                &[
+                    (LIBC, &[("open64", "")]),
+                    ("/usr/bin/python3.12", &[("_io_FileIO___init___impl", "")]),
+                    ("/usr/bin/python3.12", &[("_PyEval_EvalFrameDefault", "")]),
+                    ("", &[("py::leak", "a.py")]),
+                ],
+                Some(3),
+            ),
+            (
+                "Python extension",
+                &[
+                    (LIBC, &[("open64", "")]),
+                    ("/srv/pool.so", &[("pool_get", "")]),
+                    ("/usr/bin/python3.12", &[("_PyEval_EvalFrameDefault", "")]),
+                    ("", &[("py::leak", "a.py")]),
+                ],
+                Some(1),
+            ),
+            (
+                "Node",
+                &[
+                    (LIBC, &[("open64", "")]),
+                    ("/usr/bin/node", &[("uv_fs_open", "")]),
+                    ("/usr/bin/node", &[("node::fs::Open", "")]),
+                    ("", &[("JS:~openSync", "node:fs")]),
+                    ("", &[("JS:*leak", "/srv/a.js")]),
+                ],
+                Some(4),
+            ),
+            ("nothing", &[], None),
+        ];
+        for (name, frames, expected) in cases {
+            let frames: Vec<_> = frames.iter().map(|(module, lines)| frame(module, lines)).collect();
+            assert_eq!(origin_frame(&frames), expected, "{name}");
+        }
+    }
+}
