@@ -27,12 +27,13 @@ fn main() -> Result<()> {
         ["leader-exits"] => leader_exits(),
         ["fd-calls", folder] => fd_calls(folder),
         ["fd-storm", pairs] => fd_storm(pairs.parse()?),
+        ["stacks"] => stacks(),
         ["vanishing-pipes"] => vanishing_pipes(),
         ["getppid", calls] => getppid(calls.parse()?),
         ["fork-storm", alive] => fork_storm(alive.parse()?),
         _ => Err("usage: workload leak-fds FILE | leak-threads | hold-fds N | hold-threads N | \
                   hold-processes N | hold-crowd PROCESSES THREADS | leader-exits | fd-calls FOLDER | \
-                  fd-storm N | fork-storm N | getppid N | vanishing-pipes"
+                  fd-storm N | fork-storm N | getppid N | stacks | vanishing-pipes"
             .into()),
     }
 }
@@ -57,6 +58,33 @@ fn forever() {
     loop {
         thread::park();
     }
+}
+
+/// Prints where on its stack a word is, and at each line makes fds from a shallow and a deep stack, a thread, and
+/// an fd from that.
+fn stacks() -> Result<()> {
+    let word = std::hint::black_box([0x706c_756d_6221_u64; 4]);
+    println!("{}", word.as_ptr() as usize);
+    while ready()? {
+        // SAFETY: dup takes any number.
+        let shallow = check(unsafe { libc::dup(0) })?;
+        let deep = deep(48)?;
+        // SAFETY: as above.
+        let made = thread::spawn(|| check(unsafe { libc::dup(0) })).join();
+        println!("made {shallow} {deep} {}", made.map_err(|_| "the thread panicked")??);
+    }
+    std::hint::black_box(&word);
+    Ok(())
+}
+
+/// dup below so many frames of a KiB and more.
+#[inline(never)]
+fn deep(frames: u32) -> Result<i32> {
+    let frame = std::hint::black_box([frames as u8; 1024]);
+    // SAFETY: dup takes any number.
+    let made = if frames == 0 { check(unsafe { libc::dup(0) })? } else { deep(frames - 1)? };
+    std::hint::black_box(&frame);
+    Ok(made)
 }
 
 /// Says that the stage is set, and waits for a line; false when stdin has been closed.
@@ -200,12 +228,12 @@ fn fd_calls(folder: &str) -> Result<()> {
 
 /// `pairs` times dup and close, and no other fd call.
 fn fd_storm(pairs: u32) -> Result<()> {
-    ready()?;
-    for _ in 0..pairs {
-        // SAFETY: dup and close take any number; this one was just made.
-        unsafe { check(libc::close(check(libc::dup(0))?))? };
+    while ready()? {
+        for _ in 0..pairs {
+            // SAFETY: dup and close take any number; this one was just made.
+            unsafe { check(libc::close(check(libc::dup(0))?))? };
+        }
     }
-    ready()?;
     Ok(())
 }
 

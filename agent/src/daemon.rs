@@ -25,7 +25,8 @@ use crate::{
     failure::{Exit, Failure},
     host::Host,
     kernel::{self, Kernel, Plan},
-    observe, report,
+    observe::{self, Input},
+    report, stacks,
     subscribe::Subscribers,
     supervisor::{Supervisor, on_thread},
     view::HostView,
@@ -59,11 +60,13 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         Own::new().map_err(|error| Failure::new(Exit::Error, error.to_string(), "this is a bug of plumb"))?;
     let (views, view) = watch::channel(Arc::new(HostView::default()));
     let (inputs, observed) = channel(QUEUE);
+    let named = inputs.clone();
     let (ask, requests) = Asker::new().map_err(|error| {
         Failure::new(Exit::Error, format!("no eventfd: {error}"), "raise the limit of open files")
     })?;
     let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
     let (subscribers, followers, bell) = (Subscribers::default(), ask.clone(), ask.bell());
+    let (stacks, inbox) = stacks::Queue::new();
     let mut supervisor = Supervisor::default();
 
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
@@ -72,7 +75,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let kept = Arc::new(Mutex::new(observe::Kept::default()));
     supervisor.spawn("observer", move |stop| {
         let (first, requests, inputs) = (Arc::clone(&first), Arc::clone(&requests), inputs.clone());
-        let kept = Arc::clone(&kept);
+        let (kept, stacks) = (Arc::clone(&kept), stacks.clone());
         let (bell, ending) = (bell.clone(), stop.clone());
         let to_end = bell.clone();
         tokio::spawn(async move {
@@ -87,7 +90,17 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             };
             let requests = requests.lock().unwrap_or_else(PoisonError::into_inner);
             let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-            observe::run(kernel, &limits, &mut kept, (&requests, &bell), &inputs, &stop)
+            observe::run(kernel, &limits, &mut kept, (&requests, &bell), (&inputs, &stacks), &stop)
+        })
+    });
+
+    let inbox = Arc::new(Mutex::new(inbox));
+    supervisor.spawn("stacks", move |stop| {
+        let (inbox, named) = (Arc::clone(&inbox), named.clone());
+        on_thread("stacks", move || {
+            let inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
+            stacks::run(&inbox, |stacks| named.blocking_send(Input::Named(stacks)).is_ok(), &stop);
+            Ok(())
         })
     });
 

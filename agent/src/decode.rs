@@ -3,7 +3,7 @@
 use bytemuck::Pod;
 use plumb_common::event::{
     Clone as CloneEvent, Exec, Exit, FdChange, Header, KIND_CLONE, KIND_EXEC, KIND_EXIT, KIND_FD,
-    KIND_RENAME, Rename,
+    KIND_RENAME, KIND_STACK, Rename, Stack,
 };
 
 /// One event of the kernel.
@@ -30,6 +30,14 @@ impl Event {
     }
 }
 
+/// The user stack of a thread as it made an fd or a thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    pub head: Stack,
+    /// From `head.sp` up; empty when nothing could be read.
+    pub bytes: Vec<u8>,
+}
+
 /// Why bytes are not an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
@@ -41,7 +49,7 @@ pub enum Rejected {
     WrongLength { kind: u32, expected: usize, found: usize },
 }
 
-/// Reads one record of the ring.
+/// Reads one record of the ring of events.
 pub fn event(bytes: &[u8]) -> Result<Event, Rejected> {
     let head = bytes.get(..4).ok_or(Rejected::TooShort(bytes.len()))?;
     match bytemuck::pod_read_unaligned::<u32>(head) {
@@ -52,6 +60,19 @@ pub fn event(bytes: &[u8]) -> Result<Event, Rejected> {
         kind @ KIND_FD => exactly(kind, bytes).map(Event::Fd),
         kind => Err(Rejected::UnknownKind(kind)),
     }
+}
+
+/// Reads one record of the ring of stacks.
+pub fn sample(record: &[u8]) -> Result<Sample, Rejected> {
+    let short = Rejected::TooShort(record.len());
+    let head: Stack = bytemuck::pod_read_unaligned(record.get(..size_of::<Stack>()).ok_or(short)?);
+    if head.header.kind != KIND_STACK {
+        return Err(Rejected::UnknownKind(head.header.kind));
+    }
+    let bytes = record[size_of::<Stack>()..].get(..head.len as usize);
+    let expected = size_of::<Stack>().saturating_add(head.len as usize);
+    let wrong = Rejected::WrongLength { kind: KIND_STACK, expected, found: record.len() };
+    Ok(Sample { head, bytes: bytes.ok_or(wrong)?.to_vec() })
 }
 
 fn exactly<T: Pod>(kind: u32, bytes: &[u8]) -> Result<T, Rejected> {
@@ -73,6 +94,18 @@ mod tests {
         #[test]
         fn any_bytes_are_an_event_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = event(&bytes);
+            let _ = sample(&bytes);
+        }
+
+        #[test]
+        fn a_stack_is_what_was_read_of_it(len in 0u32..100, room in 0usize..100, kind in 5u32..8) {
+            let mut head = Stack::zeroed();
+            (head.header.kind, head.len) = (kind, len);
+            let mut record = bytemuck::bytes_of(&head).to_vec();
+            record.extend((0..room).map(|byte| byte as u8));
+            let bytes: Vec<u8> = (0..len as u8).collect();
+            let whole = kind == KIND_STACK && len as usize <= room;
+            prop_assert_eq!(sample(&record).ok(), whole.then_some(Sample { head, bytes }));
         }
 
         #[test]

@@ -7,10 +7,15 @@ use crate::{
     detect::{Example, Finding, Resource, State},
     files::OpenFile,
     kernel::Status,
+    origins::Group,
+    stacks::{Function, Stack},
     table::Row,
     text,
 };
 use plumb_common::task::ThreadRecord;
+
+/// Origins of a finding that are listed.
+const MAX_ORIGINS: usize = 20;
 
 /// The promise that every document carries.
 pub(crate) const SCHEMA: &str = "plumb/v1";
@@ -167,15 +172,57 @@ pub(crate) struct Leak {
     pub seconds_to_exhaustion: Option<f64>,
     pub first_seen: String,
     pub examples: Vec<Example>,
-    /// By which calls came what has been opened since the process is watched and is still open.
+    /// What was there before the process was watched; of the rest the origins say where it came from.
+    pub before_watching: u32,
+    /// Where what has been made since and is still there came from, the most frequent first.
     pub origins: Vec<Origin>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Origin {
+    pub live: u32,
     /// `other` for what came on another way than by a followed call, or unseen.
     pub syscall: String,
-    pub count: u32,
+    /// The function of the program itself that made them, and the one that called it.
+    pub function: Option<Function>,
+    pub caller: Option<Function>,
+    /// When the oldest and the newest of them were made.
+    pub oldest: String,
+    pub newest: String,
+    /// The newest of them: numbers of fds, ids of threads.
+    pub examples: Vec<u32>,
+    /// The whole way to the call, innermost first; empty where no stack could be had.
+    pub stack: Vec<Function>,
+    /// Whether that goes back to where the thread began.
+    pub complete: bool,
+}
+
+impl Origin {
+    fn new(group: &Group, calendar: Calendar) -> Self {
+        let stack = group.stack.as_deref();
+        let [function, caller] = stack.and_then(Stack::headline).unwrap_or_default();
+        Self {
+            live: group.live,
+            syscall: group.how.to_owned(),
+            function,
+            caller,
+            oldest: calendar.format(group.oldest),
+            newest: calendar.format(group.newest),
+            examples: group.examples.iter().map(|(_, number)| *number).collect(),
+            stack: stack.map(Stack::functions).unwrap_or_default(),
+            complete: stack.is_some_and(|stack| stack.complete),
+        }
+    }
+
+    /// `db_connect (pool.c:118), called by retry (pool.c:90)`; the call where no stack could be had.
+    #[must_use]
+    pub(crate) fn words(&self) -> String {
+        match (&self.function, &self.caller) {
+            (Some(function), Some(caller)) => format!("{}, called by {}", function.words(), caller.words()),
+            (Some(function), None) => function.words(),
+            _ => format!("{} (no stack)", self.syscall),
+        }
+    }
 }
 
 impl Leaks {
@@ -204,8 +251,9 @@ impl Leak {
             seconds_to_exhaustion: finding.seconds_to_exhaustion().map(f64::round),
             first_seen: calendar.format(finding.first_seen),
             examples: finding.examples.clone(),
-            origins: (finding.origins.iter())
-                .map(|(syscall, count)| Origin { syscall: (*syscall).to_owned(), count: *count })
+            before_watching: finding.origins.before,
+            origins: (finding.origins.groups.iter().take(MAX_ORIGINS))
+                .map(|group| Origin::new(group, calendar))
                 .collect(),
         }
     }

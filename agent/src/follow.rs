@@ -16,6 +16,7 @@ use crate::{
     canary::Canary,
     clock,
     decode::Event,
+    detect::Resource,
     kernel::{Kernel, Seam, WatchError},
     origins::Listing,
 };
@@ -62,7 +63,7 @@ pub(crate) struct Following {
 pub(crate) struct Wanted {
     /// How many listen to each.
     listeners: BTreeMap<Who, u32>,
-    suspects: BTreeSet<ProcKey>,
+    suspects: BTreeSet<(ProcKey, Resource)>,
 }
 
 impl Wanted {
@@ -70,12 +71,21 @@ impl Wanted {
         self.listeners.is_empty() && self.suspects.is_empty()
     }
 
+    /// Whether anybody's fds are wanted; threads are always followed.
+    fn any_fds(&self) -> bool {
+        !self.listeners.is_empty() || self.suspects.iter().any(|(_, resource)| *resource == Resource::Fd)
+    }
+
+    fn is_suspect(&self, process: ProcKey) -> bool {
+        Resource::ALL.into_iter().any(|resource| self.suspects.contains(&(process, resource)))
+    }
+
     fn processes(&self) -> HashSet<ProcKey> {
         let listened = self
             .listeners
             .keys()
             .filter_map(|who| if let Who::Process(key) = who { Some(*key) } else { None });
-        listened.chain(self.suspects.iter().copied()).collect()
+        listened.chain(self.suspects.iter().map(|(process, _)| *process)).collect()
     }
 }
 
@@ -117,13 +127,19 @@ impl Follow {
     }
 
     /// A process is suspect, or no longer.
-    pub(crate) fn suspect(&mut self, kernel: &mut Kernel, process: ProcKey, is_suspect: bool) {
+    pub(crate) fn suspect(&mut self, kernel: &mut Kernel, what: (ProcKey, Resource), is_suspect: bool) {
         if is_suspect {
-            self.wanted.suspects.insert(process);
+            self.wanted.suspects.insert(what);
         } else {
-            self.wanted.suspects.remove(&process);
+            self.wanted.suspects.remove(&what);
         }
         self.apply(kernel);
+    }
+
+    /// Whether the stacks of a process are wanted.
+    #[must_use]
+    pub(crate) fn is_suspect(&self, process: ProcKey) -> bool {
+        self.wanted.is_suspect(process)
     }
 
     /// What outlives the observer.
@@ -148,7 +164,7 @@ impl Follow {
         if let Err(error) = kernel.set_fd_control(control) {
             tracing::warn!(%error, "the kernel cannot be told whose fds are followed");
         }
-        if let Err(verdict) = kernel.follow_fds(always || !self.wanted.is_empty()) {
+        if let Err(verdict) = kernel.follow_fds(always || self.wanted.any_fds()) {
             tracing::warn!("fds cannot be followed: {}", verdict.explain());
         }
         if !kernel.follows_fds() {
@@ -164,7 +180,7 @@ impl Follow {
         self.refused = 0;
         // All of them each time: an entry that somebody has taken away is back within a second.
         for process in wanted {
-            match kernel.watch(process) {
+            match kernel.watch(process, self.wanted.is_suspect(process)) {
                 Ok(()) => {
                     self.told.insert(process);
                 }
@@ -202,7 +218,7 @@ impl Follow {
         }
         let found: HashMap<ProcKey, &TaskRecord> =
             records.iter().map(|record| (record.key, record)).collect();
-        self.wanted.suspects.retain(|key| found.contains_key(key));
+        self.wanted.suspects.retain(|(key, _)| found.contains_key(key));
         self.wanted.listeners.retain(|who, _| !matches!(who, Who::Process(key) if !found.contains_key(key)));
         self.due.retain(|key, _| self.told.contains(key));
         let mut listings = Vec::new();
@@ -215,14 +231,22 @@ impl Follow {
             let mut listing = Listing { began: clock::boottime(), files: record.files, ..Listing::default() };
             // To see that there is nothing, all processes of the host would be walked.
             let is_empty = record.files == 0 || (record.fds == 0 && record.flags & FLAG_FDS_UNKNOWN == 0);
-            let done = if is_empty {
+            let files = if is_empty {
                 Ok(())
             } else {
                 kernel.files(*process, |file| listing.push(file.fd, file.file))
             };
+            let done = files.and_then(|()| {
+                if self.wanted.suspects.contains(&(*process, Resource::Thread)) {
+                    let threads = kernel.threads(*process)?;
+                    let started = threads.iter().map(|thread| (thread.tid, thread.start_boottime));
+                    listing.threads = Some(started.collect());
+                }
+                Ok(())
+            });
             match done {
                 Ok(()) => listings.push((*process, listing)),
-                Err(error) => tracing::warn!(pid = process.tgid, %error, "fds cannot be listed"),
+                Err(error) => tracing::warn!(pid = process.tgid, %error, "what it has cannot be listed"),
             }
             self.due.insert(*process, began + began.elapsed() * LISTING_SHARE);
         }

@@ -8,9 +8,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     ask::{Asker, Request},
-    detect::{Change, Detector, Finding, HostLimits, Resource},
+    detect::{Change, Detector, Finding, HostLimits},
     observe::{Input, Observation},
     origins::Origins,
+    stacks::Named,
     subscribe::Subscribers,
     table::Table,
     view::HostView,
@@ -70,6 +71,11 @@ impl Host {
                 self.subscribers.publish(&events, 0);
             }
             Input::Pass(observation) => self.pass(&observation),
+            Input::Named(stacks) => {
+                for Named { process, made, stack } in &stacks {
+                    self.origins.name(*process, made, stack);
+                }
+            }
             Input::Confirmed(key, resource, found) => {
                 if let Some(finding) = self.detector.confirm(key, resource, found) {
                     (self.report)(finding);
@@ -88,16 +94,12 @@ impl Host {
         for change in self.detector.observe(&rows, observation.pass.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => {
-                    if resource == Resource::Fd {
-                        self.origins.watch(key);
-                    }
+                    self.origins.watch(key, resource);
                     Request::Remember(key, resource)
                 }
                 Change::Grown(key, resource, baseline) => Request::Confirm(key, resource, baseline),
                 Change::Quiet(key, resource) => {
-                    if resource == Resource::Fd {
-                        self.origins.unwatch(key);
-                    }
+                    self.origins.unwatch(key, resource);
                     Request::Forget(key, resource)
                 }
             };
@@ -106,8 +108,8 @@ impl Host {
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
         let mut findings = self.detector.findings();
-        for finding in findings.iter_mut().filter(|finding| finding.resource == Resource::Fd) {
-            finding.origins = self.origins.by_call(finding.key);
+        for finding in &mut findings {
+            finding.origins = self.origins.by_origin(finding.key, finding.resource);
         }
         let mut view = HostView {
             passes: self.passes,
@@ -118,6 +120,8 @@ impl Host {
             drift: self.table.drift(),
             counts: observation.counts,
             ledger: observation.ledger,
+            stack_ledger: observation.stack_ledger,
+            stack_losses: observation.stack_losses,
             not_run: observation.not_run,
             failed: observation.failed,
             following: observation.following,

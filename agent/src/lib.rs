@@ -30,6 +30,7 @@ mod observe;
 mod origins;
 mod procfs;
 mod report;
+mod stacks;
 mod subscribe;
 mod supervisor;
 pub mod symbolise;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use plumb_common::{
-    counts,
+    counts::{self, Counts},
     event::{
         CLONE_THREAD, Clone as CloneEvent, Exit as ExitEvent, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED,
         FD_REPLACED, FD_UNKNOWN, FdChange,
@@ -211,7 +211,7 @@ impl EventCounts {
     #[must_use]
     pub(crate) fn new(
         counted: &Counted,
-        (ledger, elsewhere): (&[u64; counts::LEN as usize], [(&'static str, u64); 2]),
+        (ledger, elsewhere): (&Counts, [(&'static str, u64); 2]),
         seam: Option<Seam>,
         took: Duration,
         cpu: Duration,
@@ -224,7 +224,7 @@ impl EventCounts {
             via: seam.map_or("none", Seam::word),
             events: counted.by_name(),
             lost: (counts::LOSSES.into_iter())
-                .map(|outcome| (name(outcome), counts::of_outcome(ledger, outcome)))
+                .map(|outcome| (name(outcome), ledger.of_outcome(outcome)))
                 .chain(elsewhere)
                 .collect(),
         }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use plumb_common::{counts, task::ProcKey};
+use plumb_common::{counts::Counts, task::ProcKey};
 use tokio::sync::mpsc::Sender;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +21,7 @@ use crate::{
     follow::{FdEvents, Follow, Following, Wanted},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
+    stacks::{Losses, Named, Queue, Survivors},
     table::Pass,
 };
 
@@ -48,6 +49,8 @@ pub(crate) enum Input {
     Pass(Box<Observation>),
     /// The answer to `Request::Confirm`.
     Confirmed(ProcKey, Resource, Confirmation),
+    /// Stacks of what watched processes made.
+    Named(Vec<Named>),
 }
 
 /// A pass and what it took.
@@ -55,9 +58,12 @@ pub(crate) enum Input {
 pub(crate) struct Observation {
     pub pass: Pass,
     /// The kernel's ledger, by `counts::index`.
-    pub counts: [u64; counts::LEN as usize],
+    pub counts: Counts,
     /// What became of the events that were sent.
     pub ledger: Ledger,
+    /// What became of the stacks that were sent, and of those that were read.
+    pub stack_ledger: Ledger,
+    pub stack_losses: Losses,
     /// How often a program was not run because it was running on that CPU already.
     pub not_run: u64,
     pub following: Following,
@@ -92,6 +98,8 @@ struct Observer {
     evidence: Evidence,
     follow: Follow,
     admission: Admission,
+    survivors: Survivors,
+    stacks: Queue,
     /// What the kernel's part of the last pass took.
     pass_cpu: Duration,
     failed: u64,
@@ -104,7 +112,7 @@ pub(crate) fn run(
     limits: &Limits,
     kept: &mut Kept,
     (requests, bell): (&Receiver<Request>, &Bell),
-    inputs: &Sender<Input>,
+    (inputs, stacks): (&Sender<Input>, &Queue),
     stop: &CancellationToken,
 ) -> Result<()> {
     let ring = kernel.ring()?;
@@ -118,6 +126,8 @@ pub(crate) fn run(
         describer,
         evidence,
         follow,
+        survivors: Survivors::default(),
+        stacks: stacks.clone(),
         pass_cpu: Duration::ZERO,
         failed: 0,
         failed_in_a_row: 0,
@@ -179,6 +189,12 @@ impl Observer {
 
     fn drain(&mut self) -> Vec<Event> {
         let events = self.ring.drain(BATCH);
+        let stacks = self.ring.drain_stacks();
+        self.stacks.unwind(self.survivors.of(&events, stacks));
+        let execs = events.iter().filter(|event| matches!(event, Event::Exec(_)));
+        for process in execs.map(|event| event.header().process).filter(|key| self.follow.is_suspect(*key)) {
+            self.stacks.watch(process);
+        }
         self.follow.look(&events);
         events
     }
@@ -201,6 +217,8 @@ impl Observer {
                     pass,
                     counts: self.kernel.counts().context("the ledger cannot be read")?,
                     ledger: self.ring.ledger(),
+                    stack_ledger: self.ring.stack_ledger(),
+                    stack_losses: self.stacks.losses(),
                     not_run: self.kernel.not_run(),
                     following: self.follow.state(&self.kernel),
                     failed: self.failed,
@@ -237,21 +255,21 @@ impl Observer {
     /// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
     /// host full of suspects.
     fn answer(&mut self, request: Request) -> Option<Input> {
-        let Self { kernel, evidence, follow, .. } = self;
+        let Self { kernel, evidence, follow, stacks, .. } = self;
         match request {
             Request::Follow(who) => follow.add(kernel, who),
             Request::Unfollow(who) => follow.remove(kernel, who),
             Request::Remember(key, resource) => {
-                if resource == Resource::Fd {
-                    follow.suspect(kernel, key, true);
-                }
+                stacks.watch(key);
+                follow.suspect(kernel, (key, resource), true);
                 if let Err(error) = evidence.remember(kernel, key, resource) {
                     tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
                 }
             }
             Request::Forget(key, resource) => {
-                if resource == Resource::Fd {
-                    follow.suspect(kernel, key, false);
+                follow.suspect(kernel, (key, resource), false);
+                if !follow.is_suspect(key) {
+                    stacks.forget(key);
                 }
                 evidence.forget(key, resource);
             }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use plumb_common::counts;
+use plumb_common::counts::{self, Counts};
 
 use crate::{
     admission::Untracked,
@@ -10,6 +10,7 @@ use crate::{
     follow::Following,
     kernel::{Ledger, Status},
     origins::FdDrift,
+    stacks::Losses,
     table::{Drift, Row},
 };
 
@@ -26,9 +27,11 @@ pub(crate) struct HostView {
     pub findings: Vec<Finding>,
     pub drift: Drift,
     /// The kernel's ledger, by `counts::index`.
-    pub counts: [u64; counts::LEN as usize],
+    pub counts: Counts,
     /// What became of the events that were sent.
     pub ledger: Ledger,
+    pub stack_ledger: Ledger,
+    pub stack_losses: Losses,
     /// How often a program was not run.
     pub not_run: u64,
     /// Passes that failed.
@@ -58,6 +61,6 @@ impl HostView {
 
 /// Sum of the outcomes that are losses.
 #[must_use]
-pub(crate) fn lost(counts: &[u64; counts::LEN as usize]) -> u64 {
-    counts::LOSSES.map(|outcome| counts::of_outcome(counts, outcome)).iter().sum()
+pub(crate) fn lost(counts: &Counts) -> u64 {
+    counts::LOSSES.map(|outcome| counts.of_outcome(outcome)).iter().sum()
 }

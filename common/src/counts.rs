@@ -3,18 +3,20 @@
 //! The kernel side keeps a per-CPU array with one `u64` per (source, outcome); the agent sums it.
 
 /// Which program produced the event.
-pub const SOURCES: [&str; 5] = ["clone", "exec", "rename", "exit", "fd"];
+pub const SOURCES: [&str; 6] = ["clone", "exec", "rename", "exit", "fd", "stack"];
 pub const CLONE: u32 = 0;
 pub const EXEC: u32 = 1;
 pub const RENAME: u32 = 2;
 pub const EXIT: u32 = 3;
 pub const FD: u32 = 4;
+/// Of a new fd or thread. One that is lost is an origin without a stack, not a lost event.
+pub const STACK: u32 = 5;
 
 /// What became of it.
 pub const OUTCOMES: [&str; 6] = ["sent", "filtered", "ring_full", "forged", "fault", "quota"];
 /// Written to the ring.
 pub const SENT: u32 = 0;
-/// The listener asked for another process.
+/// The listener asked for another process; of a stack, the thread has no 64-bit user registers.
 pub const FILTERED: u32 = 1;
 /// Lost: the ring had no room.
 pub const RING_FULL: u32 = 2;
@@ -22,7 +24,7 @@ pub const RING_FULL: u32 = 2;
 pub const FORGED: u32 = 3;
 /// Lost: kernel or user memory could not be read.
 pub const FAULT: u32 = 4;
-/// Lost: the ring was filling up, and the cgroup had used its share of it.
+/// Lost: the ring was filling up, and the cgroup had used its share of it; of stacks, the process had its number.
 pub const QUOTA: u32 = 5;
 
 /// The outcomes that are losses.
@@ -31,10 +33,27 @@ pub const LOSSES: [u32; 3] = [RING_FULL, FAULT, QUOTA];
 /// Entries of the array.
 pub const LEN: u32 = (SOURCES.len() * OUTCOMES.len()) as u32;
 
-/// Sum over the sources.
-#[must_use]
-pub fn of_outcome(ledger: &[u64; LEN as usize], outcome: u32) -> u64 {
-    (0..SOURCES.len() as u32).map(|source| ledger[index(source, outcome) as usize]).sum()
+/// The ledger at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts(pub [u64; LEN as usize]);
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self([0; LEN as usize])
+    }
+}
+
+impl Counts {
+    #[must_use]
+    pub fn of(&self, source: u32, outcome: u32) -> u64 {
+        self.0[index(source, outcome) as usize]
+    }
+
+    /// Sum over the sources of events; stacks come beside them.
+    #[must_use]
+    pub fn of_outcome(&self, outcome: u32) -> u64 {
+        (0..STACK).map(|source| self.of(source, outcome)).sum()
+    }
 }
 
 /// Index of one counter.

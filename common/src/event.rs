@@ -12,6 +12,8 @@ pub const KIND_EXEC: u32 = 2;
 pub const KIND_RENAME: u32 = 3;
 pub const KIND_EXIT: u32 = 4;
 pub const KIND_FD: u32 = 5;
+/// In the ring of stacks only.
+pub const KIND_STACK: u32 = 6;
 
 /// In `Clone::flags` (linux/sched.h): the new task joins its creator's thread group.
 pub const CLONE_THREAD: u64 = 0x0001_0000;
@@ -111,6 +113,36 @@ pub struct FdChange {
     pub reused: u32,
     /// As in `file::FdRecord`; empty without a file.
     pub name: [u8; NAME_LEN],
+}
+
+/// The user stack of a thread at the call that made an fd or a thread. It is in its ring before that event is
+/// in the other. `len` bytes of the stack follow, from `sp` up; whatever else the record holds means nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Stack {
+    /// Thread and time are those of the event.
+    pub header: Header,
+    /// Just behind the syscall instruction.
+    pub ip: u64,
+    pub sp: u64,
+    pub bp: u64,
+    /// The new fd, or the id of the new thread.
+    pub made: u32,
+    pub len: u32,
+}
+
+/// What the kernel side knows of a watched process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Watch {
+    /// As in `ProcKey`.
+    pub start_boottime: u64,
+    /// The second (2^30 ns) in which stacks were last taken.
+    pub second: u64,
+    /// And how many in it.
+    pub taken: u32,
+    /// 1: with the stacks of whoever makes fds and threads.
+    pub stacks: u32,
 }
 
 /// Whose fd events reach the ring of the agent, beside the processes it watches.

@@ -20,5 +20,15 @@ pub const BITMAP_CALLS: u32 = 256;
 /// Processes whose fd events the agent can follow at a time.
 pub const MAX_WATCHED: u32 = 1024;
 
+/// Default size of the ring of stacks in bytes; as for the events, its pages count twice.
+pub const STACK_RING_BYTES: u32 = 1 << 20;
+
+/// Bytes of a user stack that a record has room for: the smaller one when that much is not there.
+pub const STACK_BYTES: [usize; 2] = [4 << 10, 16 << 10];
+
+/// Stacks taken of one watched process per second (2^30 ns) at most, so that one that opens fds as fast as it
+/// can does not use up the ring and the processor of the agent.
+pub const STACKS_PER_SECOND: u32 = 1000;
+
 /// Cgroups whose use of a filling ring is told apart; beyond it the least recently seen is forgotten.
 pub const MAX_SHARES: u32 = 1024;

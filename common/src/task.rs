@@ -85,5 +85,10 @@ pub struct ThreadRecord {
     /// Scheduler state bits.
     pub state: u32,
     pub exit_state: u32,
+    /// Where it entered the kernel, as in `event::Stack`: of a thread that is blocked, where it is blocked. All 0
+    /// for one that did not come from 64-bit user space.
+    pub ip: u64,
+    pub sp: u64,
+    pub bp: u64,
     pub comm: [u8; COMM_LEN],
 }

@@ -59,6 +59,13 @@ pub(crate) fn now() -> u64 {
 /// waking it costs the writer microseconds. Below that its own tick finds the event.
 #[inline(always)]
 pub(crate) fn send<T: Pod>(source: u32, event: T) {
+    // SAFETY: the record has been reserved.
+    send_filled::<T>(source, |record| unsafe { record.write(event) });
+}
+
+/// As `send`, of an event that is written where it goes: all calls together have 512 bytes of stack.
+#[inline(always)]
+pub(crate) fn send_filled<T: Pod>(source: u32, fill: impl FnOnce(*mut T)) {
     let size = maps::EVENTS.query(SIZE);
     let used = maps::EVENTS.query(AVAILABLE);
     if used >= size / 2 && !is_within_share(used, size, size_of::<T>() as u64) {
@@ -67,12 +74,29 @@ pub(crate) fn send<T: Pod>(source: u32, event: T) {
     let Some(mut entry) = maps::EVENTS.reserve::<T>(0) else {
         return count(source, counts::RING_FULL);
     };
-    entry.write(event);
+    fill(entry.as_mut_ptr());
+    entry.submit(wake_up(used, size, size_of::<T>() as u64));
+    count(source, counts::SENT);
+}
+
+/// The flag to submit a record of so many bytes with, into a ring of which so much was used.
+#[inline(always)]
+fn wake_up(used: u64, size: u64, bytes: u64) -> u64 {
     // Never by 0: a branch that panics would be refused.
     let eighth = (size / 8).max(1);
-    let is_another = used / eighth != (used + HEADER + size_of::<T>() as u64) / eighth;
-    entry.submit(if is_another { FORCE_WAKEUP } else { NO_WAKEUP });
-    count(source, counts::SENT);
+    if used / eighth == (used + HEADER + bytes) / eighth { NO_WAKEUP } else { FORCE_WAKEUP }
+}
+
+/// Makes room for a record of the ring of stacks, has it filled and sends it; or counts why not.
+#[inline(always)]
+pub(crate) fn send_stack<T: 'static>(fill: impl FnOnce(*mut T)) {
+    let used = maps::STACKS.query(AVAILABLE);
+    let Some(mut entry) = maps::STACKS.reserve::<T>(0) else {
+        return count(counts::STACK, counts::RING_FULL);
+    };
+    fill(entry.as_mut_ptr());
+    entry.submit(wake_up(used, maps::STACKS.query(SIZE), size_of::<T>() as u64));
+    count(counts::STACK, counts::SENT);
 }
 
 /// Notes what the running task's cgroups use of a ring that is filling up. In its last quarter each set of
@@ -176,7 +200,7 @@ fn watched(tgid: u32, tid: u32) -> Watched {
     }
     // SAFETY: the value is read at once; a change in between only makes the answer an old one.
     match unsafe { maps::WATCHED.get(tgid) } {
-        Some(start) => Watched::Since(*start),
+        Some(watch) => Watched::Since(watch.start_boottime),
         None => Watched::No,
     }
 }

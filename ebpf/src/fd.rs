@@ -5,14 +5,13 @@
 //! own functions that fill and empty slots: nothing to forge, and other syscalls pay nothing, but not every
 //! kernel lets them be attached. Both end in `added` or `removed`.
 
-use bytemuck::Zeroable;
 use plumb_common::{
     counts,
     event::{FdChange, Header, KIND_FD},
     offsets, syscalls,
 };
 
-use crate::{emit, kernel, regs};
+use crate::{emit, kernel, regs, stack};
 
 /// Whether the running task came through the 32-bit entry.
 #[inline(always)]
@@ -48,12 +47,14 @@ pub(crate) struct Added {
 
 #[inline(always)]
 pub(crate) fn added(header: Header, added: &Added) {
-    // Field by field: a literal would stand on the stack twice, which has 512 bytes for all calls.
-    let mut event = FdChange::zeroed();
-    (event.header, event.files, event.file) = (header, added.files, added.file);
-    (event.fd, event.fd_last, event.change, event.how) = (added.fd, added.fd, added.change, added.how);
-    describe(added.file, &mut event);
-    emit::send(counts::FD, event);
+    stack::take(&header, added.fd);
+    emit::send_filled::<FdChange>(counts::FD, |event| {
+        // SAFETY: the record has been reserved.
+        let event = unsafe { begin(event, header) };
+        (event.files, event.file) = (added.files, added.file);
+        (event.fd, event.fd_last, event.change, event.how) = (added.fd, added.fd, added.change, added.how);
+        describe(added.file, event);
+    });
 }
 
 /// Slots of the running task's table that have been emptied or marked.
@@ -71,15 +72,32 @@ pub(crate) struct Removed {
 
 #[inline(always)]
 pub(crate) fn removed(header: Header, removed: &Removed) {
-    let mut event = FdChange::zeroed();
-    (event.header, event.files, event.file) = (header, removed.files, removed.file);
-    (event.fd, event.fd_last, event.change, event.how) =
-        (removed.fd, removed.fd_last, removed.change, removed.how);
-    event.reused = u32::from(removed.reused);
-    if removed.file != 0 {
-        describe(removed.file, &mut event);
-    }
-    emit::send(counts::FD, event);
+    emit::send_filled::<FdChange>(counts::FD, |event| {
+        // SAFETY: the record has been reserved.
+        let event = unsafe { begin(event, header) };
+        (event.files, event.file) = (removed.files, removed.file);
+        (event.fd, event.fd_last, event.change, event.how) =
+            (removed.fd, removed.fd_last, removed.change, removed.how);
+        event.reused = u32::from(removed.reused);
+        if removed.file != 0 {
+            describe(removed.file, event);
+        }
+    });
+}
+
+/// An event of which only the header is known.
+///
+/// # Safety
+/// `event` can be written.
+#[inline(always)]
+unsafe fn begin<'a>(event: *mut FdChange, header: Header) -> &'a mut FdChange {
+    // SAFETY: as required; all zero is an event.
+    let event = unsafe {
+        event.write_bytes(0, 1);
+        &mut *event
+    };
+    event.header = header;
+    event
 }
 
 #[inline(always)]

@@ -21,6 +21,7 @@ use crate::{
     emit,
     kernel::{self, Typed, follow, load},
     maps,
+    regs::{self, Place},
 };
 
 /// linux/sched.h.
@@ -163,12 +164,16 @@ unsafe fn thread(ctx: *const c_void, task: Typed) -> Option<()> {
         if !is_iterated(task) {
             return None;
         }
+        let place = regs::place_of(task).unwrap_or(Place { ip: 0, sp: 0, bp: 0 });
         let record = ThreadRecord {
             start_boottime: load(task, offsets::TASK_START_BOOTTIME)?,
             tid: load(task, offsets::TASK_PID)?,
             tgid: load(task, offsets::TASK_TGID)?,
             state: state(task),
             exit_state: load(task, offsets::TASK_EXIT_STATE).unwrap_or(0),
+            ip: place.ip,
+            sp: place.sp,
+            bp: place.bp,
             comm: load(task, offsets::TASK_COMM)?,
         };
         write(ctx, &record);

@@ -6,8 +6,8 @@ use aya_ebpf::{
 };
 use plumb_common::{
     counts,
-    event::FdControl,
-    limits::{BITMAP_WORDS, COMM_LEN, MAX_SHARES, MAX_WATCHED, RING_BYTES},
+    event::{FdControl, Watch},
+    limits::{BITMAP_WORDS, COMM_LEN, MAX_SHARES, MAX_WATCHED, RING_BYTES, STACK_RING_BYTES},
     offsets,
     task::ProcKey,
 };
@@ -15,6 +15,10 @@ use plumb_common::{
 /// Lifecycle and fd events, in the order of their reservation.
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
+
+/// User stacks of those who make fds and threads.
+#[map]
+pub(crate) static STACKS: RingBuf = RingBuf::with_byte_size(STACK_RING_BYTES, 0);
 
 /// The ledger, indexed by `counts::index`. One value, so that the agent reads it in one call.
 #[map]
@@ -33,10 +37,10 @@ pub(crate) static ITER_PROCESS: Array<ProcKey> = Array::with_max_entries(1, 0);
 #[map]
 pub(crate) static FD_CONTROL: Array<FdControl> = Array::with_max_entries(1, 0);
 
-/// The watched processes: start by thread group id. Only the agent writes it; a process that finds no room
+/// The watched processes by thread group id. Only the agent adds to it; a process that finds no room
 /// is not watched, and the agent says so.
 #[map]
-pub(crate) static WATCHED: HashMap<u32, u64> = HashMap::with_max_entries(MAX_WATCHED, 0);
+pub(crate) static WATCHED: HashMap<u32, Watch> = HashMap::with_max_entries(MAX_WATCHED, 0);
 
 /// What each cgroup has used of a ring that is filling up. A guide for who must wait, not an account: the
 /// least recently seen may be forgotten.
@@ -69,6 +73,10 @@ static FILTER_COMM: [u8; COMM_LEN] = [0; COMM_LEN];
 #[unsafe(no_mangle)]
 static WATCHED_ONLY: u32 = 0;
 
+/// 1: the stacks of everybody whose events reach the ring are taken; 0: those that `WATCHED` says.
+#[unsafe(no_mangle)]
+static ALL_STACKS: u32 = 0;
+
 /// 1: the kernel has `bpf_task_pt_regs` (since 5.15).
 #[unsafe(no_mangle)]
 static HAS_TASK_PT_REGS: u32 = 0;
@@ -99,6 +107,12 @@ pub(crate) fn filter_comm() -> [u8; COMM_LEN] {
 pub(crate) fn watched_only() -> bool {
     // SAFETY: as above.
     unsafe { core::ptr::read_volatile(&raw const WATCHED_ONLY) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn all_stacks() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const ALL_STACKS) != 0 }
 }
 
 #[inline(always)]

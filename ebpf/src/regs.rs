@@ -4,7 +4,10 @@
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_task_pt_regs};
 use plumb_common::offsets;
 
-use crate::{kernel, maps};
+use crate::{
+    kernel::{self, Typed},
+    maps,
+};
 
 /// `struct pt_regs`, arch/x86/include/asm/ptrace.h; the order is user ABI.
 #[repr(C)]
@@ -25,7 +28,15 @@ pub(crate) struct PtRegs {
     si: u64,
     di: u64,
     orig_ax: u64,
+    ip: u64,
+    cs: u64,
+    flags: u64,
+    sp: u64,
+    ss: u64,
 }
+
+/// `__USER_CS`, arch/x86/include/asm/segment.h: 64-bit user code.
+const USER_CS: u64 = 0x33;
 
 /// `TS_COMPAT` in `thread_info.status`: the task is inside a syscall through the 32-bit entry.
 pub(crate) const TS_COMPAT: u32 = 0x2;
@@ -75,16 +86,60 @@ pub(crate) unsafe fn arguments(regs: *const PtRegs, compat: bool) -> [u64; 4] {
 /// thread is in none; whatever its stack says there is found in no table.
 #[inline(always)]
 pub(crate) fn current_call(task: u64, compat: bool) -> Option<(u64, u64)> {
-    let regs = if maps::has_task_pt_regs() {
-        // SAFETY: the running task has registers; the result is only read through a helper.
-        unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as u64 }
-    } else {
-        kernel::read::<u64>(task, offsets::TASK_STACK)? + STACK_SIZE - FRAME_SIZE
-    };
+    let regs = user_registers(task)?;
     let field = |offset: usize| kernel::read_at::<u64>(regs + offset as u64);
     let first = if compat { core::mem::offset_of!(PtRegs, bx) } else { core::mem::offset_of!(PtRegs, di) };
     Some((field(core::mem::offset_of!(PtRegs, orig_ax))?, field(first)?))
 }
 
-/// Size of the whole `struct pt_regs`: behind `orig_ax` follow ip, cs, flags, sp, ss.
-const FRAME_SIZE: u64 = size_of::<PtRegs>() as u64 + 5 * 8;
+/// Address of the registers that the running task entered the kernel with.
+#[inline(always)]
+fn user_registers(task: u64) -> Option<u64> {
+    if maps::has_task_pt_regs() {
+        // SAFETY: the running task has registers; the result is only read through a helper.
+        return Some(unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as u64 });
+    }
+    Some(kernel::read::<u64>(task, offsets::TASK_STACK)? + STACK_SIZE - size_of::<PtRegs>() as u64)
+}
+
+/// Where a thread is in user space.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub ip: u64,
+    pub sp: u64,
+    pub bp: u64,
+}
+
+/// Where the running task entered the kernel; `None` for one that did not come from 64-bit user space.
+#[inline(always)]
+pub(crate) fn place() -> Option<Place> {
+    place_in(user_registers(kernel::current())?)
+}
+
+/// Where a task that is not running entered the kernel.
+///
+/// # Safety
+/// `task` is a non-null typed pointer to a `task_struct`.
+#[inline(always)]
+pub(crate) unsafe fn place_of(task: Typed) -> Option<Place> {
+    if maps::has_task_pt_regs() {
+        // SAFETY: as required; the result is only read through a helper.
+        return place_in(unsafe { bpf_task_pt_regs(task.cast_mut().cast()) as u64 });
+    }
+    // SAFETY: as required.
+    let stack = unsafe { kernel::load::<u64>(task, offsets::TASK_STACK)? };
+    place_in(stack + STACK_SIZE - size_of::<PtRegs>() as u64)
+}
+
+#[inline(always)]
+fn place_in(regs: u64) -> Option<Place> {
+    let field = |offset: usize| kernel::read_at::<u64>(regs + offset as u64);
+    if field(core::mem::offset_of!(PtRegs, cs))? != USER_CS {
+        return None;
+    }
+    Some(Place {
+        ip: field(core::mem::offset_of!(PtRegs, ip))?,
+        sp: field(core::mem::offset_of!(PtRegs, sp))?,
+        bp: field(core::mem::offset_of!(PtRegs, bp))?,
+    })
+}

@@ -5,7 +5,7 @@
 use aya_ebpf::{macros::btf_tracepoint, programs::BtfTracePointContext};
 use plumb_common::{
     counts,
-    event::{self, KIND_CLONE, KIND_EXEC, KIND_EXIT, KIND_RENAME},
+    event::{self, CLONE_THREAD, KIND_CLONE, KIND_EXEC, KIND_EXIT, KIND_RENAME},
     limits::COMM_LEN,
     offsets,
 };
@@ -13,6 +13,7 @@ use plumb_common::{
 use crate::{
     emit,
     kernel::{self, Typed},
+    stack,
 };
 
 /// `void task_newtask(struct task_struct *task, unsigned long clone_flags)`, since 3.8. Runs in the
@@ -28,6 +29,9 @@ pub(crate) fn task_newtask(ctx: BtfTracePointContext) -> i32 {
         emit::count(counts::CLONE, counts::FAULT);
         return 0;
     };
+    if flags & CLONE_THREAD != 0 {
+        stack::take(&header, child_tid);
+    }
     emit::send(counts::CLONE, event::Clone { header, child: process, flags, child_tid, reserved: 0 });
     0
 }

@@ -13,7 +13,7 @@ use crate::{
     worker::Worker,
 };
 
-/// Processes, threads of each, and the CPU time that is meant to be enough, in per cent of a core.
+/// Processes of the host where they have one thread, else those beside its own; threads of each; and the CPU time that is meant to be enough, in per cent of a core.
 const CROWDS: [(usize, usize, f64); 3] = [(200, 1, 0.1), (10_000, 1, 3.0), (1_000, 100, 3.0)];
 /// Every process has been described by then, and the detector has seen each twice.
 const WARM_UP: Duration = Duration::from_secs(5);
@@ -29,7 +29,7 @@ pub(crate) fn run(effort: Effort) -> Result<()> {
     );
     println!("|---|---|---|---|---|");
     for (processes, threads, bound) in CROWDS {
-        eprintln!("bench: agent beside {processes} processes of {threads} threads");
+        eprintln!("bench: agent, {processes} processes of {threads} threads");
         if let Err(error) = beside(processes, threads, bound, effort) {
             println!("| {processes} | {} | cannot run here: {error:#} | | |", processes * threads);
         }
@@ -38,7 +38,8 @@ pub(crate) fn run(effort: Effort) -> Result<()> {
 }
 
 fn beside(processes: usize, threads: usize, bound: f64, effort: Effort) -> Result<()> {
-    let _crowd = Crowd::start(processes, threads)?;
+    let there = if threads == 1 { census()?.0 } else { 0 };
+    let _crowd = Crowd::start(processes.saturating_sub(there).max(1), threads)?;
     let mut nobody = Worker::start(0)?;
     let mut running = Running::start(IDLE_AGENT, &mut nobody, None)?;
     thread::sleep(WARM_UP);

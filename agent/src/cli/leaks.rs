@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use super::{Outcome, output::Output};
 use crate::{
     config,
-    document::Leaks,
+    document::{Leaks, Origin},
     failure::{Exit, Failure},
     report,
 };
@@ -50,6 +50,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         ("FULL IN", true),
         ("GROUP", false),
         ("MOSTLY", false),
+        ("FROM", false),
     ];
     arguments.output.print(&document, &document.findings, &columns, |leak| {
         vec![
@@ -62,6 +63,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             leak.seconds_to_exhaustion.map_or_else(|| "-".to_owned(), report::rough),
             leak.group.clone(),
             if leak.examples.is_empty() { "-".to_owned() } else { report::list(&leak.examples) },
+            leak.origins.first().map_or_else(|| "-".to_owned(), Origin::words),
         ]
     })?;
     Ok(Exit::Ok)

@@ -18,14 +18,14 @@
 
 mod trend;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use foldhash::HashMap;
 use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
 use self::trend::{Level, Trend};
-use crate::{procfs::ProcStatic, table::Row};
+use crate::{origins::ByOrigin, procfs::ProcStatic, table::Row};
 
 /// What can leak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -115,8 +115,8 @@ pub(crate) struct Finding {
     pub first_seen: u64,
     /// What leaks: paths, addresses, names. Empty until they have been looked up.
     pub examples: Vec<Example>,
-    /// By which calls came what is open, by name; empty for what nobody watches.
-    pub origins: BTreeMap<&'static str, u32>,
+    /// Where what it has came from; empty for what nobody watches.
+    pub origins: ByOrigin,
 }
 
 impl Finding {
@@ -229,7 +229,7 @@ impl Detector {
                         growth_per_minute: track.trend.growth_per_minute(),
                         first_seen: track.trend.since(),
                         examples,
-                        origins: BTreeMap::new(),
+                        origins: ByOrigin::default(),
                     };
                     self.findings.insert(at, finding);
                 } else if before.is_some() {

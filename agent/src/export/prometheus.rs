@@ -184,8 +184,8 @@ fn collection(page: &mut Page, view: &HostView) -> fmt::Result {
             (labels, f64::from(u8::from(status.is_attached())))
         }),
     )?;
-    let sources = || (0u32..).zip(counts::SOURCES);
-    let counted = |source, outcome| view.counts[counts::index(source, outcome) as usize] as f64;
+    let sources = || (0..counts::STACK).zip(counts::SOURCES);
+    let counted = |source, outcome| view.counts.of(source, outcome) as f64;
     page.family(
         "plumb_events_seen_total",
         COUNTER,
@@ -224,6 +224,7 @@ fn collection(page: &mut Page, view: &HostView) -> fmt::Result {
         in_kernel.chain(elsewhere),
     )?;
     following(page, view)?;
+    stacks(page, view)?;
     let of_fds =
         [("fd_open_unseen", view.fd_drift.opens_unseen), ("fd_close_unseen", view.fd_drift.closes_unseen)];
     page.family(
@@ -298,6 +299,45 @@ fn following(page: &mut Page, view: &HostView) -> fmt::Result {
         COUNTER,
         "Events that readers missed because they did not keep up; each was told.",
         [([], view.subscribers.1 as f64)],
+    )
+}
+
+fn stacks(page: &mut Page, view: &HostView) -> fmt::Result {
+    let counted = |outcome| view.counts.of(counts::STACK, outcome);
+    let (ledger, losses) = (view.stack_ledger, view.stack_losses);
+    page.family(
+        "plumb_stacks_taken_total",
+        COUNTER,
+        "Stacks copied as a watched process made an fd or a thread, and read from their ring.",
+        [([], ledger.consumed as f64)],
+    )?;
+    page.family(
+        "plumb_stacks_missing_total",
+        COUNTER,
+        "Fds and threads of watched processes whose stack could not be had, by cause.",
+        [
+            ("no_user_registers", counted(counts::FILTERED)),
+            ("ring_full", counted(counts::RING_FULL)),
+            ("quota", counted(counts::QUOTA)),
+            ("decode", ledger.rejected),
+            ("not_unwound", losses.not_unwound),
+            ("too_many", losses.too_many),
+        ]
+        .map(|(cause, count)| ([("cause", cause)], count as f64)),
+    )?;
+    let harm = losses.symboliser;
+    page.family(
+        "plumb_symboliser_failures_total",
+        COUNTER,
+        "What went wrong while stacks were unwound and named; what is missing then is told as module and offset.",
+        [
+            ("timeout", harm.timeouts),
+            ("crash", harm.crashes),
+            ("refused", harm.refused),
+            ("recycled", harm.recycled),
+            ("not_started", harm.not_started),
+        ]
+        .map(|(cause, count)| ([("cause", cause)], count as f64)),
     )
 }
 

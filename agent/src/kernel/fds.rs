@@ -10,7 +10,12 @@ use aya::{
     maps::{Array, HashMap, MapError},
     programs::{self, fentry::FEntryLink, fexit::FExitLink, tp_btf::BtfTracePointLink},
 };
-use plumb_common::{event::FdControl, offsets, task::ProcKey};
+use bytemuck::Zeroable;
+use plumb_common::{
+    event::{FdControl, Watch},
+    offsets,
+    task::ProcKey,
+};
 
 use super::{
     load::{Fds, Kernel, load, refusal},
@@ -163,6 +168,14 @@ fn attach(ebpf: &mut Ebpf, program: &Program) -> Result<Attached, Verdict> {
     .map_err(refusal)
 }
 
+/// The value of the kernel's list.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Watched(Watch);
+
+// SAFETY: plain numbers.
+unsafe impl aya::Pod for Watched {}
+
 /// Why a process is not watched.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
@@ -226,10 +239,12 @@ impl Kernel {
         map.set(0, bytemuck::cast::<FdControl, u64>(control), 0).map_err(io::Error::other)
     }
 
-    /// From now on the fd events of a process are sent. A number that stands for another process by now
-    /// sends nothing.
-    pub fn watch(&mut self, process: ProcKey) -> Result<(), WatchError> {
-        match self.watched()?.insert(process.tgid, process.start_boottime, 0) {
+    /// From now on the fd events of a process are sent, and if wanted the stacks of its threads when they make
+    /// an fd or a thread. A number that stands for another process by now sends nothing.
+    pub fn watch(&mut self, process: ProcKey, stacks: bool) -> Result<(), WatchError> {
+        let (start_boottime, stacks) = (process.start_boottime, u32::from(stacks));
+        let watch = Watched(Watch { start_boottime, stacks, ..Watch::zeroed() });
+        match self.watched()?.insert(process.tgid, watch, 0) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
                 Err(WatchError::Full)
             }
@@ -241,13 +256,15 @@ impl Kernel {
     pub fn unwatch(&mut self, process: ProcKey) -> Result<(), WatchError> {
         let mut watched = self.watched()?;
         match watched.get(&process.tgid, 0) {
-            Ok(start) if start == process.start_boottime => Ok(watched.remove(&process.tgid)?),
+            Ok(Watched(watch)) if watch.start_boottime == process.start_boottime => {
+                Ok(watched.remove(&process.tgid)?)
+            }
             Ok(_) | Err(MapError::KeyNotFound) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    fn watched(&mut self) -> Result<HashMap<&mut aya::maps::MapData, u32, u64>, MapError> {
+    fn watched(&mut self) -> Result<HashMap<&mut aya::maps::MapData, u32, Watched>, MapError> {
         let missing = || MapError::InvalidName { name: "WATCHED".to_owned() };
         HashMap::try_from(self.ebpf.map_mut("WATCHED").ok_or_else(missing)?)
     }

@@ -8,8 +8,8 @@ use aya::{
     programs::{self, ProgramError},
 };
 use plumb_common::{
-    counts,
-    limits::{COMM_LEN, RING_BYTES},
+    counts::{self, Counts},
+    limits::{COMM_LEN, RING_BYTES, STACK_RING_BYTES},
     offsets,
 };
 
@@ -23,6 +23,7 @@ use crate::failure::{Exit, Failure};
 
 /// Names of the maps and globals, as in ebpf/src/maps.rs.
 const EVENTS: &str = "EVENTS";
+const STACKS: &str = "STACKS";
 const COUNTS: &str = "COUNTS";
 
 /// Copied so that it is aligned as an ELF file wants it.
@@ -47,6 +48,9 @@ pub struct Plan {
     pub filter: Filter,
     /// Size of the event ring in bytes; a power of two, at least one page.
     pub ring_bytes: u32,
+    /// Whether stacks can be taken: of everybody whose fds are followed at once, else of those that
+    /// `Kernel::watch` names.
+    pub stacks: bool,
 }
 
 /// Whether and how fds are followed.
@@ -75,6 +79,7 @@ impl Plan {
         fds: Fds::Watched(None),
         filter: Filter { tgid: None, comm: None },
         ring_bytes: RING_BYTES,
+        stacks: true,
     };
 
     /// All there is, for `plumb doctor`.
@@ -88,6 +93,7 @@ impl Plan {
             fds: Fds::All(None),
             filter,
             ring_bytes: RING_BYTES,
+            stacks: false,
         }
     }
 
@@ -95,7 +101,7 @@ impl Plan {
     #[must_use]
     pub const fn pass(programs: &'static [&'static str]) -> Self {
         let filter = Filter { tgid: None, comm: None };
-        Self { programs: Some(programs), fds: Fds::Never, filter, ring_bytes: PAGE }
+        Self { programs: Some(programs), fds: Fds::Never, filter, ring_bytes: PAGE, stacks: false }
     }
 }
 
@@ -138,10 +144,10 @@ impl From<LoadError> for Failure {
 /// One CPU's part of the ledger.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug)]
-struct Counts([u64; counts::LEN as usize]);
+struct PerCpu([u64; counts::LEN as usize]);
 
 // SAFETY: plain numbers.
-unsafe impl aya::Pod for Counts {}
+unsafe impl aya::Pod for PerCpu {}
 
 /// The loaded programs. Dropping it detaches everything.
 #[derive(Debug)]
@@ -169,15 +175,18 @@ impl Kernel {
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Refused(error.to_string()))?;
         let (tgid, comm) = (plan.filter.tgid.unwrap_or(0), plan.filter.comm.unwrap_or_default());
         let watched_only = u32::from(matches!(plan.fds, Fds::Watched(_)));
+        let all_stacks = u32::from(plan.stacks && watched_only == 0);
         let has_task_pt_regs = u32::from(facts.has_task_pt_regs);
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
             .override_global("OFFSETS", &facts.offsets[..], true)
             .override_global("WATCHED_ONLY", &watched_only, true)
+            .override_global("ALL_STACKS", &all_stacks, true)
             .override_global("HAS_TASK_PT_REGS", &has_task_pt_regs, true)
             .override_global("FILTER_TGID", &tgid, true)
             .override_global("FILTER_COMM", &comm[..], true)
             .map_max_entries(EVENTS, plan.ring_bytes)
+            .map_max_entries(STACKS, if plan.stacks { STACK_RING_BYTES } else { PAGE })
             .load(OBJECT)
             .map_err(|error| LoadError::Refused(chain(&error)))?;
         let wanted = |program: &&Program| {
@@ -237,19 +246,20 @@ impl Kernel {
         &self.programs
     }
 
-    /// Hands out the event ring; there is one reader, so a second call is an error.
+    /// Hands out the rings; there is one reader, so a second call is an error.
     pub fn ring(&mut self) -> Result<Ring, RingError> {
-        self.ebpf.take_map(EVENTS).ok_or(RingError::Taken).and_then(Ring::new)
+        let mut take = |name| self.ebpf.take_map(name).ok_or(RingError::Taken);
+        Ring::new(take(EVENTS)?, take(STACKS)?)
     }
 
     /// The kernel's side of the ledger, summed over CPUs, by `counts::index`.
-    pub fn counts(&self) -> io::Result<[u64; counts::LEN as usize]> {
+    pub fn counts(&self) -> io::Result<Counts> {
         let map = self.ebpf.map(COUNTS).ok_or(io::ErrorKind::NotFound)?;
-        let array = PerCpuArray::<&_, Counts>::try_from(map as &Map).map_err(io::Error::other)?;
-        let per_cpu: PerCpuValues<Counts> = array.get(&0, 0).map_err(io::Error::other)?;
-        let mut sums = [0; counts::LEN as usize];
-        for (sum, index) in sums.iter_mut().zip(0..) {
-            *sum = per_cpu.iter().map(|Counts(counts)| counts[index]).sum();
+        let array = PerCpuArray::<&_, PerCpu>::try_from(map as &Map).map_err(io::Error::other)?;
+        let per_cpu: PerCpuValues<PerCpu> = array.get(&0, 0).map_err(io::Error::other)?;
+        let mut sums = Counts::default();
+        for (sum, index) in sums.0.iter_mut().zip(0..) {
+            *sum = per_cpu.iter().map(|PerCpu(counts)| counts[index]).sum();
         }
         Ok(sums)
     }

@@ -1,4 +1,4 @@
-//! The event ring: one reader, no wake-up per event.
+//! The rings of events and of stacks: one reader, no wake-up per record.
 
 use std::{
     io,
@@ -7,9 +7,13 @@ use std::{
 };
 
 use aya::maps::{Map, MapData, RingBuf};
+use plumb_common::limits::{STACK_BYTES, STACK_RING_BYTES};
 use rustix::event::{Timespec, epoll};
 
-use crate::decode::{self, Event};
+use crate::decode::{self, Event, Rejected, Sample};
+
+/// More stacks than the ring holds: bounds what one drain takes.
+const MAX_STACKS: usize = (STACK_RING_BYTES as usize) / STACK_BYTES[0];
 
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
@@ -21,14 +25,16 @@ pub enum RingError {
     Wait(#[from] io::Error),
 }
 
-/// The reading end of the ring.
+/// The reading end of the rings.
 pub struct Ring {
     events: RingBuf<MapData>,
+    stacks: RingBuf<MapData>,
     wakeups: OwnedFd,
     ledger: Ledger,
+    stack_ledger: Ledger,
 }
 
-/// What became of the events that the kernel sent.
+/// What became of the records that the kernel sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
     /// Handed on.
@@ -38,15 +44,15 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    fn take(&mut self, record: &[u8]) -> Option<Event> {
-        match decode::event(record) {
-            Ok(event) => {
+    fn take<T>(&mut self, decoded: Result<T, Rejected>) -> Option<T> {
+        match decoded {
+            Ok(record) => {
                 self.consumed += 1;
-                Some(event)
+                Some(record)
             }
             Err(error) => {
                 self.rejected += 1;
-                tracing::debug!(%error, "an event could not be decoded");
+                tracing::debug!(%error, "a record of the ring could not be decoded");
                 None
             }
         }
@@ -54,13 +60,16 @@ impl Ledger {
 }
 
 impl Ring {
-    pub(super) fn new(map: Map) -> Result<Self, RingError> {
-        let events = RingBuf::try_from(map)?;
+    pub(super) fn new(events: Map, stacks: Map) -> Result<Self, RingError> {
+        let (events, stacks) = (RingBuf::try_from(events)?, RingBuf::try_from(stacks)?);
         // Edge-triggered: otherwise a single event that waits for its tick would keep the reader awake.
         let wakeups = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
         let what = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&wakeups, events.as_fd(), epoll::EventData::new_u64(0), what).map_err(io::Error::from)?;
-        Ok(Self { events, wakeups, ledger: Ledger::default() })
+        for ring in [events.as_fd(), stacks.as_fd()] {
+            epoll::add(&wakeups, ring, epoll::EventData::new_u64(0), what).map_err(io::Error::from)?;
+        }
+        let (ledger, stack_ledger) = Default::default();
+        Ok(Self { events, stacks, wakeups, ledger, stack_ledger })
     }
 
     /// Lets something else end `wait` too.
@@ -69,10 +78,10 @@ impl Ring {
         Ok(epoll::add(&self.wakeups, bell, epoll::EventData::new_u64(1), what)?)
     }
 
-    /// Sleeps until the kernel asks to be read (an eighth of the ring is full) or the time is over.
+    /// Sleeps until the kernel asks to be read (an eighth of a ring is full) or the time is over.
     pub fn wait(&self, timeout: Duration) -> Result<(), RingError> {
         let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
-        // Without an owner: the ring is the only thing that is waited for.
+        // Without an owner: whatever is ready, all of it is read.
         let mut ready =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         match epoll::wait(&self.wakeups, &mut ready[..], Some(&timeout)) {
@@ -93,14 +102,33 @@ impl Ring {
         while batch.len() < limit
             && let Some(item) = self.events.next()
         {
-            batch.extend(self.ledger.take(&item));
+            batch.extend(self.ledger.take(decode::event(&item)));
         }
+    }
+
+    /// Takes the stacks that are there. Read after the events, each stack of theirs is among them or was lost: it is
+    /// sent first.
+    pub fn drain_stacks(&mut self) -> Vec<Sample> {
+        let mut stacks = Vec::new();
+        // The kernel side goes on filling it.
+        while stacks.len() < MAX_STACKS
+            && let Some(item) = self.stacks.next()
+        {
+            stacks.extend(self.stack_ledger.take(decode::sample(&item)));
+        }
+        stacks
     }
 
     /// What became of the events so far.
     #[must_use]
     pub fn ledger(&self) -> Ledger {
         self.ledger
+    }
+
+    /// And of the stacks.
+    #[must_use]
+    pub fn stack_ledger(&self) -> Ledger {
+        self.stack_ledger
     }
 }
 
@@ -116,9 +144,10 @@ mod tests {
         let mut exit = Exit::zeroed();
         exit.header.kind = KIND_EXIT;
         let (whole, mut ledger) = (bytemuck::bytes_of(&exit), Ledger::default());
-        assert_eq!(ledger.take(whole), Some(Event::Exit(exit)));
-        assert_eq!(ledger.take(&whole[1..]), None);
-        assert_eq!(ledger.take(&[]), None);
+        let mut take = |bytes| ledger.take(decode::event(bytes));
+        assert_eq!(take(whole), Some(Event::Exit(exit)));
+        assert_eq!(take(&whole[1..]), None);
+        assert_eq!(take(&[]), None);
         assert_eq!(ledger, Ledger { consumed: 1, rejected: 2 });
     }
 }

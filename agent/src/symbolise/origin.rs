@@ -99,10 +99,24 @@ pub fn origin_frame(frames: &[Frame]) -> Option<usize> {
     frames.iter().position(is_own)
 }
 
-fn is_own(frame: &Frame) -> bool {
+/// Of the functions at one frame, which were inlined into each other, the innermost that is the program's own; the
+/// function itself if none is.
+#[must_use]
+pub fn origin_line(frame: &Frame) -> Option<&Line> {
+    let own = |line: &&Line| !line.function.is_empty() && !is_runtime(line);
+    frame.lines.iter().find(own).or_else(|| frame.lines.last())
+}
+
+/// Whether a frame is in a file of a C or C++ runtime.
+#[must_use]
+pub fn is_in_runtime_file(frame: &Frame) -> bool {
     let file = frame.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    RUNTIME_FILES.iter().any(|name| file.starts_with(name))
+}
+
+fn is_own(frame: &Frame) -> bool {
     // A function that was inlined decides as well: `own` into `std::…` is own.
-    !RUNTIME_FILES.iter().any(|name| file.starts_with(name))
+    !is_in_runtime_file(frame)
         && !frame.lines.is_empty()
         && frame.lines.iter().any(|line| !line.function.is_empty() && !is_runtime(line))
 }

@@ -18,6 +18,8 @@ use serde_json::Value;
 
 use plumb::kernel::{Fds, Filter, Kernel, Plan, Seam};
 
+use plumb_common::event::Watch;
+
 use crate::support::{Agent, TempDir, Workload, kernel_is_before};
 
 const ATTACHED: [&str; 2] =
@@ -160,8 +162,8 @@ fn a_watched_process_that_somebody_takes_away_is_watched_again() {
     let mut storm = Workload::start_ready(&["fd-storm", "500"]);
     let stream = agent.events(&format!("?pid={}", storm.pid()));
     agent.wait_metric("plumb_watched_processes", |watched| watched == 1.0);
-    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_HASH, size_of::<u64>());
-    let mut watched: HashMap<_, u32, u64> = HashMap::try_from(Map::HashMap(map)).unwrap();
+    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_HASH, size_of::<Watch>());
+    let mut watched: HashMap<_, u32, [u64; 3]> = HashMap::try_from(Map::HashMap(map)).unwrap();
     watched.remove(&storm.pid()).unwrap();
     let end = Instant::now() + Duration::from_secs(10);
     while watched.get(&storm.pid(), 0).is_err() {
@@ -176,10 +178,10 @@ fn a_watched_process_that_somebody_takes_away_is_watched_again() {
 #[test]
 fn a_process_for_which_there_is_no_room_is_not_watched_and_that_is_said() {
     let agent = Agent::start(&["--fd-events", "watched"]);
-    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_HASH, size_of::<u64>());
-    let mut watched: HashMap<_, u32, u64> = HashMap::try_from(Map::HashMap(map)).unwrap();
+    let map = map_of(agent.child.pid(), BPF_MAP_TYPE_HASH, size_of::<Watch>());
+    let mut watched: HashMap<_, u32, [u64; 3]> = HashMap::try_from(Map::HashMap(map)).unwrap();
     // Beyond any pid.
-    let full = (0x4000_0000..).take_while(|pid| watched.insert(*pid, 1, 0).is_ok()).count();
+    let full = (0x4000_0000..).take_while(|pid| watched.insert(*pid, [1, 0, 0], 0).is_ok()).count();
     assert_eq!(full, plumb_common::limits::MAX_WATCHED as usize);
     let storm = Workload::start_ready(&["fd-storm", "1"]);
     let stream = agent.events(&format!("?pid={}", storm.pid()));

@@ -88,7 +88,7 @@ fn a_storm_in_one_cgroup_leaves_room_in_the_ring_to_another() {
         };
         let events = ring.drain(usize::MAX);
         let counted = kernel.counts().unwrap();
-        let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
+        let of = |outcome| counted.of(counts::FD, outcome);
         assert_eq!(of_quiet(events), 20, "{seam:?} {counted:?}");
         assert!(of(counts::QUOTA) > PAIRS, "{seam:?} {counted:?}");
         drop((storm, other));

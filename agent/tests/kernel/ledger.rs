@@ -18,7 +18,7 @@ fn a_full_ring_loses_events_and_counts_each() {
     storm.stage();
     let read = ring.drain(usize::MAX).len() as u64;
     let counted = kernel.counts().unwrap();
-    let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
+    let of = |outcome| counted.of(counts::FD, outcome);
     assert!(read > 0 && of(counts::RING_FULL) + of(counts::QUOTA) > 0, "{counted:?}");
     assert_eq!(of(counts::SENT), read + ring.ledger().rejected);
     let seen = of(counts::SENT) + of(counts::RING_FULL) + of(counts::QUOTA);
@@ -28,7 +28,7 @@ fn a_full_ring_loses_events_and_counts_each() {
     // The rest of the host was kept out, and that is counted too.
     drop(std::fs::File::open("/proc/self/stat").unwrap());
     let counted = kernel.counts().unwrap();
-    assert!(counted[counts::index(counts::FD, counts::FILTERED) as usize] > 0, "{counted:?}");
+    assert!(counted.of(counts::FD, counts::FILTERED) > 0, "{counted:?}");
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn memory_that_cannot_be_read_is_counted_as_a_fault_for_each_fd() {
         let kernel = Kernel::load_all(plan).unwrap();
         let made: u64 = pipes.stage()[0].parse().unwrap();
         let counted = kernel.counts().unwrap();
-        let of = |outcome| counted[counts::index(counts::FD, outcome) as usize];
+        let of = |outcome| counted.of(counts::FD, outcome);
         // Two fds and one close_range each; a page that came back empty names fd 0, which is open, twice.
         let seen = of(counts::SENT) + of(counts::FAULT);
         // What the kernel did not run nobody saw.

@@ -12,4 +12,5 @@ mod ledger;
 mod model;
 mod paths;
 mod snapshot;
+mod stacks;
 mod watch;

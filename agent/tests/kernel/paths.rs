@@ -190,8 +190,13 @@ impl Watcher {
         let mut comm = [0; COMM_LEN];
         comm[.."fd_paths".len()].copy_from_slice(b"fd_paths");
         let filter = Filter { tgid: None, comm: Some(comm) };
-        let plan =
-            Plan { programs: Some(PROGRAMS), fds: Fds::All(Some(seam)), filter, ring_bytes: RING_BYTES };
+        let plan = Plan {
+            programs: Some(PROGRAMS),
+            fds: Fds::All(Some(seam)),
+            filter,
+            ring_bytes: RING_BYTES,
+            stacks: false,
+        };
         let mut kernel = Kernel::load_all(plan)?;
         let ring = kernel.ring().unwrap();
         Ok(Self { kernel, ring, seam })
@@ -254,7 +259,7 @@ impl Watcher {
     }
 
     fn counted(&self, outcome: u32) -> u64 {
-        self.kernel.counts().unwrap()[counts::index(counts::FD, outcome) as usize]
+        self.kernel.counts().unwrap().of(counts::FD, outcome)
     }
 
     /// A pass over the program and its descendants, which must be what /proc says.

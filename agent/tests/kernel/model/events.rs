@@ -8,7 +8,7 @@ use plumb::{
     kernel::{Kernel, Ring, Seam},
 };
 use plumb_common::{
-    counts::{self, OUTCOMES, SENT, SOURCES},
+    counts::{self, Counts, OUTCOMES, SENT},
     event::{CLONE_THREAD, Exit, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_UNKNOWN, FdChange, Header},
     syscalls,
     task::ProcKey,
@@ -43,7 +43,7 @@ pub(crate) struct Watch {
     ring: Ring,
     seam: Seam,
     keys: HashMap<ProcKey, Task>,
-    ledger: [u64; counts::LEN as usize],
+    ledger: Counts,
     pub(crate) seen: u64,
 }
 
@@ -61,7 +61,7 @@ struct Due {
 
 impl Watch {
     pub(crate) fn new(ring: Ring, seam: Seam) -> Self {
-        Self { ring, seam, keys: HashMap::new(), ledger: [0; counts::LEN as usize], seen: 0 }
+        Self { ring, seam, keys: HashMap::new(), ledger: Counts::default(), seen: 0 }
     }
 
     /// Forgets everything up to now; the stage alone is there.
@@ -131,10 +131,7 @@ impl Watch {
     /// Nothing was lost, refused or left in the ring.
     fn balance(&mut self, kernel: &Kernel, received: u64) -> Result<(), Mismatch> {
         let before = std::mem::replace(&mut self.ledger, kernel.counts().unwrap());
-        let of = |outcome: u32| -> u64 {
-            let indexes = (0..SOURCES.len() as u32).map(|source| counts::index(source, outcome) as usize);
-            indexes.map(|index| self.ledger[index] - before[index]).sum()
-        };
+        let of = |outcome| self.ledger.of_outcome(outcome) - before.of_outcome(outcome);
         let unwanted =
             (0..OUTCOMES.len() as u32).filter(|outcome| *outcome != SENT && *outcome != counts::FILTERED);
         for outcome in unwanted {

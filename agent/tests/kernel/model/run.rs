@@ -56,7 +56,13 @@ impl Host {
     pub(crate) fn new(rules: Rules, seam: Option<Seam>) -> Self {
         let name = Name::new();
         let filter = Filter { tgid: None, comm: Some(name.comm()) };
-        let plan = Plan { programs: Some(PROGRAMS), fds: Fds::All(seam), filter, ring_bytes: RING_BYTES };
+        let plan = Plan {
+            programs: Some(PROGRAMS),
+            fds: Fds::All(seam),
+            filter,
+            ring_bytes: RING_BYTES,
+            stacks: false,
+        };
         let mut kernel = Kernel::load_all(plan).unwrap();
         let watch = Watch::new(kernel.ring().unwrap(), kernel.seam().unwrap());
         let known = Addresses::default();

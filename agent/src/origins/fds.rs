@@ -1,36 +1,37 @@
-//! Where the live fds of watched processes came from. Events make origins; a listing of the process's own
-//! table is the truth, and what the events had got wrong is counted and mended.
+//! The fds of one watched process: events make origins, a listing corrects them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use plumb_common::{
     event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_UNKNOWN, FdChange},
     syscalls,
-    task::ProcKey,
 };
 
-use crate::decode::Event;
-
-/// Origins kept at a time, over all processes; at about 150 bytes each.
-const MAX_ORIGINS: usize = 262_144;
-/// A listing is sure to show, or not to show, only events this far away from it, in nanoseconds: a slot is
-/// filled a moment before the event through `sys_exit` and a moment after it through the functions.
-const SETTLED: u64 = 50_000_000;
+use super::{FdDrift, Listing, SETTLED};
+use crate::{
+    decode::Event,
+    stacks::{Made, Stack},
+};
 
 /// Pending closes that a late event without a number is compared with.
 const MAX_TRIED: usize = 64;
 
 /// Where one live fd came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Origin {
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Origin {
     /// Address of its `struct file`.
-    pub file: u64,
+    file: u64,
     /// When, nanoseconds since boot; 0 for what was open before the process was watched.
-    pub since: u64,
+    since: u64,
     /// The thread that did it; 0 when no event told.
-    pub tid: u32,
+    tid: u32,
     /// Index into `syscalls::TABLE`, or `OTHER`.
-    pub how: u32,
+    how: u32,
+    /// The stack of that thread, once it has been unwound.
+    stack: Option<Arc<Stack>>,
 }
 
 impl Origin {
@@ -38,39 +39,6 @@ impl Origin {
     fn is_told(&self, listed: u64, time: u64) -> bool {
         self.tid != 0 || (self.since == 0 && time > listed.saturating_add(SETTLED))
     }
-}
-
-/// One process's table as an iterator listed it.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Listing {
-    /// Nanoseconds since boot.
-    pub began: u64,
-    /// Address of the `files_struct`.
-    pub files: u64,
-    /// Each open fd with the address of its `struct file`.
-    pub fds: HashMap<u32, u64>,
-    /// There are more than `MAX_ORIGINS`: what is missing may be open all the same.
-    pub cut: bool,
-}
-
-impl Listing {
-    /// Takes the next fd, as long as there is room.
-    pub(crate) fn push(&mut self, fd: u32, file: u64) {
-        if self.fds.len() < MAX_ORIGINS {
-            self.fds.insert(fd, file);
-        } else {
-            self.cut = true;
-        }
-    }
-}
-
-/// What listings found that no event had told of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct FdDrift {
-    /// Fds that were there: a path that is not followed, or a lost event.
-    pub opens_unseen: u64,
-    /// Fds that were not there any more.
-    pub closes_unseen: u64,
 }
 
 /// The origins of one process, by fd and by file.
@@ -83,8 +51,8 @@ struct Slots {
 impl Slots {
     fn insert(&mut self, fd: u32, origin: Origin) {
         self.remove(fd);
-        self.fds.insert(fd, origin);
         self.holders.entry(origin.file).or_default().insert(fd);
+        self.fds.insert(fd, origin);
     }
 
     fn remove(&mut self, fd: u32) -> Option<Origin> {
@@ -99,9 +67,9 @@ impl Slots {
     }
 }
 
-/// One watched process. What an event does here takes no longer when the process has many fds.
+/// The fds of one process. What an event does here takes no longer when there are many.
 #[derive(Debug, Default)]
-struct Watched {
+pub(super) struct Fds {
     files: u64,
     slots: Slots,
     /// Last event about an fd, as far as it may be too close to a listing.
@@ -119,93 +87,41 @@ struct Watched {
     cut: bool,
 }
 
-/// The origins of all watched processes.
-#[derive(Debug, Default)]
-pub(crate) struct Origins {
-    processes: HashMap<ProcKey, Watched>,
-    held: usize,
-    drift: FdDrift,
-}
-
-impl Origins {
-    /// From now on events of this process make origins.
-    pub(crate) fn watch(&mut self, process: ProcKey) {
-        self.processes.entry(process).or_default();
+impl Fds {
+    pub(super) fn held(&self) -> usize {
+        self.slots.fds.len()
     }
 
-    pub(crate) fn unwatch(&mut self, process: ProcKey) {
-        if let Some(watched) = self.processes.remove(&process) {
-            self.held -= watched.slots.fds.len();
-        }
-    }
-
-    /// What listings found so far that no event had told of.
-    #[must_use]
-    pub(crate) fn drift(&self) -> FdDrift {
-        self.drift
-    }
-
-    /// Origins held now.
-    #[must_use]
-    pub(crate) fn held(&self) -> usize {
-        self.held
-    }
-
-    /// The origin of one fd.
+    /// File, time and thread of one.
     #[cfg(test)]
-    fn of(&self, process: ProcKey, fd: u32) -> Option<Origin> {
-        self.processes.get(&process)?.slots.fds.get(&fd).copied()
+    pub(super) fn of(&self, fd: u32) -> Option<(u64, u64, u32)> {
+        self.slots.fds.get(&fd).map(|origin| (origin.file, origin.since, origin.tid))
     }
 
-    /// How many of a process's live fds came from which call, those from before the watch left out.
-    #[must_use]
-    pub(crate) fn by_call(&self, process: ProcKey) -> BTreeMap<&'static str, u32> {
-        let mut calls = BTreeMap::new();
-        let watched = self.processes.get(&process);
-        for origin in
-            watched.iter().flat_map(|watched| watched.slots.fds.values()).filter(|origin| origin.since > 0)
-        {
-            *calls.entry(syscalls::name(origin.how)).or_default() += 1;
-        }
-        calls
+    /// Number, time, call and stack of each.
+    pub(super) fn origins(&self) -> impl Iterator<Item = (u32, u64, &'static str, &Option<Arc<Stack>>)> {
+        self.slots
+            .fds
+            .iter()
+            .map(|(fd, origin)| (*fd, origin.since, syscalls::name(origin.how), &origin.stack))
     }
 
-    /// Applies one event.
-    pub(crate) fn apply(&mut self, event: &Event) {
-        let process = event.header().process;
+    /// Where the stack belongs of what was made there and then; `None` when that is gone.
+    pub(super) fn made(&mut self, made: &Made) -> Option<&mut Option<Arc<Stack>>> {
+        let origin = self.slots.fds.get_mut(&made.number)?;
+        (origin.since == made.time && origin.tid == made.by).then_some(&mut origin.stack)
+    }
+
+    pub(super) fn apply(&mut self, event: &Event, room: usize) {
         match event {
-            Event::Exit(exit) if exit.group_dead != 0 => self.unwatch(process),
-            Event::Exec(_) => {
-                // Not every hook tells of close-on-exec; the next listing does.
-                if let Some(watched) = self.processes.get_mut(&process) {
-                    watched.seeded = false;
-                }
-            }
-            Event::Fd(change) => {
-                if let Some(watched) = self.processes.get_mut(&process) {
-                    let before = watched.slots.fds.len();
-                    watched.apply(change, MAX_ORIGINS - self.held);
-                    self.held = self.held + watched.slots.fds.len() - before;
-                }
-            }
+            // Not every hook tells of close-on-exec; the next listing does.
+            Event::Exec(_) => self.seeded = false,
+            Event::Fd(change) => self.change(change, room),
             _ => {}
         }
     }
 
-    /// Takes a listing over as the truth about its process.
-    pub(crate) fn merge(&mut self, process: ProcKey, listing: &Listing) {
-        if let Some(watched) = self.processes.get_mut(&process) {
-            self.drift.opens_unseen += std::mem::take(&mut watched.opens_pending).len() as u64;
-            self.drift.closes_unseen += std::mem::take(&mut watched.closes_pending).len() as u64;
-            let before = watched.slots.fds.len();
-            watched.merge(listing, MAX_ORIGINS - (self.held - before));
-            self.held = self.held + watched.slots.fds.len() - before;
-        }
-    }
-}
-
-impl Watched {
-    fn apply(&mut self, event: &FdChange, room: usize) {
+    fn change(&mut self, event: &FdChange, room: usize) {
         let time = event.header.time;
         // A thread that has left the table of its process is not in the listing either.
         if (self.files != 0 && event.files != self.files) || event.change == FD_CLOSE_ON_EXEC {
@@ -216,7 +132,8 @@ impl Watched {
             self.closed(event, late);
             return;
         }
-        let origin = Origin { file: event.file, since: time, tid: event.header.tid, how: event.how };
+        let origin =
+            Origin { file: event.file, since: time, tid: event.header.tid, how: event.how, stack: None };
         if self.opens_pending.get(&event.fd) == Some(&event.file) {
             self.opens_pending.remove(&event.fd);
         }
@@ -283,7 +200,13 @@ impl Watched {
         *last = time.max(*last);
     }
 
-    fn merge(&mut self, listing: &Listing, room: usize) {
+    /// Takes over what is there; returns what the one before had found that no event explained since.
+    pub(super) fn merge(&mut self, listing: &Listing, room: usize) -> FdDrift {
+        let drift = FdDrift {
+            opens_unseen: std::mem::take(&mut self.opens_pending).len() as u64,
+            closes_unseen: std::mem::take(&mut self.closes_pending).len() as u64,
+        };
+        let most = self.held() + room;
         if self.files != listing.files {
             (self.files, self.seeded) = (listing.files, false);
         }
@@ -313,20 +236,17 @@ impl Watched {
             if self.slots.fds.contains_key(&fd) || self.touched.contains_key(&fd) {
                 continue;
             }
-            if self.slots.fds.len() >= room {
+            if self.slots.fds.len() >= most {
                 self.cut = true;
                 break;
             }
             let since = if self.seeded { listing.began } else { 0 };
-            self.slots.insert(fd, Origin { file, since, tid: 0, how: syscalls::OTHER });
+            self.slots.insert(fd, Origin { file, since, tid: 0, how: syscalls::OTHER, stack: None });
             if self.seeded && !self.cut {
                 self.opens_pending.insert(fd, file);
             }
         }
         (self.listed, self.seeded) = (listing.began, true);
+        drift
     }
 }
-
-#[cfg(test)]
-#[path = "origins_tests.rs"]
-mod tests;

@@ -1,0 +1,221 @@
+//! The worker that makes named stacks of copied ones, at no more than a tenth of a processor: unwinds, names, and
+//! hands on. Equal stacks are one in memory.
+
+mod survivors;
+mod words;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use plumb_common::task::ProcKey;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use self::{survivors::Survivors, words::Function};
+use crate::{
+    decode::Sample,
+    symbolise::{self, Counters, Frame, RawStack, Symboliser, is_in_runtime_file, origin_frame},
+};
+
+/// Samples on their way to the worker at most; at 16 KiB each.
+const MAX_WAITING: usize = 512;
+/// Different stacks kept at a time: a process that makes them up as it goes must not fill the agent's memory.
+const MAX_STACKS: usize = 4096;
+/// After some work the worker rests so many times as long, and so long at most.
+const REST: u32 = 9;
+const LONGEST_REST: Duration = Duration::from_secs(1);
+/// How soon it sees that it is to end.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Which origin a stack belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Made {
+    /// The new fd, or the id of the new thread.
+    pub number: u32,
+    /// When, nanoseconds since boot.
+    pub time: u64,
+    /// The thread that made it.
+    pub by: u32,
+}
+
+/// The way to a call, innermost frame first.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Stack {
+    pub frames: Vec<Frame>,
+    /// The frame of the program itself that the call is put down to.
+    pub origin: Option<usize>,
+    /// The outermost function is in it.
+    pub complete: bool,
+}
+
+impl Stack {
+    fn new(frames: Vec<Frame>, complete: bool) -> Self {
+        // Without names it is the first frame outside of the C library.
+        let outside = || frames.iter().position(|frame| !is_in_runtime_file(frame));
+        Self { origin: origin_frame(&frames).or_else(outside), frames, complete }
+    }
+}
+
+/// A stack and what it made.
+#[derive(Clone, Debug)]
+pub(crate) struct Named {
+    pub process: ProcKey,
+    pub made: Made,
+    pub stack: Arc<Stack>,
+}
+
+/// What the worker is told.
+#[derive(Debug)]
+enum Work {
+    /// Stacks of this process will come: remember its files, as they are now.
+    Watch(ProcKey),
+    Forget(ProcKey),
+    Unwind(Vec<Sample>),
+}
+
+/// What did not go well, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Losses {
+    /// Samples that were not unwound because the worker did not keep up.
+    pub not_unwound: u64,
+    /// Stacks not kept because there were too many different ones.
+    pub too_many: u64,
+    pub symboliser: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: AtomicUsize,
+    not_unwound: AtomicU64,
+    too_many: AtomicU64,
+    symboliser: Mutex<Counters>,
+}
+
+/// The giving end.
+#[derive(Clone, Debug)]
+pub(crate) struct Queue {
+    work: Sender<Work>,
+    shared: Arc<Shared>,
+}
+
+/// The end where the work comes out. It outlives a worker that fails.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    work: Receiver<Work>,
+    shared: Arc<Shared>,
+}
+
+impl Queue {
+    pub(crate) fn new() -> (Self, Inbox) {
+        let (sender, work) = channel();
+        let shared = Arc::<Shared>::default();
+        (Self { work: sender, shared: Arc::clone(&shared) }, Inbox { work, shared })
+    }
+
+    /// Stacks of this process will come. Also after an exec, which gave it other files.
+    pub(crate) fn watch(&self, process: ProcKey) {
+        let _ = self.work.send(Work::Watch(process));
+    }
+
+    pub(crate) fn forget(&self, process: ProcKey) {
+        let _ = self.work.send(Work::Forget(process));
+    }
+
+    /// Those for which there is no room are counted.
+    pub(crate) fn unwind(&self, mut samples: Vec<Sample>) {
+        let room = MAX_WAITING.saturating_sub(self.shared.waiting.load(Ordering::Relaxed));
+        if samples.len() > room {
+            self.shared.not_unwound.fetch_add((samples.len() - room) as u64, Ordering::Relaxed);
+            samples.truncate(room);
+        }
+        if !samples.is_empty() {
+            self.shared.waiting.fetch_add(samples.len(), Ordering::Relaxed);
+            let _ = self.work.send(Work::Unwind(samples));
+        }
+    }
+
+    #[must_use]
+    pub(crate) fn losses(&self) -> Losses {
+        Losses {
+            not_unwound: self.shared.not_unwound.load(Ordering::Relaxed),
+            too_many: self.shared.too_many.load(Ordering::Relaxed),
+            symboliser: *self.shared.symboliser.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+}
+
+/// Runs until it is stopped or nobody takes what it makes.
+pub(crate) fn run(inbox: &Inbox, give: impl Fn(Vec<Named>) -> bool, stop: &CancellationToken) {
+    let mut names = Names::default();
+    while !stop.is_cancelled() {
+        let work = match inbox.work.recv_timeout(TICK) {
+            Ok(work) => work,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let began = Instant::now();
+        match work {
+            Work::Watch(process) => names.symboliser.attach(process),
+            Work::Forget(process) => names.symboliser.forget(process),
+            Work::Unwind(samples) => {
+                inbox.shared.waiting.fetch_sub(samples.len(), Ordering::Relaxed);
+                if !give(names.of(samples, &inbox.shared.too_many)) {
+                    return;
+                }
+            }
+        }
+        *inbox.shared.symboliser.lock().unwrap_or_else(PoisonError::into_inner) = names.symboliser.counters();
+        thread::sleep((began.elapsed() * REST).min(LONGEST_REST));
+    }
+}
+
+/// Each stack that is in use somewhere, with its names.
+#[derive(Default)]
+struct Names {
+    symboliser: Symboliser,
+    known: HashMap<symbolise::Stack, Weak<Stack>>,
+}
+
+impl Names {
+    fn of(&mut self, samples: Vec<Sample>, too_many: &AtomicU64) -> Vec<Named> {
+        let mut by_process: HashMap<ProcKey, (Vec<Made>, Vec<RawStack>)> = HashMap::new();
+        for Sample { head, bytes } in samples {
+            let (made, raw) = by_process.entry(head.header.process).or_default();
+            made.push(Made { number: head.made, time: head.header.time, by: head.header.tid });
+            raw.push(RawStack { ip: head.ip, sp: head.sp, bp: head.bp, stack: bytes });
+        }
+        let mut named = Vec::new();
+        for (process, (made, raw)) in by_process {
+            for (made, walked) in made.into_iter().zip(self.symboliser.unwind(process, &raw)) {
+                match self.name(walked) {
+                    Some(stack) => named.push(Named { process, made, stack }),
+                    None => drop(too_many.fetch_add(1, Ordering::Relaxed)),
+                }
+            }
+        }
+        named
+    }
+
+    /// The one copy of a stack in words; `None` when there are too many.
+    fn name(&mut self, walked: symbolise::Stack) -> Option<Arc<Stack>> {
+        if let Some(stack) = self.known.get(&walked).and_then(Weak::upgrade) {
+            return Some(stack);
+        }
+        if self.known.len() >= MAX_STACKS {
+            self.known.retain(|_, stack| stack.strong_count() > 0);
+            if self.known.len() >= MAX_STACKS {
+                return None;
+            }
+        }
+        let stack = Arc::new(Stack::new(self.symboliser.symbolise(&walked), walked.complete));
+        self.known.insert(walked, Arc::downgrade(&stack));
+        Some(stack)
+    }
+}

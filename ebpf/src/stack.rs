@@ -1,0 +1,117 @@
+//! User stacks: registers and a copy of what lies above the stack pointer, to be unwound in user space. Walking
+//! frame pointers here would name the wrong line: the C library's wrappers keep none.
+
+use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use plumb_common::{
+    counts,
+    event::{Header, KIND_STACK, Stack, Watch},
+    limits::{STACK_BYTES, STACKS_PER_SECOND},
+};
+
+use crate::{
+    emit, maps,
+    regs::{self, Place},
+};
+
+/// A record with room for so many bytes of stack.
+#[repr(C)]
+struct Record<const BYTES: usize> {
+    head: Stack,
+    bytes: [u8; BYTES],
+}
+
+/// Pieces in which a stack is read that ends inside the record.
+const PIECES: usize = 16;
+const SHALLOW: usize = STACK_BYTES[0];
+const DEEP: usize = STACK_BYTES[1];
+
+/// Takes the stack of the running task, if it is asked for. `header` is that of the event to come.
+#[inline(always)]
+pub(crate) fn take(header: &Header, made: u32) {
+    if is_asked(header) {
+        copy(header, made);
+    }
+}
+
+#[inline(always)]
+fn is_asked(header: &Header) -> bool {
+    if !maps::watched_only() {
+        return maps::all_stacks();
+    }
+    let Some(watch) = maps::WATCHED.get_ptr_mut(header.process.tgid) else { return false };
+    // SAFETY: a map value; what another CPU writes meanwhile makes the number a little larger.
+    let watch = unsafe { &mut *watch };
+    watch.stacks != 0
+        && watch.start_boottime == header.process.start_boottime
+        && is_within_budget(watch, header)
+}
+
+#[inline(always)]
+fn is_within_budget(watch: &mut Watch, header: &Header) -> bool {
+    let second = header.time >> 30;
+    if watch.second != second {
+        (watch.second, watch.taken) = (second, 0);
+    }
+    watch.taken += 1;
+    if watch.taken > STACKS_PER_SECOND {
+        emit::count(counts::STACK, counts::QUOTA);
+    }
+    watch.taken <= STACKS_PER_SECOND
+}
+
+#[inline(never)]
+fn copy(header: &Header, made: u32) {
+    let Some(place) = regs::place() else {
+        return emit::count(counts::STACK, counts::FILTERED);
+    };
+    if is_readable(place.sp + SHALLOW as u64) {
+        emit::send_stack::<Record<DEEP>>(|to| fill(to, header, &place, made));
+    } else {
+        emit::send_stack::<Record<SHALLOW>>(|to| fill(to, header, &place, made));
+    }
+}
+
+/// Field by field, into the ring itself: all calls together have 512 bytes of stack.
+#[inline(always)]
+fn fill<const BYTES: usize>(to: *mut Record<BYTES>, header: &Header, place: &Place, made: u32) {
+    // SAFETY: the record has been reserved.
+    unsafe {
+        let head = &raw mut (*to).head;
+        (&raw mut (*head).header).write(*header);
+        (&raw mut (*head).header.kind).write(KIND_STACK);
+        (&raw mut (*head).ip).write(place.ip);
+        (&raw mut (*head).sp).write(place.sp);
+        (&raw mut (*head).bp).write(place.bp);
+        (&raw mut (*head).made).write(made);
+        (&raw mut (*head).len).write(read::<BYTES>(place.sp, (&raw mut (*to).bytes).cast()));
+    }
+}
+
+/// Reads as much of a stack as there is, and says how much that was.
+#[inline(always)]
+fn read<const BYTES: usize>(sp: u64, to: *mut u8) -> u32 {
+    // SAFETY: the record has room for so many bytes; the helper checks the address.
+    if unsafe { bpf_probe_read_user(to.cast(), BYTES as u32, sp as *const _) } == 0 {
+        return BYTES as u32;
+    }
+    let piece = BYTES / PIECES;
+    let mut len = 0;
+    while len < BYTES {
+        // SAFETY: as above, `len` bytes further on.
+        let status =
+            unsafe { bpf_probe_read_user(to.add(len).cast(), piece as u32, (sp + len as u64) as *const _) };
+        if status != 0 {
+            break;
+        }
+        len += piece;
+    }
+    len as u32
+}
+
+/// Whether the eight bytes below an address can be read.
+#[inline(always)]
+fn is_readable(end: u64) -> bool {
+    let mut word = 0u64;
+    // SAFETY: the helper checks the address and writes eight bytes.
+    unsafe { bpf_probe_read_user((&raw mut word).cast(), 8, (end - 8) as *const _) == 0 }
+}
