@@ -55,7 +55,9 @@ pub struct TaskRecord {
     /// Resident pages: file, anonymous and shared memory. Approximate since 6.2, where the kernel
     /// counts per CPU.
     pub rss_pages: u64,
-    /// Set bits of the `open_fds` bitmap.
+    /// Set bits of the `open_fds` bitmap: the numbers that are taken. That is what the limit applies to, and one more
+    /// than /proc/PID/fd shows for each thread that waits in accept(2), or in open(2) of a FIFO: the number is
+    /// reserved first (`__sys_accept4_file`, net/socket.c; `do_sys_openat2`, fs/open.c).
     pub fds: u32,
     /// Tasks of the group, as `Threads:` in /proc/PID/status (`signal_struct.nr_threads`).
     pub threads: u32,

@@ -17,6 +17,16 @@ use crate::support::{Agent, Running, TempDir, Workload, plumb};
 /// From the first leaked fd or thread to the finding.
 const VERDICT: Duration = Duration::from_secs(90);
 
+/// That an origin is the function of the workload and the line with these words.
+fn assert_made_in(origin: &Value, function: &str, words: &str) {
+    let source = include_str!("../../examples/workload.rs");
+    let line = 1 + source.lines().position(|line| line.contains(words)).unwrap();
+    let found = &origin["function"];
+    let name = found["function"].as_str().unwrap_or_else(|| panic!("no function: {origin}"));
+    assert!(name.ends_with(function) && found["file"].as_str().unwrap().ends_with("workload.rs"), "{origin}");
+    assert_eq!(found["line"], line, "{origin}");
+}
+
 #[test]
 fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     let agent = Agent::start(&["--log-format", "json"]);
@@ -37,7 +47,8 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     // Since it is suspect each new fd has an origin.
     let origin = &finding["origins"][0];
     assert_eq!(origin["syscall"], "openat", "{finding}");
-    assert!((10..60).contains(&origin["count"].as_u64().unwrap()), "{finding}");
+    assert!((10..60).contains(&origin["live"].as_u64().unwrap()), "{finding}");
+    assert_made_in(origin, "leak_fds", "let _leaked = File::open(path)");
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap();
     let exact = (limit - finding["live"].as_u64().unwrap()) as f64;
     let seconds = finding["seconds_to_exhaustion"].as_f64().unwrap();
@@ -47,6 +58,7 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     let growth = finding["growth_per_minute"].as_f64().unwrap();
     assert!((50.0..=66.0).contains(&growth), "{finding}");
     assert_eq!(finding["examples"][0]["what"], "leaky", "{finding}");
+    assert_made_in(&finding["origins"][0], "leak_threads", r#".name("leaky""#);
 
     // Told once each.
     let log: Vec<Value> = agent.log().lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -316,6 +316,7 @@ pub(crate) struct Truth {
     pub(crate) start: u64,
     pub(crate) ppid: u64,
     pub(crate) comm: String,
+    /// Those that are taken: what is open, and what a waiting call has reserved.
     pub(crate) fds: u64,
     /// `None` is unlimited.
     pub(crate) fd_limit: Option<u64>,
@@ -344,12 +345,24 @@ pub(crate) fn truth_of(pid: u32) -> Option<Truth> {
         start: fields[19].parse().ok()?,
         ppid: fields[1].parse().ok()?,
         comm: head.split_once('(')?.1.to_owned(),
-        fds: fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64,
+        fds: fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64 + reserved(pid)?,
         fd_limit: limit.split_ascii_whitespace().next()?.parse().ok(),
         threads: fields[17].parse().ok()?,
         switches: switches(pid)?,
         leaderless: fields[0] == "Z" && fields[17] != "1",
     })
+}
+
+/// Fds that are taken and not open yet: accept, and open of a FIFO or of a file that is far away, take a number and
+/// then wait.
+fn reserved(pid: u32) -> Option<u64> {
+    const RESERVE: [&str; 6] = ["2 ", "43 ", "85 ", "257 ", "288 ", "437 "];
+    let mut count = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).ok()? {
+        let call = fs::read_to_string(task.ok()?.path().join("syscall")).ok()?;
+        count += u64::from(RESERVE.iter().any(|number| call.starts_with(number)));
+    }
+    Some(count)
 }
 
 const RUNS: u64 = u64::MAX;
