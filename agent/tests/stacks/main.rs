@@ -2,6 +2,7 @@
 //! from marks in the sources of the programs, never from what an unwinder said.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod cost;
 mod golang;
 mod hostile;
 mod memory;

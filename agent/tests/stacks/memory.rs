@@ -63,3 +63,33 @@ fn the_frames_of_an_interpreter_are_walked_to_the_end() {
     });
     assert_eq!(samples, 100);
 }
+
+/// Names one of its functions, and that one's callers.
+#[test]
+#[ignore = "needs Python 3.12 or later, which Debian 12 does not have: PLUMB_PYTHON names one"]
+fn python_names_its_own_functions() {
+    let script = "import ctypes, os\nc = ctypes.CDLL(None)\n\
+        def leak():\n    return os.open('/etc/hostname', 0)\n\
+        def main():\n    for _ in range(100):\n        c.syscall(157, 0x706c756d, 0, 0, 0, 0)\n        os.close(leak())\n\
+        main()\n";
+    let python = std::env::var("PLUMB_PYTHON").expect("PLUMB_PYTHON names a Python of 3.12 or later");
+    let dir = TempDir::new();
+    let file = dir.join("leak.py");
+    std::fs::write(&file, script).unwrap();
+    let mut symboliser = symboliser();
+    let mut samples = 0;
+    sampler::run(Command::new(python).args(["-X", "perf", &file]), &mut |process, sample| {
+        let stack = symboliser.unwind(process, std::slice::from_ref(&sample.raw)).remove(0);
+        let frames = symboliser.symbolise(&stack);
+        let lines = frames.iter().flat_map(|frame| frame.lines.iter());
+        let python: Vec<_> = lines.filter(|line| line.function.starts_with("py::")).collect();
+        let names: Vec<_> = python.iter().map(|line| line.function.as_str()).collect();
+        assert_eq!(names, ["py::leak", "py::main", "py::<module>"], "{}", brief(&frames));
+        assert_eq!(python[0].file.as_deref(), Some(file.as_str()));
+        assert!(stack.complete, "{}", brief(&frames));
+        let (frame, line) = origin_frame(&frames).unwrap();
+        assert_eq!(frames[frame].lines[line].function, "py::leak", "{}", brief(&frames));
+        samples += 1;
+    });
+    assert_eq!(samples, 100);
+}
