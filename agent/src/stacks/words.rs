@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Stack;
-use crate::symbolise::{Frame, How, origin_line};
+use crate::symbolise::{Frame, How};
 
 /// One function of a stack. What was inlined comes before the function it was inlined into.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,14 +50,10 @@ impl Stack {
     /// The function of the program itself that the call is put down to, and the one that called that.
     #[must_use]
     pub(crate) fn headline(&self) -> Option<[Option<Function>; 2]> {
-        let at = self.origin?;
-        let frame = &self.frames[at];
-        let known = functions(frame);
-        let line = origin_line(frame).and_then(|line| frame.lines.iter().position(|other| other == line));
-        let index = line.unwrap_or(0);
-        let caller = known.get(index + 1).cloned();
-        let caller =
-            caller.or_else(|| self.frames.get(at + 1).and_then(|frame| functions(frame).into_iter().next()));
+        let (at, index) = self.origin?;
+        let known = functions(&self.frames[at]);
+        let outer = || self.frames.get(at + 1).and_then(|frame| functions(frame).into_iter().next());
+        let caller = known.get(index + 1).cloned().or_else(outer);
         Some([known.into_iter().nth(index), caller])
     }
 }

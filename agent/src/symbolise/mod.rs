@@ -24,7 +24,7 @@ use plumb_common::task::ProcKey;
 use rustix::fs::makedev;
 use serde::{Deserialize, Serialize};
 
-pub use self::origin::{is_in_runtime_file, origin_frame, origin_line};
+pub use self::origin::{is_in_runtime_file, origin_frame};
 use self::{
     modules::{Table, Trust},
     process::{FileKey, Mapped},

@@ -3,7 +3,7 @@
 use super::{Frame, Line};
 
 /// Files of C and C++ runtimes: how their names begin.
-const RUNTIME_FILES: [&str; 14] = [
+const RUNTIME_FILES: &[&str] = &[
     "libc.so",
     "libc-2.",
     "ld-linux",
@@ -21,15 +21,16 @@ const RUNTIME_FILES: [&str; 14] = [
 ];
 
 /// Functions of C and C++ runtimes, also where they are linked into the program.
-const C_RUNTIME: [&str; 8] =
-    ["std::", "__gnu_cxx::", "__cxxabiv1::", "__libc_", "_IO_", "__GI_", "boost::asio::detail::", "_start"];
+const C_RUNTIME: &[&str] =
+    &["std::", "__gnu_cxx::", "__cxxabiv1::", "__libc_", "_IO_", "__GI_", "boost::asio::detail::", "_start"];
 
 /// The wrappers of libc that are linked into a static program, and what they call.
-const LIBC_FUNCTIONS: [&str; 53] = [
+const LIBC_FUNCTIONS: &[&str] = &[
     "accept",
     "accept4",
     "clone",
     "clone3",
+    "clone_internal",
     "creat",
     "creat64",
     "create_thread",
@@ -82,53 +83,43 @@ const LIBC_FUNCTIONS: [&str; 53] = [
 ];
 
 /// Crates that come between a Rust program and the kernel, beside std.
-const RUST_RUNTIME: [&str; 9] = ["std", "core", "alloc", "tokio", "mio", "rustix", "nix", "libc", "socket2"];
+const RUST_RUNTIME: &[&str] = &["std", "core", "alloc", "tokio", "mio", "rustix", "nix", "libc", "socket2"];
 
-/// Functions of the interpreter of Python.
-const CPYTHON: [&str; 4] = ["_Py", "Py", "py_", "cfunction_"];
-
-/// The index of the frame for a headline: the first of the program itself, else none.
+/// The place for a headline: a frame and one of its lines, the first that is the program's own.
 #[must_use]
-pub fn origin_frame(frames: &[Frame]) -> Option<usize> {
-    let first = |is: &dyn Fn(&Line) -> bool| frames.iter().position(|frame| frame.lines.iter().any(is));
-    // Below a function of Python there is nothing but its interpreter.
-    if let Some(python) = first(&|line| line.function.starts_with("py::")) {
-        let native = frames[..python].iter().position(|frame| is_own(frame) && !is_interpreter(frame));
-        return native.or(Some(python));
+pub fn origin_frame(frames: &[Frame]) -> Option<(usize, usize)> {
+    let is_python = |frame: &Frame| frame.lines.first().is_some_and(|line| line.function.starts_with("py::"));
+    // Below a function of Python there is its interpreter, or an extension.
+    if let Some(python) = frames.iter().position(is_python) {
+        let mut native = frames[..python].iter().enumerate().filter(|(_, frame)| !is_interpreter(frame));
+        return native.find_map(|(index, frame)| Some((index, own_line(frame)?))).or(Some((python, 0)));
     }
-    frames.iter().position(is_own)
-}
-
-/// Of the functions at one frame, which were inlined into each other, the innermost that is the program's own; the
-/// function itself if none is.
-#[must_use]
-pub fn origin_line(frame: &Frame) -> Option<&Line> {
-    let own = |line: &&Line| !line.function.is_empty() && !is_runtime(line);
-    frame.lines.iter().find(own).or_else(|| frame.lines.last())
+    frames.iter().enumerate().find_map(|(index, frame)| Some((index, own_line(frame)?)))
 }
 
 /// Whether a frame is in a file of a C or C++ runtime.
 #[must_use]
 pub fn is_in_runtime_file(frame: &Frame) -> bool {
-    let file = frame.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    let file = file_name(frame);
     RUNTIME_FILES.iter().any(|name| file.starts_with(name))
 }
 
-fn is_own(frame: &Frame) -> bool {
-    // A function that was inlined decides as well: `own` into `std::…` is own.
-    !is_in_runtime_file(frame)
-        && !frame.lines.is_empty()
-        && frame.lines.iter().any(|line| !line.function.is_empty() && !is_runtime(line))
+/// The first line that is not of a runtime; the function itself counts as much as what was inlined into it.
+fn own_line(frame: &Frame) -> Option<usize> {
+    if is_in_runtime_file(frame) {
+        return None;
+    }
+    frame.lines.iter().position(|line| !line.function.is_empty() && !is_runtime(line))
+}
+
+fn file_name(frame: &Frame) -> &str {
+    frame.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default()
 }
 
 fn is_interpreter(frame: &Frame) -> bool {
-    let named = |line: &Line| CPYTHON.iter().any(|name| line.function.starts_with(name));
-    let file = frame.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-    frame.lines.iter().any(named)
-        || file.starts_with("libpython")
-        || file.starts_with("python")
-        || file.contains(".cpython-")
-            && frame.module.as_deref().is_some_and(|path| path.contains("/lib-dynload/"))
+    let file = file_name(frame);
+    let is_standard = frame.module.as_deref().is_some_and(|path| path.contains("/lib-dynload/"));
+    file.starts_with("python") || file.starts_with("libpython") || is_standard
 }
 
 fn is_runtime(line: &Line) -> bool {
@@ -141,6 +132,7 @@ fn is_runtime(line: &Line) -> bool {
     LIBC_FUNCTIONS.contains(&plain)
         || C_RUNTIME.iter().any(|start| function.starts_with(start))
         || is_rust_runtime(function)
+        || line.file.as_deref().is_some_and(is_rust_source)
         || is_node_internal(line)
 }
 
@@ -157,6 +149,20 @@ fn is_rust_runtime(function: &str) -> bool {
     // `<T as core::ops::FnOnce>::call_once`: glue for a type without a path.
     let implemented = function.strip_prefix('<').and_then(|rest| rest.split_once(" as "));
     implemented.is_some_and(|(kind, of_trait)| !kind.contains("::") && of(of_trait))
+}
+
+/// Sources of the standard library, or of such a crate. What was inlined may have no more of a path than this.
+fn is_rust_source(file: &str) -> bool {
+    let standard = file.starts_with("/rustc/") && file.contains("/library/");
+    let package = file.split_once("/registry/src/").and_then(|(_, rest)| rest.split('/').nth(1));
+    let of = |package: &str| {
+        RUST_RUNTIME.iter().any(|name| {
+            package.strip_prefix(name).is_some_and(|rest| {
+                rest.starts_with("-") && rest[1..].starts_with(|c: char| c.is_ascii_digit())
+            })
+        })
+    };
+    standard || package.is_some_and(of)
 }
 
 /// The first element of an import path of Go's own has no dot, and is not `main`.
@@ -204,12 +210,16 @@ mod tests {
         const LIBC: &str = "/usr/lib/x86_64-linux-gnu/libc.so.6";
         const APP: &str = "/srv/app";
         type Frames<'a> = &'a [(&'a str, &'a [(&'a str, &'a str)])];
-        let cases: [(&str, Frames<'_>, Option<usize>); 16] = [
-            ("C", &[(LIBC, &[("open", "")]), (APP, &[("leak", "a.c")]), (APP, &[("main", "a.c")])], Some(1)),
+        let cases: [(&str, Frames<'_>, Option<(usize, usize)>); 17] = [
+            (
+                "C",
+                &[(LIBC, &[("open", "")]), (APP, &[("leak", "a.c")]), (APP, &[("main", "a.c")])],
+                Some((1, 0)),
+            ),
             (
                 "static C",
                 &[(APP, &[("__open64", "")]), (APP, &[("_IO_file_open", "")]), (APP, &[("leak", "")])],
-                Some(2),
+                Some((2, 0)),
             ),
             ("stripped C", &[(LIBC, &[("open", "")]), (APP, &[])], None),
             (
@@ -220,7 +230,7 @@ mod tests {
                     (APP, &[("std::vector<int>::push_back(int)", "")]),
                     (APP, &[("Pool::get()", "")]),
                 ],
-                Some(3),
+                Some((3, 0)),
             ),
             (
                 "Rust",
@@ -230,7 +240,7 @@ mod tests {
                     (APP, &[("<std::fs::File as std::io::Read>::read", "x.rs")]),
                     (APP, &[("app::leak", "main.rs")]),
                 ],
-                Some(3),
+                Some((3, 0)),
             ),
             (
                 "Rust, inlined",
@@ -238,7 +248,19 @@ mod tests {
                     (LIBC, &[("open64", "")]),
                     (APP, &[("std::fs::File::open", "x.rs"), ("app::leak", "main.rs")]),
                 ],
-                Some(1),
+                Some((1, 1)),
+            ),
+            (
+                "Rust, line tables",
+                &[(
+                    APP,
+                    &[
+                        ("open<&str>", "/rustc/59807616/library/std/src/fs.rs"),
+                        ("block_on", "/root/.cargo/registry/src/index/tokio-1.47.0/src/runtime.rs"),
+                        ("get", "/root/.cargo/registry/src/index/tokio-pool-1.0.0/src/lib.rs"),
+                    ],
+                )],
+                Some((0, 2)),
             ),
             (
                 "Rust closure",
@@ -246,7 +268,7 @@ mod tests {
                     (APP, &[("<F as core::ops::function::FnOnce>::call_once", "x.rs")]),
                     (APP, &[("<app::Job as app::Run>::run", "x.rs")]),
                 ],
-                Some(1),
+                Some((1, 0)),
             ),
             (
                 "tokio",
@@ -255,7 +277,7 @@ mod tests {
                     (APP, &[("tokio::net::connect", "")]),
                     (APP, &[("<app::Client as core::future::Future>::poll", "")]),
                 ],
-                Some(2),
+                Some((2, 0)),
             ),
             (
                 "Go",
@@ -266,12 +288,12 @@ mod tests {
                     (APP, &[("net/http.(*Client).Do", "c.go")]),
                     (APP, &[("main.leak", "main.go")]),
                 ],
-                Some(4),
+                Some((4, 0)),
             ),
             (
                 "Go module",
                 &[(APP, &[("os.Open", "file.go")]), (APP, &[("example.org/pool.(*Pool).Get", "pool.go")])],
-                Some(1),
+                Some((1, 0)),
             ),
             (
                 "Go generics",
@@ -279,7 +301,7 @@ mod tests {
                     (APP, &[("slices.SortFunc[go.shape.[]example.org/x.T]", "sort.go")]),
                     (APP, &[("main.main", "m.go")]),
                 ],
-                Some(1),
+                Some((1, 0)),
             ),
             (
                 "Go only runtime",
@@ -294,7 +316,7 @@ mod tests {
                     ("/usr/bin/python3.12", &[("_PyEval_EvalFrameDefault", "")]),
                     ("", &[("py::leak", "a.py")]),
                 ],
-                Some(3),
+                Some((3, 0)),
             ),
             (
                 "Python extension",
@@ -304,7 +326,7 @@ mod tests {
                     ("/usr/bin/python3.12", &[("_PyEval_EvalFrameDefault", "")]),
                     ("", &[("py::leak", "a.py")]),
                 ],
-                Some(1),
+                Some((1, 0)),
             ),
             (
                 "Node",
@@ -315,7 +337,7 @@ mod tests {
                     ("", &[("JS:~openSync", "node:fs")]),
                     ("", &[("JS:*leak", "/srv/a.js")]),
                 ],
-                Some(4),
+                Some((4, 0)),
             ),
             ("nothing", &[], None),
         ];

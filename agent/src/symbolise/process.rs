@@ -1,6 +1,7 @@
 //! What /proc knows of the code of a process: its executable mappings, and the files behind them.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{self, Read},
     os::{
@@ -98,7 +99,7 @@ pub(super) fn open_mapped(key: ProcKey, mapped: &Mapped) -> io::Result<(OwnedFd,
     if let Ok(place) = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
         return open_regular(&place);
     }
-    let place = open_inside(key, Path::new(std::ffi::OsStr::from_bytes(&mapped.path)))?;
+    let place = open_inside(key, Path::new(OsStr::from_bytes(&mapped.path)), ResolveFlags::empty())?;
     let (file, found) = open_regular(&place)?;
     // Some file systems show another device here than in maps; it is then an unnamed one.
     let device = makedev(mapped.device.0, mapped.device.1);
@@ -109,9 +110,9 @@ pub(super) fn open_mapped(key: ProcKey, mapped: &Mapped) -> io::Result<(OwnedFd,
 }
 
 /// A place in the mount namespace of a process; links lead nowhere else.
-fn open_inside(key: ProcKey, path: &Path) -> io::Result<OwnedFd> {
+fn open_inside(key: ProcKey, path: &Path, more: ResolveFlags) -> io::Result<OwnedFd> {
     let root = open(format!("/proc/{}/root", key.tgid), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let links = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let links = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | more;
     Ok(openat2(&root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), links)?)
 }
 
@@ -157,7 +158,8 @@ pub(super) fn open_perf_map(key: ProcKey) -> io::Result<OwnedFd> {
     let pid: u32 = last("NSpid:").and_then(|pid| pid.parse().ok()).unwrap_or(key.tgid);
     let user = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_ascii_whitespace().nth(1));
     let user = user.and_then(|user| user.parse::<u32>().ok());
-    let place = open_inside(key, Path::new(&format!("/tmp/perf-{pid}.map")))?;
+    let path = format!("/tmp/perf-{pid}.map");
+    let place = open_inside(key, Path::new(&path), ResolveFlags::NO_SYMLINKS)?;
     let owner = rustix::fs::fstat(&place)?.st_uid;
     if owner != 0 && Some(owner) != user {
         return Err(io::Error::other("somebody else's perf map"));
@@ -182,7 +184,7 @@ pub(super) fn open_debug(folder: &Path, program: &str, build_id: &[u8], link: &[
     let mut places = vec![folder.join(".build-id").join(first).join(format!("{rest}.debug"))];
     if !link.is_empty() && !link.contains(&b'/') && link != b".." {
         let beside = Path::new(program).parent().and_then(|parent| parent.strip_prefix("/").ok());
-        places.extend(beside.map(|beside| folder.join(beside).join(std::ffi::OsStr::from_bytes(link))));
+        places.extend(beside.map(|beside| folder.join(beside).join(OsStr::from_bytes(link))));
     }
     let opened = |place: &PathBuf| {
         let place = openat(rustix::fs::CWD, place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;

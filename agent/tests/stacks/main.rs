@@ -2,7 +2,12 @@
 //! from marks in the sources of the programs, never from what an unwinder said.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod cost;
+mod golang;
+mod hostile;
+mod memory;
 mod native;
+mod processes;
 mod sampler;
 mod sources;
 #[path = "../support/mod.rs"]

@@ -84,6 +84,10 @@ impl Image {
         if self.decompressed > MAX_DECOMPRESSED {
             return None;
         }
+        if Vec::<u8>::new().try_reserve_exact(usize::try_from(header.ch_size(LE)).ok()?).is_err() {
+            // Other files hold the memory: as with any allocation that fails, a new worker may have more luck.
+            std::process::abort();
+        }
         let start = usize::try_from(offset).ok()?;
         let data = self.data.get(start..start.checked_add(usize::try_from(compressed).ok()?)?)?;
         let format = match header.ch_type(LE) {

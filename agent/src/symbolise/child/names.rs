@@ -45,19 +45,25 @@ pub(super) fn of(module: &Module, offsets: &[u64], debug: bool) -> Vec<Vec<RawLi
         })
         .map(Option::unwrap_or_default)
         .collect();
-    // A name that begins with an underscore may have a better alias among the exported ones.
+    // A symbol may be a better alias, or name what the function is in, which line tables do not.
     let may_be_better = |lines: &Vec<RawLine>| {
-        lines.last().is_none_or(|line| line.function.first().is_none_or(|first| *first == b'_'))
+        lines.last().is_none_or(|line| !line.function.windows(2).any(|pair| pair == b"::"))
     };
     let unnamed: Vec<_> = (0..places.len()).filter(|index| may_be_better(&places[*index])).collect();
     let wanted: Vec<_> = unnamed.iter().map(|index| addresses[*index].unwrap_or(u64::MAX)).collect();
     for (index, name) in unnamed.into_iter().zip(by_symbols(module, &wanted)) {
         let Some(name) = name else { continue };
-        let name = demangle_auto(String::from_utf8_lossy(name), None);
+        let raw = String::from_utf8_lossy(name);
+        let demangled = demangle_auto(raw.clone(), None);
         match places[index].last_mut() {
-            Some(line) if !line.function.is_empty() && !is_better(name.as_bytes(), &line.function) => {}
-            Some(line) => line.function = bounded(&name),
-            None => places[index].push(RawLine { function: bounded(&name), ..RawLine::default() }),
+            Some(line) => {
+                let is_qualified = demangled != raw && demangled.contains("::");
+                let is_alias = line.function.starts_with(b"_") && is_better(name, &line.function);
+                if line.function.is_empty() || is_qualified || is_alias {
+                    line.function = bounded(&demangled);
+                }
+            }
+            None => places[index].push(RawLine { function: bounded(&demangled), ..RawLine::default() }),
         }
     }
     places

@@ -9,7 +9,7 @@ use std::{
 use crate::symbolise::protocol::RawLine;
 
 /// Read of one map at most, in bytes.
-const MAX_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 32 << 20;
 /// A longer line is cut.
 const MAX_LINE: u64 = 4096;
 
