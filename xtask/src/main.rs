@@ -10,6 +10,7 @@ mod test;
 #[cfg(test)]
 mod tidy;
 mod vm;
+mod zoo;
 
 use std::{
     os::unix::process::CommandExt,
@@ -43,6 +44,8 @@ enum Task {
     Test(test::Arguments),
     /// Run the model tests for long, with stress-ng beside them (as root)
     Soak(soak::Arguments),
+    /// Run the leak zoo: programs that leak and programs that do not, all at once (as root)
+    Zoo(zoo::Arguments),
     /// Check format and lints
     Lint,
     /// Measure what plumb costs, against nothing, the floor, /proc and its peers (as root)
@@ -86,6 +89,7 @@ impl Task {
             }
             Self::Test(arguments) => arguments.run(),
             Self::Soak(arguments) => arguments.run(),
+            Self::Zoo(arguments) => arguments.run(),
             Self::Lint => lint(),
             Self::Bench(arguments) => arguments.run(),
             Self::Vm(arguments) => arguments.run(),

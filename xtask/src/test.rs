@@ -17,7 +17,7 @@ use crate::{
     cmd::{self, run},
     paths, setup, soak,
     vm::{self, Guest},
-    workspace,
+    workspace, zoo,
 };
 
 /// The test binary that needs nothing but a kernel, and what it runs.
@@ -69,6 +69,7 @@ impl Arguments {
         if self.kernel.is_empty() && !self.bless {
             run(cargo("test").arg("--release"))?;
             soak::Arguments::short(&tests, SOAK)?;
+            zoo::all()?;
         }
         if self.no_vm {
             eprintln!("xtask: the other kernels were left out");
