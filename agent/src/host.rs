@@ -26,6 +26,8 @@ pub(crate) struct Host {
     subscribers: Subscribers,
     detector: Detector,
     passes: u64,
+    /// When the last pass ended.
+    time: u64,
     requests: Asker,
     views: watch::Sender<Arc<HostView>>,
     report: Report,
@@ -47,6 +49,7 @@ impl Host {
             subscribers,
             detector: Detector::new(limits),
             passes: 0,
+            time: 0,
             requests,
             views,
             report,
@@ -71,7 +74,7 @@ impl Host {
             }
             Input::Pass(observation) => self.pass(&observation),
             Input::Confirmed(key, resource, found) => {
-                if let Some(finding) = self.detector.confirm(key, resource, found) {
+                if let Some(finding) = self.detector.confirm(key, resource, found, self.time) {
                     (self.report)(finding);
                 }
             }
@@ -85,6 +88,7 @@ impl Host {
         }
         observation.pass.after.iter().for_each(|event| self.origins.apply(event));
         let rows = self.table.rows();
+        self.time = observation.pass.ended;
         for change in self.detector.observe(&rows, observation.pass.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => {
