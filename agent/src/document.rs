@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Calendar,
-    detect::{Example, Finding, Resource, State},
+    detect::{Example, Finding, Resource, Rule, State, Why},
     files::OpenFile,
     kernel::Status,
     table::Row,
@@ -155,6 +155,7 @@ pub(crate) struct Leaks {
 pub(crate) struct Leak {
     pub id: String,
     pub state: State,
+    pub rule: Rule,
     pub resource: Resource,
     pub pid: u32,
     pub comm: String,
@@ -166,9 +167,19 @@ pub(crate) struct Leak {
     /// `null` when it does not grow or has no limit.
     pub seconds_to_exhaustion: Option<f64>,
     pub first_seen: String,
+    /// `null` before it is one.
+    pub leaking_since: Option<String>,
+    /// `null` as long as it is one.
+    pub resolved: Option<Resolved>,
     pub examples: Vec<Example>,
     /// By which calls came what has been opened since the process is watched and is still open.
     pub origins: Vec<Origin>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Resolved {
+    pub at: String,
+    pub why: Why,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -193,6 +204,7 @@ impl Leak {
         Self {
             id: finding.id(),
             state: finding.state,
+            rule: finding.rule,
             resource: finding.resource,
             pid: finding.key.tgid,
             comm: finding.info.comm.to_string(),
@@ -203,6 +215,8 @@ impl Leak {
             growth_per_minute: rounded(finding.growth_per_minute),
             seconds_to_exhaustion: finding.seconds_to_exhaustion().map(f64::round),
             first_seen: calendar.format(finding.first_seen),
+            leaking_since: finding.leaking_since.map(|since| calendar.format(since)),
+            resolved: (finding.resolved).map(|end| Resolved { at: calendar.format(end.at), why: end.why }),
             examples: finding.examples.clone(),
             origins: (finding.origins.iter())
                 .map(|(syscall, count)| Origin { syscall: (*syscall).to_owned(), count: *count })

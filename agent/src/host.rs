@@ -74,7 +74,7 @@ impl Host {
             }
             Input::Pass(observation) => self.pass(&observation),
             Input::Confirmed(key, resource, found) => {
-                if let Some(finding) = self.detector.confirm(key, resource, found, self.time) {
+                if let Some(finding) = self.detector.confirm(key, resource, *found, self.time) {
                     (self.report)(finding);
                 }
             }

@@ -106,7 +106,9 @@ impl Case {
         for (scale, growth) in &mut self.growths {
             // Finer than the scale at which the rise was seen: what comes in few steps is no leak.
             let finer = scale.saturating_sub(1);
-            if finer < closed && let Some(floor) = floors.last(finer) {
+            if finer < closed
+                && let Some(floor) = floors.last(finer)
+            {
                 growth.push(floor);
             }
         }
@@ -140,16 +142,6 @@ impl Case {
         let every = LOOK.max((now.saturating_sub(self.suspected) / LOOK_PART).min(LOOK_AT_LAST));
         let every = if looks_like_one { every.min(FRESH) } else { every };
         (Step::Stays, self.ask(now, every))
-    }
-
-    #[cfg(test)]
-    pub(super) fn explain(&self, _now: u64) -> String {
-        let mut text = format!("{:?} kept {:?} of {:?}: ", self.finding.state, self.holdings.as_ref().map(|h| h.kept), self.holdings.as_ref().map(|h| h.first));
-        for (scale, growth) in &self.growths {
-            text += &format!("[{scale} {} {:?}] ", growth.explain(), self.stays(growth));
-        }
-        if let Some(h) = &self.holdings { text += &format!("{:?}", h.ages.iter().take(10).map(|a| (a.held, a.lost, a.watched as u64)).collect::<Vec<_>>()); }
-        text
     }
 
     fn leak_goes_on(&mut self, demand: Demand, now: u64) -> Step {
@@ -221,10 +213,6 @@ impl Case {
         for (since, count) in old {
             sum += count;
             points.push((second(*since), sum as u32));
-        }
-        #[cfg(test)]
-        if std::env::var("FAM").is_ok() {
-            println!("   arrivals {} {:?}", points.len(), demand.explain(&points));
         }
         f64::from(growth.grown().0) >= sum * KEPT_PART && demand.is_met_by_arrivals(&points)
     }

@@ -117,10 +117,12 @@ impl Floors {
         if known < LEAST || growth < enough {
             return None;
         }
-        let steps = || floors.windows(2).map(|pair| f64::from(pair[1].unwrap_or(0)) - f64::from(pair[0].unwrap_or(0)));
+        let steps = || {
+            floors.windows(2).map(|pair| f64::from(pair[1].unwrap_or(0)) - f64::from(pair[0].unwrap_or(0)))
+        };
         let rises = steps().filter(|step| *step > 0.0).count();
         let falls = steps().any(|step| -step > (growth / 8.0).max(1.0));
-        let still = steps().last().is_some_and(|step| step > 0.0);
+        let still = steps().next_back().is_some_and(|step| step > 0.0);
         (rises >= RISES && still && !falls).then(|| {
             let back = |index: usize| (known - index) as u32;
             let point = |(index, floor): (usize, &Option<u32>)| {

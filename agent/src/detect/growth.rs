@@ -26,6 +26,8 @@ const LEAST_POINTS: usize = 10;
 const LEAST_ARRIVALS: usize = 7;
 /// Part of its share that the last quarter of the time must have grown by.
 const STILL: f64 = 0.35;
+/// Longest part of the time that may pass without a rise.
+const REST: f64 = 0.3;
 /// Growth times seconds: a slow leak is watched for longer, in proportion to the root of its slowness.
 const EXPOSURE: f64 = 10_000.0;
 /// Without a new peak for this many seconds and windows, or this part of the time it took, a suspect has settled.
@@ -76,14 +78,6 @@ impl Demand {
         (grown / f64::from(self.growth)).min(seconds / f64::from(self.seconds)).min(exposure)
     }
 
-    #[cfg(test)]
-    pub(super) fn explain(self, points: &[Point]) -> String {
-        let (Some(first), Some(last)) = (points.first(), points.last()) else { return String::new() };
-        let ease = self.met_by(f64::from(last.1.saturating_sub(first.1)), f64::from(last.0 - first.0));
-        if points.len() < 4 { return String::new() }
-        format!("{ease} {:?}", Steadiness::of(&even(points, BINS.min(points.len() - 1)), points))
-    }
-
     /// Whether what was kept came like a leak: when each was seen first, and how many with it that were.
     pub(super) fn is_met_by_arrivals(self, points: &[Point]) -> bool {
         let (Some(first), Some(last)) = (points.first(), points.last()) else { return false };
@@ -95,7 +89,8 @@ impl Demand {
 
 impl Growth {
     pub(super) fn new(window: u32, points: Vec<Point>) -> Option<Self> {
-        let peak = points.iter().copied().reduce(|peak, point| if point.1 > peak.1 { point } else { peak })?;
+        let peak =
+            points.iter().copied().reduce(|peak, point| if point.1 > peak.1 { point } else { peak })?;
         let last = points.last().map_or(0, |point| point.0);
         // At the shortest scale all are as fine as they get.
         let fine = if window == SCALES[0] { 0 } else { last + window };
@@ -111,9 +106,10 @@ impl Growth {
             self.peak = point;
         }
         if self.points.len() >= POINTS {
-            let merged = self.points.chunks(2).map(|pair| {
-                (pair[0].0, pair.iter().map(|point| point.1).min().unwrap_or(pair[0].1))
-            });
+            let merged = self
+                .points
+                .chunks(2)
+                .map(|pair| (pair[0].0, pair.iter().map(|point| point.1).min().unwrap_or(pair[0].1)));
             self.points = merged.collect();
         }
         self.points.push(point);
@@ -194,11 +190,6 @@ impl Growth {
         }
     }
 
-    #[cfg(test)]
-    pub(super) fn explain(&self) -> String {
-        format!("from {:?} grown {:?} n {} {:?}", self.first(), self.grown(), self.points.len(), self.steadiness())
-    }
-
     /// How the growth is spread over its time.
     fn steadiness(&self) -> Option<Steadiness> {
         let fine = &self.points[self.points.partition_point(|point| point.0 < self.fine)..];
@@ -225,9 +216,9 @@ fn even(points: &[Point], parts: usize) -> Vec<f64> {
     let mut last = 0;
     for (index, floor) in lowest.iter().enumerate() {
         let Some(floor) = floor.map(f64::from) else { continue };
-        let before = floors[last];
-        for between in last + 1..=index {
-            floors[between] = before + (floor - before) * (between - last) as f64 / (index - last) as f64;
+        let (before, steps) = (floors[last], index - last);
+        for (step, between) in floors[last..=index].iter_mut().enumerate().skip(1) {
+            *between = before + (floor - before) * step as f64 / steps as f64;
         }
         last = index;
     }
@@ -237,7 +228,7 @@ fn even(points: &[Point], parts: usize) -> Vec<f64> {
 }
 
 /// How growth is spread over its time.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Steadiness {
     /// Part of the time by which the growth came earlier than evenly spread.
     ahead: f64,
@@ -247,6 +238,8 @@ struct Steadiness {
     steps: f64,
     /// Growth in the last quarter of the time compared to its share.
     still: f64,
+    /// Longest part of the time without a rise.
+    rest: f64,
 }
 
 impl Steadiness {
@@ -254,7 +247,7 @@ impl Steadiness {
     fn of(floors: &[f64], fine: &[Point]) -> Self {
         let grown = floors.last().unwrap_or(&0.0) - floors.first().unwrap_or(&0.0);
         if grown <= 0.0 {
-            return Self { ahead: 0.0, early: 0.0, steps: 0.0, still: 0.0 };
+            return Self::default();
         }
         let bins = floors.len();
         let parts = (bins - 1) as f64;
@@ -270,14 +263,32 @@ impl Steadiness {
             let grown = floors.last().unwrap_or(&0.0) - floors.first().unwrap_or(&0.0);
             grown / unevenness(&floors)
         });
-        Self { ahead, early, steps: steps.into_iter().fold(f64::INFINITY, f64::min), still }
+        Self { ahead, early, steps: steps.into_iter().fold(f64::INFINITY, f64::min), still, rest: rest(fine) }
     }
 
     /// With more to see, chance is given more room: a fill has long shown by then.
     fn is_steady(self, ease: f64) -> bool {
         let early = (EARLY * ease).min(EARLY_AT_LAST);
-        ease >= 1.0 && self.ahead <= AHEAD && self.early <= early && self.steps >= STEPS && self.still >= STILL
+        ease >= 1.0
+            && self.ahead <= AHEAD
+            && self.early <= early
+            && self.steps >= STEPS
+            && self.still >= STILL
+            && self.rest <= REST
     }
+}
+
+/// The longest time without a new peak, as a part of the whole.
+fn rest(points: &[Point]) -> f64 {
+    let (Some(first), Some(last)) = (points.first(), points.last()) else { return 1.0 };
+    let (mut peak, mut longest) = (*first, 0);
+    for point in points {
+        if point.1 > peak.1 {
+            longest = longest.max(point.0 - peak.0);
+            peak = *point;
+        }
+    }
+    f64::from(longest.max(last.0 - peak.0)) / f64::from((last.0 - first.0).max(1))
 }
 
 /// Size of the steps by which floors grow, 1 at least. The number of independent events in a part of the time

@@ -33,13 +33,13 @@ use std::{collections::BTreeMap, sync::Arc};
 use foldhash::HashMap;
 use plumb_common::task::ProcKey;
 
+pub(crate) use self::finding::{
+    Confirmation, Example, Finding, HostLimits, Resolution, Resource, Rule, State, Why,
+};
 use self::{
     case::{Case, SECOND, Step},
     floors::Floors,
     growth::Demand,
-};
-pub(crate) use self::finding::{
-    Confirmation, Example, Finding, HostLimits, Resolution, Resource, Rule, State, Why,
 };
 use crate::table::Row;
 
@@ -126,7 +126,9 @@ impl Detector {
                 let (live, limit) = usage(row, resource, self.limits);
                 let closed = track.floors.observe((now / SECOND) as u32, live);
                 if closed == 0 {
-                    if track.is_open && let Some(case) = self.cases.get_mut(&(row.key, resource)) {
+                    if track.is_open
+                        && let Some(case) = self.cases.get_mut(&(row.key, resource))
+                    {
                         (case.finding.live, case.finding.limit) = (live, limit);
                     }
                     continue;
@@ -163,9 +165,8 @@ impl Detector {
                 end(case, Why::ProcessEnded, now, &mut self.resolved, &mut changes);
             }
         }
-        let is_visible = |finding: &Finding| {
-            finding.resolved.is_some_and(|end| now.saturating_sub(end.at) < VISIBLE)
-        };
+        let is_visible =
+            |finding: &Finding| finding.resolved.is_some_and(|end| now.saturating_sub(end.at) < VISIBLE);
         self.resolved.retain(is_visible);
         changes
     }

@@ -1,12 +1,10 @@
 //! The families of made-up processes. Each case draws its own parameters; what a family is called says what
 //! they have in common, and a leak's deadline what is promised of it.
 
-use std::f64::consts::TAU;
-
 use super::world::World;
 
-const MINUTE: f64 = 60.0;
-const HOUR: f64 = 3_600.0;
+pub(super) const MINUTE: f64 = 60.0;
+pub(super) const HOUR: f64 = 3_600.0;
 
 /// What a family shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +22,9 @@ pub(super) struct Family {
     pub make: fn(&mut World) -> Plan,
 }
 
+/// What a process does in a second, given its number.
+pub(super) type Second = Box<dyn FnMut(&mut World, u64)>;
+
 /// What one process will do.
 pub(super) struct Plan {
     /// Length of the series.
@@ -34,528 +35,36 @@ pub(super) struct Plan {
     pub leaks_from: Option<u64>,
     /// Seconds from there until it is to be found.
     pub deadline: f64,
-    pub second: Box<dyn FnMut(&mut World, u64)>,
+    pub second: Second,
 }
 
-fn plan(hours: f64, second: impl FnMut(&mut World, u64) + 'static) -> Plan {
+pub(super) fn plan(hours: f64, second: impl FnMut(&mut World, u64) + 'static) -> Plan {
     let seconds = (hours * HOUR) as u64;
     Plan { seconds, limit: 65_536, leaks_from: None, deadline: f64::INFINITY, second: Box::new(second) }
 }
 
 impl Plan {
-    fn leaks(self, from: u64, deadline: f64) -> Self {
+    pub(super) fn leaks(self, from: u64, deadline: f64) -> Self {
         let seconds = from + (deadline * 1.6) as u64 + 60;
         Self { leaks_from: Some(from), deadline, seconds, ..self }
     }
 }
 
-/// Opens `rate` a second for ever, evenly; what is left of a second is carried over.
-fn evenly(rate: f64) -> impl FnMut(&mut World) {
-    let mut due = 1.0;
-    move |world| {
-        due += rate;
-        let now = due as u32;
-        due -= f64::from(now);
-        world.keep(now);
-    }
-}
-
 /// What a program has open from its start.
-fn starts(world: &mut World) {
+pub(super) fn starts(world: &mut World) {
     let count = world.random.log(3.0, 60.0) as u32;
     world.keep(count);
 }
 
 /// Half leak from the start on, half after some time.
-fn when(world: &mut World) -> u64 {
+pub(super) fn when(world: &mut World) -> u64 {
     if world.random.chance(0.5) { 0 } else { world.random.within(1.0, 900.0) as u64 }
 }
 
-fn steady(world: &mut World, low: f64, high: f64, deadline: impl Fn(f64) -> f64) -> Plan {
-    starts(world);
-    let (rate, from) = (world.random.log(low, high), when(world));
-    let mut leak = evenly(rate);
-    let mut plan = plan(0.0, move |world, second| {
-        if second >= from {
-            leak(world);
-        }
-    });
-    plan.limit = [1_024, 4_096, 65_536, 1_048_576][(world.random.uniform() * 3.99) as usize];
-    plan.leaks(from, deadline(rate))
-}
-
-/// Approaches a cap, then replaces what it holds.
-fn fill(world: &mut World, cap: f64, constant: f64, hours: f64) -> Plan {
-    starts(world);
-    let churn = if world.random.chance(0.3) { 0.0 } else { world.random.log(0.01, 5.0) };
-    let from = when(world);
-    plan(hours, move |world, second| {
-        if second < from {
-            return;
-        }
-        let missing = cap - world.size("cache") as f64;
-        let count = world.random.poisson(missing.max(0.0) / constant);
-        world.fill("cache", count);
-        if missing < cap * 0.05 {
-            let replaced = world.random.poisson(churn);
-            world.drain("cache", replaced);
-            world.fill("cache", replaced);
-        }
-    })
-}
-
 /// Connections that are there from the start, as many as the load keeps up.
-fn settled(world: &mut World, rate: f64, hold: f64) {
+pub(super) fn settled(world: &mut World, rate: f64, hold: f64) {
     for _ in 0..world.random.poisson(rate * hold) {
         let life = world.random.exponential(hold);
         world.open(life);
     }
 }
-
-/// Load that wanders around its mean: a factor, per step of a second.
-fn wander(world: &mut World, log: &mut f64, size: f64, memory: f64) -> f64 {
-    *log += -*log / memory + size * (2.0 / memory).sqrt() * world.random.normal();
-    log.exp()
-}
-
-pub(super) static FAMILIES: &[Family] = &[
-    Family {
-        name: "steady, 1 to 200 a second",
-        kind: Kind::Leak,
-        make: |world| steady(world, 1.0, 200.0, |_| 120.0),
-    },
-    Family {
-        name: "steady, 1 in 10 s to 1 a second",
-        kind: Kind::Leak,
-        make: |world| steady(world, 0.1, 1.0, |_| 360.0),
-    },
-    Family {
-        name: "steady, 1 in 1 min to 1 in 10 s",
-        kind: Kind::Leak,
-        make: |world| steady(world, 1.0 / 60.0, 0.1, |rate| 80.0 / rate),
-    },
-    Family {
-        name: "steady, 4 an hour to 1 in 1 min",
-        kind: Kind::Leak,
-        make: |world| steady(world, 4.0 / HOUR, 1.0 / 60.0, |rate| 80.0 / rate),
-    },
-    Family {
-        name: "one request in so many, random load",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let leaked = world.random.log(0.1, 2.0);
-            let (rate, hold) = (world.random.log(2.0, 20.0), world.random.log(0.05, 10.0));
-            let from = when(world);
-            let plan = plan(0.0, move |world, second| {
-                world.serve(rate, hold, 0.0);
-                if second >= from {
-                    let count = world.random.poisson(leaked);
-                    world.keep(count);
-                }
-            });
-            plan.leaks(from, 360.0f64.max(120.0 / leaked))
-        },
-    },
-    Family {
-        name: "bursts of an error path",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (every, size) = (world.random.log(5.0, 300.0), world.random.log(2.0, 20.0));
-            let from = when(world);
-            let mut next = from as f64;
-            let plan = plan(0.0, move |world, second| {
-                while second as f64 >= next {
-                    let count = world.random.poisson(size) + 1;
-                    world.keep(count);
-                    next += world.random.exponential(every);
-                }
-            });
-            plan.leaks(from, 600.0f64.max(40.0 * every))
-        },
-    },
-    Family {
-        name: "saw with a rising floor",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (period, net) = (world.random.log(4.0, 30.0) as u64, world.random.within(1.4, 2.0));
-            let height = world.random.within(2.0, 6.0);
-            let net = (net * period as f64) as u32;
-            let from = when(world);
-            let plan = plan(0.0, move |world, second| {
-                if second >= from {
-                    let up = (height * f64::from(net) / period as f64).ceil() as u32;
-                    world.fill("saw", up);
-                    if (second - from) % period == period - 1 {
-                        world.resize("saw", 0);
-                        world.keep(net);
-                    }
-                }
-            });
-            plan.leaks(from, if period <= 8 { 180.0 } else { 360.0 })
-        },
-    },
-    Family {
-        name: "after hours of good behaviour",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (rate, hold) = (world.random.log(0.5, 5.0), world.random.log(0.05, 3.0));
-            let mut leak = evenly(world.random.log(1.0, 20.0));
-            let from = world.random.within(1.0, 5.0) * HOUR;
-            let from = from as u64;
-            let plan = plan(0.0, move |world, second| {
-                world.serve(rate, hold, 0.0);
-                if second >= from {
-                    leak(world);
-                }
-            });
-            plan.leaks(from, 120.0)
-        },
-    },
-    Family {
-        name: "below busy traffic",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (load, hold) = (world.random.log(20.0, 300.0), world.random.log(2.0, 60.0));
-            let leaked = world.random.log(0.5, 5.0);
-            settled(world, load / hold, hold);
-            let from = world.random.within(60.0, HOUR) as u64;
-            let plan = plan(0.0, move |world, second| {
-                world.serve(load / hold, hold, 0.0);
-                if second >= from {
-                    let count = world.random.poisson(leaked);
-                    world.keep(count);
-                }
-            });
-            plan.leaks(from, 600.0f64.max(15.0 * hold))
-        },
-    },
-    Family {
-        name: "by day, with the load",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (peak, hold) = (world.random.log(1.0, 10.0), world.random.log(0.5, 20.0));
-            let (leaked, phase) = (world.random.log(20.0, 200.0) / HOUR, world.random.uniform());
-            let plan = plan(0.0, move |world, second| {
-                let load = 0.5 - 0.5 * (TAU * (second as f64 / 86_400.0 + phase)).cos();
-                world.serve(peak * (0.1 + 0.9 * load), hold, 0.0);
-                let count = world.random.poisson(leaked * load);
-                world.keep(count);
-            });
-            plan.leaks(0, 24.0 * HOUR)
-        },
-    },
-    Family {
-        name: "slow, in a big noisy server",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (load, hold) = (world.random.log(200.0, 1_000.0), world.random.log(20.0, 200.0));
-            let leaked = world.random.log(30.0, 300.0) / HOUR;
-            settled(world, load / hold, hold);
-            let plan = plan(0.0, move |world, _| {
-                world.serve(load / hold, hold, 0.0);
-                let count = world.random.poisson(leaked);
-                world.keep(count);
-            });
-            plan.leaks(0, 18.0 * HOUR)
-        },
-    },
-    Family {
-        name: "beside connections that live for tens of minutes",
-        kind: Kind::Leak,
-        make: |world| {
-            starts(world);
-            let (load, hold) = (world.random.log(50.0, 500.0), world.random.within(10.0, 40.0) * MINUTE);
-            let leaked = world.random.log(0.1, 2.0);
-            settled(world, load / hold, hold);
-            let from = world.random.within(60.0, HOUR) as u64;
-            let plan = plan(0.0, move |world, second| {
-                world.serve(load / hold, hold, 0.0);
-                if second >= from {
-                    let count = world.random.poisson(leaked);
-                    world.keep(count);
-                }
-            });
-            plan.leaks(from, 20.0 * hold)
-        },
-    },
-    Family {
-        name: "connection pool warms up",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (size, within) = (world.random.log(20.0, 200.0), world.random.within(5.0, 30.0));
-            let from = when(world) as f64;
-            plan(3.0, move |world, second| {
-                let part = ((second as f64 - from) / within).clamp(0.0, 1.0);
-                world.resize("pool", (size * part) as usize);
-            })
-        },
-    },
-    Family {
-        name: "cache fills within 60 to 90 s, then churns",
-        kind: Kind::Sound,
-        make: |world| {
-            let (cap, constant) = (world.random.log(50.0, 2_000.0), world.random.within(20.0, 30.0));
-            fill(world, cap, constant, 3.0)
-        },
-    },
-    Family {
-        name: "cache fills within 2 to 4 min, then churns",
-        kind: Kind::Sound,
-        make: |world| {
-            let (cap, constant) = (world.random.log(50.0, 2_000.0), world.random.within(30.0, 75.0));
-            fill(world, cap, constant, 3.0)
-        },
-    },
-    Family {
-        name: "small cache of up to 30 fills within 5 to 30 min",
-        kind: Kind::Sound,
-        make: |world| {
-            let constant = world.random.log(100.0, 600.0);
-            let cap = world.random.log(10.0, 30.0);
-            fill(world, cap, constant, 6.0)
-        },
-    },
-    Family {
-        name: "bursts, given back over 30 s",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (size, every) = (world.random.log(50.0, 1_000.0), world.random.log(100.0, HOUR));
-            let mut began = 0.0;
-            plan(6.0, move |world, second| {
-                let since = second as f64 - began;
-                let part = if since < 3.0 { 1.0 } else { (1.0 - (since - 3.0) / 30.0).clamp(0.0, 1.0) };
-                world.resize("burst", (size * part) as usize);
-                if since > 40.0 && world.random.chance(1.0 / every) {
-                    began = second as f64;
-                }
-            })
-        },
-    },
-    Family {
-        name: "batch every 20 s to 10 min",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (size, every) = (world.random.log(20.0, 500.0), world.random.log(20.0, 600.0) as u64);
-            let lasts = (every as f64 * world.random.within(0.1, 0.7)).max(8.0) as u64;
-            plan(3.0, move |world, second| {
-                world.resize("batch", if second % every < lasts { size as usize } else { 0 });
-            })
-        },
-    },
-    Family {
-        name: "pool is resized up and down",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let every = world.random.log(60.0, HOUR);
-            let mut size = 8.0;
-            plan(6.0, move |world, _| {
-                if world.random.chance(1.0 / every) {
-                    size = world.random.log(8.0, 256.0);
-                }
-                let now = world.size("pool");
-                let step = (size as usize).clamp(now.saturating_sub(8), now + 8);
-                world.resize("pool", step);
-            })
-        },
-    },
-    Family {
-        name: "plateau just below the limit, within 40 s",
-        kind: Kind::Sound,
-        make: |world| {
-            world.keep(5);
-            let (limit, within) = (256.0, world.random.within(5.0, 40.0));
-            let from = when(world) as f64;
-            let size = world.random.within(0.85, 0.955) * limit;
-            let plan = plan(3.0, move |world, second| {
-                let part = ((second as f64 - from) / within).clamp(0.0, 1.0);
-                world.resize("pool", (size * part) as usize);
-            });
-            Plan { limit: limit as u64, ..plan }
-        },
-    },
-    Family {
-        name: "steady load, lives of any length",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let hold = world.random.log(0.1, 300.0);
-            let load = world.random.log(5.0, 500.0).min(20.0 * hold);
-            let tail = if world.random.chance(0.5) { 0.0 } else { world.random.within(0.5, 1.5) };
-            settled(world, load / hold, hold);
-            plan(6.0, move |world, _| world.serve(load / hold, hold, tail))
-        },
-    },
-    Family {
-        name: "ramps of load, short lives",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (rate, hold) = (world.random.log(1.0, 10.0), world.random.log(0.2, 15.0));
-            let (times, takes) = (world.random.within(1.5, 5.0), world.random.log(2.0 * MINUTE, HOUR));
-            plan(4.0, move |world, second| {
-                let wave = (second as f64 % (4.0 * takes)) / takes;
-                let part = (2.0 - (wave - 2.0).abs()).clamp(0.0, 1.0);
-                world.serve(rate * (1.0 + (times - 1.0) * part), hold, 0.0);
-            })
-        },
-    },
-    Family {
-        name: "load by day and night",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let hold = world.random.log(1.0, 120.0);
-            let (peak, phase) = (world.random.log(20.0, 400.0).min(8.0 * hold), world.random.uniform());
-            plan(36.0, move |world, second| {
-                let load = 0.5 - 0.5 * (TAU * (second as f64 / 86_400.0 + phase)).cos();
-                world.serve(peak / hold * (0.1 + 0.9 * load), hold, 0.0);
-            })
-        },
-    },
-    Family {
-        name: "load wanders",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let hold = world.random.log(0.5, 60.0);
-            let load = world.random.log(10.0, 300.0).min(10.0 * hold);
-            let (size, memory) = (world.random.within(0.1, 0.6), world.random.log(MINUTE, HOUR));
-            let mut log = 0.0;
-            plan(8.0, move |world, _| {
-                let factor = wander(world, &mut log, size, memory);
-                world.serve(load / hold * factor, hold, 0.0);
-            })
-        },
-    },
-    Family {
-        name: "40 children, started within 10 s and kept",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (count, within) = (world.random.within(20.0, 60.0), world.random.within(2.0, 15.0));
-            let from = when(world) as f64;
-            plan(3.0, move |world, second| {
-                let part = ((second as f64 - from) / within).clamp(0.0, 1.0);
-                world.resize("children", 3 * (count * part) as usize);
-            })
-        },
-    },
-    Family {
-        name: "nightly batch",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (size, at) = (world.random.log(50.0, 1_000.0), world.random.within(0.0, 86_400.0));
-            let (takes, lasts) = (world.random.log(2.0, 60.0), world.random.log(5.0 * MINUTE, 2.0 * HOUR));
-            plan(30.0, move |world, second| {
-                let since = (second as f64 - at).rem_euclid(86_400.0);
-                let part = if since < lasts { (since / takes).min(1.0) } else { 0.0 };
-                world.resize("batch", (size * part) as usize);
-            })
-        },
-    },
-    Family {
-        name: "log rotation and reload",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (size, every) = (world.random.log(5.0, 200.0) as usize, world.random.log(600.0, 4.0 * HOUR));
-            let lasts = world.random.log(2.0, 120.0) as u64;
-            world.fill("old", size as u32);
-            let mut since = 0;
-            plan(12.0, move |world, second| {
-                // The new ones come first, the old ones go when they are done.
-                if world.size("new") == 0 && world.random.chance(1.0 / every) {
-                    world.fill("new", size as u32);
-                    since = second;
-                }
-                if world.size("new") > 0 && second - since >= lasts {
-                    world.swap("old", "new");
-                    world.resize("new", 0);
-                }
-            })
-        },
-    },
-    Family {
-        name: "scaled up in steps",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (step, takes) = (world.random.log(10.0, 100.0), world.random.within(1.0, 20.0));
-            let every = world.random.log(5.0 * MINUTE, 3.0 * HOUR);
-            let mut size = 0.0;
-            let mut steps = world.random.within(2.0, 5.9) as u32;
-            plan(12.0, move |world, _| {
-                if steps > 0 && world.random.chance(1.0 / every) {
-                    size += step;
-                    steps -= 1;
-                }
-                let now = world.size("pool");
-                world.resize("pool", (size as usize).min(now + (step / takes).ceil() as usize));
-            })
-        },
-    },
-    Family {
-        name: "connections that live for tens of minutes",
-        kind: Kind::Sound,
-        make: |world| {
-            starts(world);
-            let (load, hold) = (world.random.log(20.0, 500.0), world.random.within(10.0, 60.0) * MINUTE);
-            let (size, memory) = (world.random.within(0.0, 0.3), world.random.log(600.0, 4.0 * HOUR));
-            // All clients come back at once after a start.
-            let within = world.random.within(5.0, 60.0);
-            let mut log = 0.0;
-            plan(8.0, move |world, second| {
-                if (second as f64) < within {
-                    for _ in 0..world.random.poisson(load / within) {
-                        let life = world.random.exponential(hold);
-                        world.open(life);
-                    }
-                }
-                let factor = wander(world, &mut log, size, memory);
-                world.serve(load / hold * factor, hold, 0.0);
-            })
-        },
-    },
-    Family {
-        name: "fills evenly to a cap, for 2 min to 3 h",
-        kind: Kind::Undecidable,
-        make: |world| {
-            starts(world);
-            let takes = world.random.log(2.0 * MINUTE, 3.0 * HOUR);
-            let cap = world.random.log(50.0, 2_000.0);
-            plan(6.0, move |world, second| {
-                let part = (second as f64 / takes).min(1.0);
-                world.resize("cache", (cap * part) as usize);
-            })
-        },
-    },
-    Family {
-        name: "cache fills ever more slowly, for 5 min to 1 h",
-        kind: Kind::Undecidable,
-        make: |world| {
-            let (cap, constant) = (world.random.log(35.0, 2_000.0), world.random.log(100.0, 1_200.0));
-            fill(world, cap, constant, 6.0)
-        },
-    },
-    Family {
-        name: "clients come steadily to stay for tens of minutes",
-        kind: Kind::Undecidable,
-        make: |world| {
-            starts(world);
-            let (rate, hold) = (world.random.log(0.1, 3.0), world.random.within(10.0, 60.0) * MINUTE);
-            plan(6.0, move |world, _| world.serve(rate, hold, 0.0))
-        },
-    },
-];

@@ -5,7 +5,9 @@
 //! Two sets of seeds: the detector is tuned with one and reported with the other.
 
 mod families;
+mod leaks;
 mod report;
+mod sound;
 mod world;
 
 use plumb_common::task::ProcKey;
@@ -76,11 +78,7 @@ fn run(family: &Family, seed: u64) -> Run {
                 Change::Grown(..) => {
                     let holdings = Some(cohorts.look(now, world.identities()));
                     let found = Confirmation { holdings, examples: Vec::new() };
-                    let verdict = detector.confirm(key, Resource::Fd, found, now).cloned();
-                    if std::env::var("FAM").is_ok() && let Some(case) = detector.cases.values().next() {
-                        println!("{second} since {since} live {} {}", world.count(), case.explain(now));
-                    }
-                    if verdict.is_some() {
+                    if detector.confirm(key, Resource::Fd, found, now).is_some() {
                         if plan.leaks_from.is_some() && since >= 0.0 {
                             run.leaking = run.leaking.or(Some(since));
                         } else {
@@ -88,7 +86,7 @@ fn run(family: &Family, seed: u64) -> Run {
                         }
                     }
                 }
-                Change::Quiet(..) => if std::env::var("FAM").is_ok() { println!("{second} quiet") }
+                Change::Quiet(..) => {}
             }
         }
         let state = detector.cases.values().next().map(|case| case.finding.state);
