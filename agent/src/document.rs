@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Calendar,
-    detect::{Example, Finding, Resource, State},
+    detect::{Example, Finding, Resource, Rule, State, Why},
     files::OpenFile,
     kernel::Status,
     origins::Group,
@@ -160,6 +160,7 @@ pub(crate) struct Leaks {
 pub(crate) struct Leak {
     pub id: String,
     pub state: State,
+    pub rule: Rule,
     pub resource: Resource,
     pub pid: u32,
     pub comm: String,
@@ -171,11 +172,21 @@ pub(crate) struct Leak {
     /// `null` when it does not grow or has no limit.
     pub seconds_to_exhaustion: Option<f64>,
     pub first_seen: String,
+    /// `null` before it is one.
+    pub leaking_since: Option<String>,
+    /// `null` as long as it is one.
+    pub resolved: Option<Resolved>,
     pub examples: Vec<Example>,
     /// What was there before the process was watched; of the rest the origins say where it came from.
     pub before_watching: u32,
     /// Where what has been made since and is still there came from, the most frequent first.
     pub origins: Vec<Origin>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Resolved {
+    pub at: String,
+    pub why: Why,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -240,6 +251,7 @@ impl Leak {
         Self {
             id: finding.id(),
             state: finding.state,
+            rule: finding.rule,
             resource: finding.resource,
             pid: finding.key.tgid,
             comm: finding.info.comm.to_string(),
@@ -250,6 +262,8 @@ impl Leak {
             growth_per_minute: rounded(finding.growth_per_minute),
             seconds_to_exhaustion: finding.seconds_to_exhaustion().map(f64::round),
             first_seen: calendar.format(finding.first_seen),
+            leaking_since: finding.leaking_since.map(|since| calendar.format(since)),
+            resolved: (finding.resolved).map(|end| Resolved { at: calendar.format(end.at), why: end.why }),
             examples: finding.examples.clone(),
             before_watching: finding.origins.before,
             origins: (finding.origins.groups.iter().take(MAX_ORIGINS))

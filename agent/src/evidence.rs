@@ -1,13 +1,17 @@
-//! What leaks: the fds or threads that were there when a process became suspect and still are when its
-//! growth is confirmed. What a program opens and closes again is in one list only.
+//! What leaks: what came since a process became suspect, or was there then, and is still held. What a program
+//! opens and closes again is in one list only.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     io,
 };
 
 use crate::{
-    detect::{Confirmation, Example, Resource},
+    clock,
+    detect::{
+        Confirmation, Example, Resource,
+        cohorts::{Cohorts, Holdings, identity},
+    },
     files::OpenFile,
     kernel::Kernel,
     text,
@@ -17,30 +21,18 @@ use plumb_common::{
     task::{ProcKey, ThreadRecord},
 };
 
-/// Suspects whose holdings are remembered at the same time.
+/// Suspects whose holdings are remembered at the same time; with 4,096 identities each this bounds memory at a
+/// few MiB.
 const MAX_SUSPECTS: usize = 64;
-/// The newest identities kept per process; with `MAX_SUSPECTS` this bounds memory at a few MiB.
-const MAX_KEPT: usize = 4096;
 /// Survivors that are put into words.
-const MAX_DESCRIBED: u32 = 256;
+const MAX_DESCRIBED: usize = 256;
 /// Examples per finding.
 const MAX_EXAMPLES: usize = 5;
 
-/// Tells one open file or thread from the next that gets its number.
-type Identity = (u32, u64);
-
-/// What a suspect held: all of it, or the newest as a sample.
-#[derive(Debug)]
-struct Memory {
-    sample: HashSet<Identity>,
-    /// How many it held in all.
-    held: u32,
-}
-
-/// What suspects held when they became suspect.
+/// What suspects have held since they became suspect.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {
-    remembered: HashMap<(ProcKey, Resource), Memory>,
+    remembered: HashMap<(ProcKey, Resource), Cohorts>,
 }
 
 impl Evidence {
@@ -52,10 +44,11 @@ impl Evidence {
         key: ProcKey,
         resource: Resource,
     ) -> io::Result<()> {
-        if self.remembered.len() < MAX_SUSPECTS || self.remembered.contains_key(&(key, resource)) {
-            let held = list(kernel, key, resource, |_| true)?;
-            let sample = held.newest.iter().map(Holding::identity).collect();
-            self.remembered.insert((key, resource), Memory { sample, held: held.count });
+        self.remembered.remove(&(key, resource));
+        if self.remembered.len() < MAX_SUSPECTS {
+            let mut cohorts = Cohorts::default();
+            look(&mut cohorts, &list(kernel, key, resource, |_| false)?);
+            self.remembered.insert((key, resource), cohorts);
         }
         Ok(())
     }
@@ -73,23 +66,16 @@ impl Evidence {
         (key, resource): (ProcKey, Resource),
         baseline: u32,
     ) -> io::Result<Confirmation> {
-        let memory = self.remembered.get(&(key, resource));
-        // All that is held now is looked at: what a fast leak held at suspicion is not among its newest.
-        let survived = |identity| memory.is_none_or(|memory| memory.sample.contains(&identity));
-        Ok(confirm(&list(kernel, key, resource, survived)?, memory, baseline))
+        let cohorts = self.remembered.get_mut(&(key, resource));
+        let has_lasted = |identity| cohorts.as_ref().is_none_or(|cohorts| cohorts.contains(identity));
+        let held = list(kernel, key, resource, has_lasted)?;
+        let holdings = cohorts.map(|cohorts| look(cohorts, &held));
+        Ok(Confirmation { holdings, examples: held.examples(baseline) })
     }
 }
 
-/// `still` is what of the sample is still held.
-fn confirm(still: &Held, memory: Option<&Memory>, baseline: u32) -> Confirmation {
-    // What holds for the sample holds for the rest.
-    let survivors = memory.map(|memory| {
-        let sampled = memory.sample.len().max(1) as u64;
-        u32::try_from(u64::from(still.count) * u64::from(memory.held) / sampled).unwrap_or(u32::MAX)
-    });
-    let grown = survivors.unwrap_or(still.count).saturating_sub(baseline).clamp(1, MAX_DESCRIBED);
-    let examples = summarise(still.newest.iter().take(grown as usize).map(Holding::words));
-    Confirmation { survivors, examples }
+fn look(cohorts: &mut Cohorts, held: &Held) -> Holdings {
+    cohorts.look(clock::boottime(), held.identities.iter().copied())
 }
 
 /// Something a process holds.
@@ -99,10 +85,12 @@ enum Holding {
 }
 
 impl Holding {
-    fn identity(&self) -> Identity {
+    fn identity(&self) -> u64 {
         match self {
-            Self::File(record) => (record.fd, record.file),
-            Self::Thread(record) => (record.tid, record.start_boottime),
+            // The kernel uses the address of a closed file again, often for the same number; the inode of a
+            // socket or a pipe is another one then.
+            Self::File(record) => identity([u64::from(record.fd), record.file, record.inode]),
+            Self::Thread(record) => identity([u64::from(record.tid), record.start_boottime, 0]),
         }
     }
 
@@ -118,42 +106,48 @@ impl Holding {
     }
 }
 
-/// What a process holds of some kind: how many, and the newest of them, newest first.
+/// What a process holds.
 #[derive(Default)]
 struct Held {
-    count: u32,
+    identities: Vec<u64>,
+    /// How many of it are wanted, and the newest of these, newest first.
+    wanted: usize,
     newest: VecDeque<Holding>,
 }
 
 impl Held {
     /// Takes the next newer one.
-    fn push(&mut self, holding: Holding) {
-        self.count += 1;
-        self.newest.push_front(holding);
-        self.newest.truncate(MAX_KEPT);
+    fn push(&mut self, holding: Holding, wanted: impl Fn(u64) -> bool) {
+        let identity = holding.identity();
+        self.identities.push(identity);
+        if wanted(identity) {
+            self.wanted += 1;
+            self.newest.push_front(holding);
+            self.newest.truncate(MAX_DESCRIBED);
+        }
+    }
+
+    fn examples(&self, baseline: u32) -> Vec<Example> {
+        let grown = self.wanted.saturating_sub(baseline as usize).max(1);
+        summarise(self.newest.iter().take(grown).map(Holding::words))
     }
 }
 
-/// Goes through all that a process holds, the oldest first, and keeps what is wanted.
+/// Goes through all that a process holds, the oldest first.
 fn list(
     kernel: &mut Kernel,
     key: ProcKey,
     resource: Resource,
-    wanted: impl Fn(Identity) -> bool,
+    wanted: impl Fn(u64) -> bool,
 ) -> io::Result<Held> {
     let mut held = Held::default();
-    let mut take = |holding: Holding| {
-        if wanted(holding.identity()) {
-            held.push(holding);
-        }
-    };
     match resource {
         // A leak takes the lowest free number again and again: the highest fds are its newest.
-        Resource::Fd => kernel.files(key, |record| take(Holding::File(*record)))?,
+        Resource::Fd => kernel.files(key, |record| held.push(Holding::File(*record), &wanted))?,
         Resource::Thread => {
             let mut threads = kernel.threads(key)?;
             threads.sort_unstable_by_key(|thread| thread.start_boottime);
-            threads.into_iter().map(Holding::Thread).for_each(take);
+            threads.into_iter().for_each(|thread| held.push(Holding::Thread(thread), &wanted));
         }
     }
     Ok(held)
@@ -186,18 +180,12 @@ mod tests {
         record
     }
 
-    fn held(threads: impl IntoIterator<Item = ThreadRecord>, memory: Option<&Memory>) -> Held {
+    fn held(threads: impl IntoIterator<Item = ThreadRecord>, cohorts: Option<&Cohorts>) -> Held {
         let mut held = Held::default();
         for holding in threads.into_iter().map(Holding::Thread) {
-            if memory.is_none_or(|memory| memory.sample.contains(&holding.identity())) {
-                held.push(holding);
-            }
+            held.push(holding, |identity| cohorts.is_none_or(|cohorts| cohorts.contains(identity)));
         }
         held
-    }
-
-    fn remembered(held: &Held) -> Memory {
-        Memory { sample: held.newest.iter().map(Holding::identity).collect(), held: held.count }
     }
 
     #[test]
@@ -205,27 +193,16 @@ mod tests {
         let workers = (10..14).map(|tid| thread(tid, u64::from(tid), b"worker"));
         let leaked = [20, 21].map(|tid| thread(tid, u64::from(tid), b"leaky"));
         let before = workers.clone().chain(leaked).chain([thread(22, 22, b"passing")]);
-        let memory = remembered(&held(before, None));
-        let now = workers.chain(leaked).chain([thread(22, 40, b"passing")]);
-        let found = confirm(&held(now, Some(&memory)), Some(&memory), 4);
-        assert_eq!(found.survivors, Some(6), "thread 22 is another one than before");
+        let mut cohorts = Cohorts::default();
+        look(&mut cohorts, &held(before, None));
+        let now = held(workers.chain(leaked).chain([thread(22, 40, b"passing")]), Some(&cohorts));
+        assert_eq!(look(&mut cohorts, &now).kept, 6.0, "thread 22 is another one than before");
         let expected = Example { what: "leaky".to_owned(), kind: "thread".to_owned(), count: 2 };
-        assert_eq!(found.examples, [expected]);
+        assert_eq!(now.examples(4), [expected]);
     }
 
     #[test]
-    fn a_leak_that_is_faster_than_memory_is_long_is_confirmed_from_a_sample() {
-        let leaked = |count| (0..count).map(|tid| thread(tid, u64::from(tid), b"leaky"));
-        let memory = remembered(&held(leaked(30_000), None));
-        assert_eq!((memory.sample.len(), memory.held), (MAX_KEPT, 30_000));
-        let found = confirm(&held(leaked(60_000), Some(&memory)), Some(&memory), 0);
-        assert_eq!(found.survivors, Some(30_000));
-        assert_eq!(found.examples[0].count, MAX_DESCRIBED);
-    }
-
-    #[test]
-    fn without_a_memory_there_are_examples_but_no_survivors() {
-        let found = confirm(&held([thread(1, 1, b"main")], None), None, 0);
-        assert_eq!((found.survivors, found.examples.len()), (None, 1));
+    fn without_a_memory_there_are_examples_all_the_same() {
+        assert_eq!(held([thread(1, 1, b"main")], None).examples(0).len(), 1);
     }
 }

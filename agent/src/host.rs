@@ -27,6 +27,8 @@ pub(crate) struct Host {
     subscribers: Subscribers,
     detector: Detector,
     passes: u64,
+    /// When the last pass ended.
+    time: u64,
     requests: Asker,
     views: watch::Sender<Arc<HostView>>,
     report: Report,
@@ -48,6 +50,7 @@ impl Host {
             subscribers,
             detector: Detector::new(limits),
             passes: 0,
+            time: 0,
             requests,
             views,
             report,
@@ -77,7 +80,7 @@ impl Host {
                 }
             }
             Input::Confirmed(key, resource, found) => {
-                if let Some(finding) = self.detector.confirm(key, resource, found) {
+                if let Some(finding) = self.detector.confirm(key, resource, *found, self.time) {
                     (self.report)(finding);
                 }
             }
@@ -91,6 +94,7 @@ impl Host {
         }
         observation.pass.after.iter().for_each(|event| self.origins.apply(event));
         let rows = self.table.rows();
+        self.time = observation.pass.ended;
         for change in self.detector.observe(&rows, observation.pass.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => {

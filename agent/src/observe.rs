@@ -48,7 +48,7 @@ pub(crate) enum Input {
     /// A pass over all processes.
     Pass(Box<Observation>),
     /// The answer to `Request::Confirm`.
-    Confirmed(ProcKey, Resource, Confirmation),
+    Confirmed(ProcKey, Resource, Box<Confirmation>),
     /// Stacks of what watched processes made.
     Named(Vec<Named>),
 }
@@ -279,7 +279,7 @@ impl Observer {
                     tracing::warn!(pid = key.tgid, %error, "what leaks cannot be listed");
                     Confirmation::default()
                 });
-                return Some(Input::Confirmed(key, resource, found));
+                return Some(Input::Confirmed(key, resource, Box::new(found)));
             }
         }
         None

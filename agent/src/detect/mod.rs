@@ -2,198 +2,108 @@
 //! changed and what it wants to know.
 //!
 //! ```text
-//!             the floor rises twice                 the floor rises five times and further,
-//!   quiet  -------------------------->  suspect  ------------------------------------------->  leaking
-//!     ^     or use stays above 0.8 of       |     and half of that was held at suspicion          |
-//!     |     the limit for a window          |     and still is; above 0.8 of the limit            |
-//!     |                                     |     two rises will do                               |
-//!     +-------------------------------------+-----------------------------------------------------+
-//!          half of the growth is given back, or five minutes pass without a rise, or what was
-//!          held has been replaced, or the process ends or runs a new image
+//!              the floor rises in 3 of 4                   it grows like a leak, and what came
+//!              windows at some scale                       is still held
+//!   quiet  ----------------------------->  suspect  ----------------------------------------->  leaking
+//!     ^                                     |    ^                                                 |
+//!     |   half is given back, it settles,   |    |  it rises again                  half is given  |
+//!     |   what was held is replaced,        |    |                                  back, it rests |
+//!     |   the process ends or execs         |    |                                  for 10 min, or |
+//!     |<------------------------------------+    |                                  it ends, execs |
+//!     |                                          |                                                 v
+//!     +------------------------------------------+-------------------------------------------  resolved
+//!                      10 min later
 //! ```
 //!
-//! `suspect` never alerts. See `trend` for what a rise is and how much growth it takes. The second
-//! condition tells a leak from load: a server that has more connections than before, but other ones, is
-//! busy. Connections that live for minutes and only become more look like a leak, and are called one.
+//! `suspect` never alerts. `floors` finds what rises, among all processes and in little memory; `growth` says
+//! whether a rise has the form of a leak, and `cohorts` whether what came is kept.
+//!
+//! What nobody can decide in time: a fill towards a cap that has hardly slowed down yet, and clients that come
+//! steadily to stay for tens of minutes, grow and are held exactly as a leak. From one per second on they are
+//! called leaks after two minutes, and resolved when they stop. `sim` says how often.
 
-mod trend;
+mod case;
+pub(crate) mod cohorts;
+mod finding;
+mod floors;
+mod growth;
 
 use std::sync::Arc;
 
 use foldhash::HashMap;
 use plumb_common::task::ProcKey;
-use serde::{Deserialize, Serialize};
 
-use self::trend::{Level, Trend};
-use crate::{origins::ByOrigin, procfs::ProcStatic, table::Row};
+pub(crate) use self::finding::{
+    Confirmation, Example, Finding, HostLimits, Resolution, Resource, Rule, State, Why,
+};
+use self::{
+    case::{Case, SECOND, Step},
+    floors::Floors,
+    growth::Demand,
+};
+use crate::{origins::ByOrigin, table::Row};
 
-/// What can leak.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Resource {
-    Fd,
-    Thread,
-}
-
-impl Resource {
-    pub(crate) const ALL: [Self; 2] = [Self::Fd, Self::Thread];
-
-    /// The word used in metrics, JSON and ids.
-    #[must_use]
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Self::Fd => "fd",
-            Self::Thread => "thread",
-        }
-    }
-}
-
-/// How sure the verdict is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum State {
-    /// Worth a look; never alerts.
-    Suspect,
-    /// Reported.
-    Leaking,
-}
-
-impl State {
-    /// The word used in metrics and tables.
-    #[must_use]
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Self::Suspect => "suspect",
-            Self::Leaking => "leaking",
-        }
-    }
-}
-
-/// One kind of thing that leaks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Example {
-    /// Path, addresses, anonymous kind, or thread name.
-    pub(crate) what: String,
-    /// `file`, `socket`, `eventfd`, …, or `thread`.
-    pub(crate) kind: String,
-    /// How many of the newest survivors look like this.
-    pub(crate) count: u32,
-}
-
-/// What speaks for or against a leak.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Confirmation {
-    /// How many of those held at suspicion are still held; `None` when nobody could remember them.
-    pub(crate) survivors: Option<u32>,
-    /// What the newest of them are, the most frequent first.
-    pub(crate) examples: Vec<Example>,
-}
-
-/// Limits that hold for the whole host.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostLimits {
-    /// The smaller of kernel.pid_max and kernel.threads-max.
-    pub threads: u64,
-}
-
-/// A verdict with its evidence.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Finding {
-    pub state: State,
-    pub resource: Resource,
-    pub key: ProcKey,
-    pub info: Arc<ProcStatic>,
-    /// How many there are now.
-    pub live: u32,
-    /// The floor before it began to rise.
-    pub baseline: u32,
-    /// The limit that will be hit; `None` when there is none.
-    pub limit: Option<u64>,
-    /// Mean rise of the floor since it began.
-    pub growth_per_minute: f64,
-    /// Nanoseconds since boot of the first rise, or of the first window above 0.8 of the limit.
-    pub first_seen: u64,
-    /// What leaks: paths, addresses, names. Empty until they have been looked up.
-    pub examples: Vec<Example>,
-    /// Where what it has came from; empty for what nobody watches.
-    pub origins: ByOrigin,
-}
-
-impl Finding {
-    /// A name that survives a restart of the agent.
-    #[must_use]
-    pub(crate) fn id(&self) -> String {
-        // The start in units of 10 ms tells one use of a pid from the next.
-        let start = (self.key.start_boottime / 10_000_000) & 0xff_ffff;
-        format!("{}-{}-{start:x}", self.resource.word(), self.key.tgid)
-    }
-
-    /// Seconds until the limit at the present rate; `None` when it is not growing or there is no limit.
-    #[must_use]
-    pub(crate) fn seconds_to_exhaustion(&self) -> Option<f64> {
-        let left = self.limit?.saturating_sub(u64::from(self.live));
-        (self.growth_per_minute > 0.0).then(|| left as f64 * 60.0 / self.growth_per_minute)
-    }
-}
+/// What is resolved stays visible this long, in nanoseconds; and so many at a time.
+const VISIBLE: u64 = 600 * SECOND;
+const MAX_RESOLVED: usize = 1_024;
+/// Times that a count may be suspected in vain before that does not make it harder any more.
+const MAX_WARY: u8 = 3;
 
 /// A change of verdict, with what the detector needs to go on.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Change {
     /// A process became suspect: remember what it holds now.
     Suspect(ProcKey, Resource),
-    /// It has grown beyond this baseline: is what it held then still held? Answered by `Detector::confirm`.
+    /// It has grown beyond this baseline: what is still held? Answered by `Detector::confirm`.
     Grown(ProcKey, Resource, u32),
     /// No longer suspect or leaking: forget.
     Quiet(ProcKey, Resource),
 }
 
-/// What was held at suspicion is looked at again no sooner than this, in nanoseconds: to still hold it a
-/// moment later proves nothing.
-const PROOF: u64 = 29_000_000_000;
-/// After this time, in nanoseconds, an answer is not waited for any longer and is asked for again.
-const ANSWER: u64 = 30_000_000_000;
-
 /// The history of every process, and the verdicts.
 #[derive(Debug)]
 pub(crate) struct Detector {
     limits: HostLimits,
-    passes: u64,
+    passes: u32,
     histories: HashMap<ProcKey, History>,
-    findings: HashMap<(ProcKey, Resource), Finding>,
+    cases: HashMap<(ProcKey, Resource), Case>,
+    resolved: Vec<Finding>,
 }
 
 #[derive(Debug)]
 struct History {
-    /// The last pass with this process.
-    pass: u64,
     exec_id: u64,
+    /// The last pass with this process.
+    pass: u32,
     tracks: [Track; 2],
 }
 
 /// One count of one process.
 #[derive(Debug, Default)]
 struct Track {
-    trend: Trend,
-    /// As of the last pass.
-    level: Level,
-    /// When it became suspect.
-    suspected: u64,
-    /// When confirmation was last asked for; 0 for never.
-    asked: u64,
-    /// What was held is still held.
-    confirmed: bool,
+    floors: Floors,
+    /// There is a case against it.
+    is_open: bool,
+    /// How often it was suspected in vain.
+    wary: u8,
 }
 
 impl Detector {
     #[must_use]
     pub(crate) fn new(limits: HostLimits) -> Self {
-        Self { limits, passes: 0, histories: HashMap::default(), findings: HashMap::default() }
+        Self {
+            limits,
+            passes: 0,
+            histories: HashMap::default(),
+            cases: HashMap::default(),
+            resolved: Vec::new(),
+        }
     }
 
     /// Takes one pass at `now` (nanoseconds since boot) and returns what changed.
     pub(crate) fn observe(&mut self, rows: &[Row], now: u64) -> Vec<Change> {
         let mut changes = Vec::new();
-        self.passes += 1;
+        self.passes = self.passes.wrapping_add(1);
         let pass = self.passes;
         for row in rows.iter().filter(|row| !row.exited && !row.is_kernel_thread()) {
             let fresh = || History { pass, exec_id: row.exec_id, tracks: Default::default() };
@@ -201,7 +111,11 @@ impl Detector {
             if history.exec_id != row.exec_id {
                 // Another program now: nothing that was learned holds.
                 *history = fresh();
-                forget(&mut self.findings, row.key, &mut changes);
+                for resource in Resource::ALL {
+                    if let Some(case) = self.cases.remove(&(row.key, resource)) {
+                        end(case, Why::Exec, now, &mut self.resolved, &mut changes);
+                    }
+                }
             }
             history.pass = pass;
             for (resource, track) in Resource::ALL.into_iter().zip(&mut history.tracks) {
@@ -210,37 +124,50 @@ impl Detector {
                     continue;
                 }
                 let (live, limit) = usage(row, resource, self.limits);
-                let level = track.trend.observe(now, live, limit);
-                if let Some(change) = track.step(row.key, resource, level, now) {
-                    changes.push(change);
+                let closed = track.floors.observe((now / SECOND) as u32, live);
+                if closed == 0 {
+                    if track.is_open
+                        && let Some(case) = self.cases.get_mut(&(row.key, resource))
+                    {
+                        (case.finding.live, case.finding.limit) = (live, limit);
+                    }
+                    continue;
                 }
                 let at = (row.key, resource);
-                let before = self.findings.remove(&at);
-                if let Some(state) = track.state(level) {
-                    let examples = before.map(|finding| finding.examples).unwrap_or_default();
-                    let finding = Finding {
-                        state,
-                        resource,
-                        key: row.key,
-                        info: Arc::clone(&row.info),
-                        live,
-                        baseline: track.trend.baseline(),
-                        limit,
-                        growth_per_minute: track.trend.growth_per_minute(),
-                        first_seen: track.trend.since(),
-                        examples,
-                        origins: ByOrigin::default(),
-                    };
-                    self.findings.insert(at, finding);
-                } else if before.is_some() {
-                    changes.push(Change::Quiet(row.key, resource));
+                let case = if track.is_open { self.cases.remove(&at) } else { None };
+                let was_open = case.is_some();
+                let Some(mut case) = track.suspicion(case, closed, row, resource, (live, limit), now) else {
+                    continue;
+                };
+                (case.finding.live, case.finding.limit) = (live, limit);
+                let (step, change) = case.windows(closed, &mut track.floors, demand(limit), now);
+                if !was_open {
+                    changes.push(Change::Suspect(row.key, resource));
+                }
+                changes.extend(change);
+                match step {
+                    Step::Ends(why) => {
+                        track.end(why);
+                        end(case, why, now, &mut self.resolved, &mut changes);
+                    }
+                    Step::Stays => {
+                        track.is_open = true;
+                        self.cases.insert(at, case);
+                    }
                 }
             }
         }
         self.histories.retain(|_, history| history.pass == pass);
-        let keys = self.findings.keys().map(|(key, _)| *key);
-        let gone: Vec<_> = keys.filter(|key| !self.histories.contains_key(key)).collect();
-        gone.into_iter().for_each(|key| forget(&mut self.findings, key, &mut changes));
+        let keys = self.cases.keys().filter(|(key, _)| !self.histories.contains_key(key));
+        let gone: Vec<_> = keys.copied().collect();
+        for at in gone {
+            if let Some(case) = self.cases.remove(&at) {
+                end(case, Why::ProcessEnded, now, &mut self.resolved, &mut changes);
+            }
+        }
+        let is_visible =
+            |finding: &Finding| finding.resolved.is_some_and(|end| now.saturating_sub(end.at) < VISIBLE);
+        self.resolved.retain(is_visible);
         changes
     }
 
@@ -250,29 +177,32 @@ impl Detector {
         key: ProcKey,
         resource: Resource,
         found: Confirmation,
+        now: u64,
     ) -> Option<&Finding> {
-        let track = &mut self.histories.get_mut(&key)?.tracks[resource as usize];
-        let finding = self.findings.get_mut(&(key, resource))?;
-        if track.confirmed || track.asked == 0 {
+        let case = self.cases.get_mut(&(key, resource))?;
+        if !found.examples.is_empty() {
+            case.finding.examples = found.examples;
+        }
+        let demand = demand(case.finding.limit);
+        if !case.look(found.holdings, demand, now) {
             return None;
         }
-        // Nobody could remember: the trend speaks for itself.
-        if found.survivors.is_some_and(|survivors| survivors < track.trend.growth() / 2) {
-            track.trend.restart();
-            // Whatever makes it suspect again, what it holds then is to be remembered.
-            (track.level, track.asked) = (Level::Quiet, 0);
-            return None;
-        }
-        track.confirmed = true;
-        finding.state = State::Leaking;
-        finding.examples = found.examples;
-        Some(finding)
+        let is_same = |finding: &Finding| finding.key == key && finding.resource == resource;
+        self.resolved.retain(|finding| !is_same(finding));
+        Some(&case.finding)
     }
 
     /// The verdicts that are not quiet: the surest first, then the fastest.
     #[must_use]
     pub(crate) fn findings(&self) -> Vec<Finding> {
-        let mut findings: Vec<_> = self.findings.values().cloned().collect();
+        let is_resolved = |case: &&Case| {
+            let is_same = |finding: &Finding| {
+                (finding.key, finding.resource) == (case.finding.key, case.finding.resource)
+            };
+            self.resolved.iter().any(is_same)
+        };
+        let open = self.cases.values().filter(|case| !is_resolved(case)).map(|case| &case.finding);
+        let mut findings: Vec<Finding> = open.chain(&self.resolved).cloned().collect();
         findings.sort_by(|a, b| {
             let by_growth = b.growth_per_minute.total_cmp(&a.growth_per_minute);
             b.state.cmp(&a.state).then(by_growth).then(a.key.cmp(&b.key))
@@ -282,38 +212,72 @@ impl Detector {
 }
 
 impl Track {
-    /// The verdict at a level; `None` is quiet.
-    fn state(&self, level: Level) -> Option<State> {
-        match level {
-            Level::Quiet => None,
-            Level::Grown if self.confirmed => Some(State::Leaking),
-            Level::Suspect | Level::Grown => Some(State::Suspect),
+    /// The case against it, or a new one, with all scales at which the floor has begun to rise.
+    fn suspicion(
+        &self,
+        mut case: Option<Case>,
+        closed: usize,
+        row: &Row,
+        resource: Resource,
+        (live, limit): (u32, Option<u64>),
+        now: u64,
+    ) -> Option<Case> {
+        if case.as_ref().is_some_and(Case::is_leaking) {
+            return case;
         }
+        for scale in 0..closed {
+            if case.as_ref().is_some_and(|case| case.has(scale)) {
+                continue;
+            }
+            let at_limit = || if scale == 0 { self.floors.full(limit) } else { None };
+            if let Some(points) = self.floors.rising(scale, self.wary).or_else(at_limit) {
+                let new = || Case::new(suspect(row, resource, (live, limit), now), now);
+                case.get_or_insert_with(new).add(scale, points);
+            }
+        }
+        case
     }
 
-    /// Keeps book of what the rest of the agent has been asked for, and says what to ask now.
-    fn step(&mut self, key: ProcKey, resource: Resource, level: Level, now: u64) -> Option<Change> {
-        let was = std::mem::replace(&mut self.level, level);
-        match level {
-            Level::Quiet => {
-                (self.asked, self.confirmed) = (0, false);
-                None
-            }
-            Level::Suspect | Level::Grown if was == Level::Quiet => {
-                self.suspected = now;
-                Some(Change::Suspect(key, resource))
-            }
-            Level::Suspect => {
-                self.confirmed = false;
-                None
-            }
-            Level::Grown if self.confirmed || now.saturating_sub(self.suspected) < PROOF => None,
-            Level::Grown if self.asked != 0 && now.saturating_sub(self.asked) < ANSWER => None,
-            Level::Grown => {
-                self.asked = now;
-                Some(Change::Grown(key, resource, self.trend.baseline()))
-            }
+    /// The case against it is over.
+    fn end(&mut self, why: Why) {
+        self.is_open = false;
+        if why == Why::Replaced {
+            self.wary = (self.wary + 1).min(MAX_WARY);
         }
+    }
+}
+
+fn suspect(row: &Row, resource: Resource, (live, limit): (u32, Option<u64>), now: u64) -> Finding {
+    Finding {
+        state: State::Suspect,
+        rule: Rule::Trend,
+        resource,
+        key: row.key,
+        info: Arc::clone(&row.info),
+        live,
+        baseline: live,
+        limit,
+        growth_per_minute: 0.0,
+        first_seen: now,
+        leaking_since: None,
+        resolved: None,
+        examples: Vec::new(),
+        origins: ByOrigin::default(),
+    }
+}
+
+/// What it takes to be a leak, of a count with this limit.
+fn demand(limit: Option<u64>) -> Demand {
+    Demand { growth: 30, seconds: 105, limit }
+}
+
+/// Closes a case: what was a leak stays visible.
+fn end(mut case: Case, why: Why, now: u64, resolved: &mut Vec<Finding>, changes: &mut Vec<Change>) {
+    changes.push(Change::Quiet(case.finding.key, case.finding.resource));
+    if case.finding.state == State::Leaking && resolved.len() < MAX_RESOLVED {
+        case.finding.state = State::Resolved;
+        case.finding.resolved = Some(Resolution { at: now, why });
+        resolved.push(case.finding);
     }
 }
 
@@ -327,13 +291,7 @@ fn usage(row: &Row, resource: Resource, host: HostLimits) -> (u32, Option<u64>) 
     }
 }
 
-fn forget(findings: &mut HashMap<(ProcKey, Resource), Finding>, key: ProcKey, changes: &mut Vec<Change>) {
-    for resource in Resource::ALL {
-        if findings.remove(&(key, resource)).is_some() {
-            changes.push(Change::Quiet(key, resource));
-        }
-    }
-}
-
+#[cfg(test)]
+mod sim;
 #[cfg(test)]
 mod tests;

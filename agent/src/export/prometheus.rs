@@ -148,7 +148,8 @@ fn leaks(page: &mut Page, findings: &[Finding]) -> fmt::Result {
     let mut count: BTreeMap<(&str, &str, &str), u32> = BTreeMap::new();
     let mut soonest: BTreeMap<(&str, &str), f64> = BTreeMap::new();
     // Findings are few; a host with more leaking groups than series allow has other problems.
-    for finding in findings.iter().take(MAX_GROUPS) {
+    let present = findings.iter().filter(|finding| finding.state != State::Resolved);
+    for finding in present.take(MAX_GROUPS) {
         let (group, resource) = (&*finding.info.group, finding.resource.word());
         *count.entry((group, resource, finding.state.word())).or_default() += 1;
         if let (State::Leaking, Some(seconds)) = (finding.state, finding.seconds_to_exhaustion()) {

@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::support::{Agent, Running, TempDir, Workload, plumb};
 
 /// From the first leaked fd or thread to the finding.
-const VERDICT: Duration = Duration::from_secs(90);
+const VERDICT: Duration = Duration::from_secs(150);
 
 /// That an origin is the function of the workload and the line with these words.
 fn assert_made_in(origin: &Value, function: &str, words: &str) {
@@ -47,7 +47,7 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     // Since it is suspect each new fd has an origin.
     let origin = &finding["origins"][0];
     assert_eq!(origin["syscall"], "openat", "{finding}");
-    assert!((10..60).contains(&origin["live"].as_u64().unwrap()), "{finding}");
+    assert!((10..150).contains(&origin["live"].as_u64().unwrap()), "{finding}");
     assert_made_in(origin, "leak_fds", "let _leaked = File::open(path)");
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap();
     let exact = (limit - finding["live"].as_u64().unwrap()) as f64;
@@ -76,7 +76,7 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
         assert!(page.contains(&series), "{series} is not in\n{page}");
     }
 
-    // A process that is gone leaves no finding and no series.
+    // A process that is gone leaves no series, and for a while two findings that say so.
     drop((files, threads));
     let end = Instant::now() + Duration::from_secs(10);
     while agent.get("/metrics").unwrap().1.contains("leaky-app") {
@@ -84,7 +84,8 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
         thread::sleep(Duration::from_millis(200));
     }
     let left = agent.leaks().into_iter().filter(|finding| finding["comm"] == "leaky-app");
-    assert_eq!(left.collect::<Vec<_>>(), Vec::<Value>::new());
+    let why: Vec<Value> = left.map(|finding| finding["resolved"]["why"].clone()).collect();
+    assert_eq!(why, ["process-ended", "process-ended"]);
 }
 
 #[test]

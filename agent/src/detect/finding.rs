@@ -1,0 +1,197 @@
+//! What a verdict consists of.
+
+use std::sync::Arc;
+
+use plumb_common::task::ProcKey;
+use serde::{Deserialize, Serialize};
+
+use super::cohorts::Holdings;
+use crate::{origins::ByOrigin, procfs::ProcStatic};
+
+/// What can leak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Resource {
+    Fd,
+    Thread,
+}
+
+impl Resource {
+    pub(crate) const ALL: [Self; 2] = [Self::Fd, Self::Thread];
+
+    /// The word used in metrics, JSON and ids.
+    #[must_use]
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Fd => "fd",
+            Self::Thread => "thread",
+        }
+    }
+}
+
+/// How sure the verdict is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum State {
+    /// Was a leak and is none any more; stays visible for a while.
+    Resolved,
+    /// Worth a look; never alerts.
+    Suspect,
+    /// Reported.
+    Leaking,
+}
+
+impl State {
+    /// The word used in metrics and tables.
+    #[must_use]
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Resolved => "resolved",
+            Self::Suspect => "suspect",
+            Self::Leaking => "leaking",
+        }
+    }
+}
+
+/// Which rule found it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Rule {
+    /// It grows like a leak, and what came is still held. The only rule that says `leaking`.
+    Trend,
+    /// Use above a part of the limit.
+    Utilisation,
+    /// More threads than at first, by a fixed number.
+    ThreadsOverBaseline,
+    /// A thread of a type that should not live long does.
+    ThreadAge,
+}
+
+impl Rule {
+    /// The word used in JSON and tables.
+    #[must_use]
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Trend => "trend",
+            Self::Utilisation => "utilisation",
+            Self::ThreadsOverBaseline => "threads-over-baseline",
+            Self::ThreadAge => "thread-age",
+        }
+    }
+}
+
+/// Why something is no leak any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Why {
+    /// Half of the growth or more is gone.
+    GivenBack,
+    /// What is held now is not what was held.
+    Replaced,
+    /// It has stopped growing.
+    Settled,
+    ProcessEnded,
+    /// The process runs another program.
+    Exec,
+}
+
+impl Why {
+    /// The words used in tables.
+    #[must_use]
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::GivenBack => "given back",
+            Self::Replaced => "replaced",
+            Self::Settled => "settled",
+            Self::ProcessEnded => "process ended",
+            Self::Exec => "runs another program",
+        }
+    }
+}
+
+/// The end of a leak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Resolution {
+    /// Nanoseconds since boot.
+    pub at: u64,
+    pub why: Why,
+}
+
+/// One kind of thing that leaks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Example {
+    /// Path, addresses, anonymous kind, or thread name.
+    pub(crate) what: String,
+    /// `file`, `socket`, `eventfd`, …, or `thread`.
+    pub(crate) kind: String,
+    /// How many of the newest survivors look like this.
+    pub(crate) count: u32,
+}
+
+/// What speaks for or against a leak: the answer to `Change::Grown`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Confirmation {
+    /// What has been held since suspicion, by age; `None` when nobody could remember it.
+    pub(crate) holdings: Option<Holdings>,
+    /// What the newest survivors are, the most frequent first.
+    pub(crate) examples: Vec<Example>,
+}
+
+/// Limits that hold for the whole host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostLimits {
+    /// The smaller of kernel.pid_max and kernel.threads-max.
+    pub threads: u64,
+}
+
+/// A verdict with its evidence.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Finding {
+    pub state: State,
+    pub rule: Rule,
+    pub resource: Resource,
+    pub key: ProcKey,
+    pub info: Arc<ProcStatic>,
+    /// How many there are now; of what is resolved, at its end.
+    pub live: u32,
+    /// The floor before it began to rise.
+    pub baseline: u32,
+    /// The limit that will be hit; `None` when there is none.
+    pub limit: Option<u64>,
+    /// Slope of the floor.
+    pub growth_per_minute: f64,
+    /// Nanoseconds since boot of the floor before the first rise, or of the first window that broke a rule.
+    pub first_seen: u64,
+    /// Since when it is leaking, nanoseconds since boot.
+    pub leaking_since: Option<u64>,
+    pub resolved: Option<Resolution>,
+    /// What leaks: paths, addresses, names. Empty until they have been looked up.
+    pub examples: Vec<Example>,
+    /// Where what it has came from; empty for what nobody watches.
+    pub origins: ByOrigin,
+}
+
+impl Finding {
+    /// A name that survives a restart of the agent.
+    #[must_use]
+    pub(crate) fn id(&self) -> String {
+        // The start in units of 10 ms tells one use of a pid from the next.
+        let start = (self.key.start_boottime / 10_000_000) & 0xff_ffff;
+        let resource = self.resource.word();
+        match self.rule {
+            Rule::Trend => format!("{resource}-{}-{start:x}", self.key.tgid),
+            rule => format!("{resource}-{}-{start:x}-{}", self.key.tgid, rule.word()),
+        }
+    }
+
+    /// Seconds until the limit at the present rate; `None` when it is not growing or there is no limit.
+    #[must_use]
+    pub(crate) fn seconds_to_exhaustion(&self) -> Option<f64> {
+        let left = self.limit?.saturating_sub(u64::from(self.live));
+        match self.state {
+            State::Resolved => None,
+            _ if left == 0 => Some(0.0),
+            _ => (self.growth_per_minute > 0.0).then(|| left as f64 * 60.0 / self.growth_per_minute),
+        }
+    }
+}
