@@ -328,7 +328,7 @@ impl Lines {
         let who = self.subscription.who;
         let mut page = String::new();
         for event in events.iter().filter(|event| subscribe::is_about(event, who)) {
-            page += &Line::new(event, self.calendar).json();
+            page += &Line::new(event, self.calendar, None).json();
             page.push('\n');
             self.ended |= matches!(event, Event::Exit(exit)
                 if exit.group_dead != 0 && who == Who::Process(exit.header.process));

@@ -2,8 +2,8 @@
 
 use bytemuck::Pod;
 use plumb_common::event::{
-    Clone as CloneEvent, Exec, Exit, FdChange, Header, KIND_CLONE, KIND_EXEC, KIND_EXIT, KIND_FD,
-    KIND_RENAME, KIND_STACK, Rename, Stack,
+    CLONE_THREAD, Clone as CloneEvent, Exec, Exit, FD_OPENED, FD_REPLACED, FdChange, Header, KIND_CLONE,
+    KIND_EXEC, KIND_EXIT, KIND_FD, KIND_RENAME, KIND_STACK, Rename, Stack,
 };
 
 /// One event of the kernel.
@@ -26,6 +26,18 @@ impl Event {
             Self::Rename(event) => &event.header,
             Self::Exit(event) => &event.header,
             Self::Fd(event) => &event.header,
+        }
+    }
+}
+
+impl Event {
+    /// Whether it tells of a new fd or thread.
+    #[must_use]
+    pub(crate) fn is_made(&self) -> bool {
+        match self {
+            Self::Clone(clone) => clone.flags & CLONE_THREAD != 0,
+            Self::Fd(change) => matches!(change.change, FD_OPENED | FD_REPLACED),
+            _ => false,
         }
     }
 }

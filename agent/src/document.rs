@@ -209,7 +209,7 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    fn new(group: &Group, calendar: Calendar) -> Self {
+    pub(crate) fn new(group: &Group, calendar: Calendar) -> Self {
         let stack = group.stack.as_deref();
         let [function, caller] = stack.and_then(Stack::headline).unwrap_or_default();
         Self {
@@ -233,6 +233,36 @@ impl Origin {
             (Some(function), None) => function.words(),
             _ => format!("{} (no stack)", self.syscall),
         }
+    }
+}
+
+/// The end of `plumb watch --origins`: what is left of what was made meanwhile.
+#[derive(Debug, Serialize)]
+pub(crate) struct WatchedOrigins {
+    schema: &'static str,
+    pid: u32,
+    fds: Vec<Origin>,
+    threads: Vec<Origin>,
+}
+
+impl WatchedOrigins {
+    #[must_use]
+    pub(crate) fn new(pid: u32, fds: Vec<Origin>, threads: Vec<Origin>) -> Self {
+        Self { schema: SCHEMA, pid, fds, threads }
+    }
+
+    /// For people.
+    #[must_use]
+    pub(crate) fn text(&self) -> String {
+        let mut lines = Vec::new();
+        for (origins, noun) in [(&self.fds, "fds"), (&self.threads, "threads")] {
+            let live: u32 = origins.iter().map(|origin| origin.live).sum();
+            lines.push(format!("{live} {noun} are left of what was made while pid {} was watched", self.pid));
+            for origin in origins {
+                lines.push(format!("{:>7}  {:<10} {}", origin.live, origin.syscall, origin.words()));
+            }
+        }
+        lines.join("\n") + "\n"
     }
 }
 

@@ -12,7 +12,12 @@ use plumb_common::{
 };
 use serde::Serialize;
 
-use crate::{clock::Calendar, decode::Event, document::SCHEMA, files::OpenFile, kernel::Seam, text};
+use crate::{
+    clock::Calendar, decode::Event, document::SCHEMA, files::OpenFile, kernel::Seam, stacks::Function, text,
+};
+
+/// Functions of a stack that are printed for people.
+const MAX_FUNCTIONS: usize = 24;
 
 /// One event, as printed.
 #[derive(Serialize)]
@@ -25,6 +30,9 @@ pub(crate) struct Line {
     comm: String,
     #[serde(flatten)]
     detail: Detail,
+    /// Of whoever made the fd or thread, innermost function first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stack: Option<Vec<Function>>,
 }
 
 #[derive(Serialize)]
@@ -61,7 +69,7 @@ enum Detail {
 
 impl Line {
     #[must_use]
-    pub(crate) fn new(event: &Event, calendar: Calendar) -> Self {
+    pub(crate) fn new(event: &Event, calendar: Calendar, stack: Option<Vec<Function>>) -> Self {
         let header = event.header();
         let (event, detail) = match event {
             Event::Clone(event) => clone(event),
@@ -78,6 +86,7 @@ impl Line {
             tid: header.tid,
             comm: text::terminated(&header.comm),
             detail,
+            stack,
         }
     }
 
@@ -108,7 +117,11 @@ impl Line {
             "{:<24} {:>7} {:>7} {:<15} {} {detail}",
             self.time, self.pid, self.tid, self.comm, self.event
         );
-        line.trim_end().to_owned()
+        let mut line = line.trim_end().to_owned();
+        for function in self.stack.iter().flatten().take(MAX_FUNCTIONS) {
+            line += &format!("\n{:>24} {}", "", function.words());
+        }
+        line
     }
 }
 

@@ -162,15 +162,16 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Vec<Named>) -> bool, stop: &Cance
         };
         let began = Instant::now();
         match work {
-            Work::Watch(process) => names.symboliser.attach(process),
+            Work::Watch(process) => names.watch(process),
             Work::Forget(process) => names.symboliser.forget(process),
             Work::Unwind(samples) => {
                 inbox.shared.waiting.fetch_sub(samples.len(), Ordering::Relaxed);
-                if !give(names.of(samples, &inbox.shared.too_many)) {
+                if !give(names.of(samples)) {
                     return;
                 }
             }
         }
+        inbox.shared.too_many.store(names.too_many, Ordering::Relaxed);
         *inbox.shared.symboliser.lock().unwrap_or_else(PoisonError::into_inner) = names.symboliser.counters();
         thread::sleep((began.elapsed() * REST).min(LONGEST_REST));
     }
@@ -178,13 +179,21 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Vec<Named>) -> bool, stop: &Cance
 
 /// Each stack that is in use somewhere, with its names.
 #[derive(Default)]
-struct Names {
+pub(crate) struct Names {
     symboliser: Symboliser,
     known: HashMap<symbolise::Stack, Weak<Stack>>,
+    /// Not kept.
+    too_many: u64,
 }
 
 impl Names {
-    fn of(&mut self, samples: Vec<Sample>, too_many: &AtomicU64) -> Vec<Named> {
+    /// Remembers the files of a process, as they are now.
+    pub(crate) fn watch(&mut self, process: ProcKey) {
+        self.symboliser.attach(process);
+    }
+
+    /// Unwinds and names.
+    pub(crate) fn of(&mut self, samples: Vec<Sample>) -> Vec<Named> {
         let mut by_process: HashMap<ProcKey, (Vec<Made>, Vec<RawStack>)> = HashMap::new();
         for Sample { head, bytes } in samples {
             let (made, raw) = by_process.entry(head.header.process).or_default();
@@ -196,7 +205,7 @@ impl Names {
             for (made, walked) in made.into_iter().zip(self.symboliser.unwind(process, &raw)) {
                 match self.name(walked) {
                     Some(stack) => named.push(Named { process, made, stack }),
-                    None => drop(too_many.fetch_add(1, Ordering::Relaxed)),
+                    None => self.too_many += 1,
                 }
             }
         }

@@ -14,16 +14,17 @@ use rustix::{
 };
 use tokio_util::sync::CancellationToken;
 
+mod printer;
+
+use self::printer::Printer;
 use super::{
     Outcome, no_such_process,
-    output::{self, Format, Output},
+    output::{self, Output},
 };
 use crate::{
-    clock::Calendar,
     decode::Event,
     failure::{Exit, Failure},
     kernel::{Fds, Filter, Kernel, LoadError, Plan, Seam},
-    line::{Counted, EventCounts, Line},
     view,
 };
 
@@ -48,6 +49,10 @@ pub(super) struct Arguments {
     /// Count events instead of printing them; the sums come at the end
     #[arg(long)]
     count: bool,
+    /// Say of each new fd and thread of the process which line of code made it, and at the end where those that
+    /// are left came from
+    #[arg(long, requires = "pid")]
+    origins: bool,
     /// Attach the fd programs this way and no other [default: functions, or else sys_exit]
     #[arg(long, value_enum, value_name = "WAY")]
     via: Option<Via>,
@@ -94,7 +99,8 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         Via::SysExit => Seam::SysExit,
     });
     let filter = Filter { tgid: arguments.pid, comm: arguments.comm };
-    let loaded = Kernel::load_all(Plan { fds: Fds::All(via), ..Plan::watch(filter) });
+    let loaded =
+        Kernel::load_all(Plan { fds: Fds::All(via), stacks: arguments.origins, ..Plan::watch(filter) });
     let mut kernel = loaded.map_err(|error| match (via, &error) {
         (Some(via), LoadError::Required { .. }) => Failure::new(
             Exit::KernelCannot,
@@ -123,9 +129,10 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         let ending = stop.is_cancelled() || end.is_some_and(|end| now >= end);
         events.clear();
         ring.drain_into(&mut events, BATCH);
+        let stacks = ring.drain_stacks();
         more = events.len() == BATCH;
         // Also when nothing happens, an empty page asks whether somebody still reads.
-        let is_read = printer.take(&events)? && !output::is_hung_up();
+        let is_read = printer.take(&events, stacks)? && !output::is_hung_up();
         let ends = |event: &Event| matches!(event, Event::Exit(exit) if exit.group_dead != 0);
         let gone = arguments.pid.is_some() && events.iter().any(ends);
         let is_over = target.as_ref().is_some_and(|target| !target.is_alive()) && events.is_empty();
@@ -147,63 +154,6 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     }
     printer.end(&kernel, ring.ledger().rejected, began.elapsed(), own_cpu().saturating_sub(cpu))?;
     Ok(if stop.is_cancelled() { Exit::Interrupted } else { Exit::Ok })
-}
-
-/// Where the events go: each to a line, or all into sums.
-enum Printer {
-    Lines { calendar: Calendar, format: Format },
-    Sums { counted: Counted, format: Format },
-}
-
-impl Printer {
-    fn new(arguments: &Arguments) -> Self {
-        let format = arguments.output.format;
-        if arguments.count {
-            Self::Sums { counted: Counted::default(), format }
-        } else {
-            Self::Lines { calendar: Calendar::now(), format }
-        }
-    }
-
-    fn begin(&self) -> Result<bool, Failure> {
-        match self {
-            Self::Lines { format: Format::Table, .. } => {
-                output::data(&format!("{:<24} {:>7} {:>7} {:<15} EVENT\n", "TIME", "PID", "TID", "COMM"))
-            }
-            _ => Ok(true),
-        }
-    }
-
-    /// Whether somebody still reads.
-    fn take(&mut self, events: &[Event]) -> Result<bool, Failure> {
-        match self {
-            Self::Sums { counted, .. } => {
-                events.iter().for_each(|event| counted.take(event));
-                Ok(true)
-            }
-            Self::Lines { calendar, format } => {
-                let mut page = String::new();
-                for event in events {
-                    let line = Line::new(event, *calendar);
-                    page += &if *format == Format::Table { line.text() } else { line.json() };
-                    page.push('\n');
-                }
-                Ok(output::data(&page)?)
-            }
-        }
-    }
-
-    fn end(&self, kernel: &Kernel, rejected: u64, took: Duration, cpu: Duration) -> Result<(), Failure> {
-        if let Self::Sums { counted, format } = self {
-            let counts = kernel.counts()?;
-            let elsewhere = [("decode", rejected), ("not_run", kernel.not_run())];
-            let document = EventCounts::new(counted, (&counts, elsewhere), kernel.seam(), took, cpu);
-            let text =
-                if *format == Format::Table { document.text() } else { output::json(&document)? + "\n" };
-            output::data(&text)?;
-        }
-        Ok(())
-    }
 }
 
 /// Processor time of this process so far.

@@ -1,0 +1,147 @@
+//! Where the events of `plumb watch` go: each to a line, or all into sums.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use plumb_common::task::ProcKey;
+
+use super::{
+    super::output::{self, Format},
+    Arguments,
+};
+use crate::{
+    clock::Calendar,
+    decode::{Event, Sample},
+    detect::Resource,
+    document::{Origin, WatchedOrigins},
+    failure::Failure,
+    kernel::Kernel,
+    line::{Counted, EventCounts, Line},
+    origins::Origins,
+    stacks::{Made, Named, Names, Stack},
+};
+
+pub(super) struct Printer {
+    calendar: Calendar,
+    format: Format,
+    /// Instead of lines.
+    sums: Option<Counted>,
+    watching: Option<Watching>,
+}
+
+/// Where what the process makes comes from.
+#[derive(Default)]
+struct Watching {
+    names: Names,
+    origins: Origins,
+    process: Option<ProcKey>,
+}
+
+impl Printer {
+    pub(super) fn new(arguments: &Arguments) -> Self {
+        Self {
+            calendar: Calendar::now(),
+            format: arguments.output.format,
+            sums: arguments.count.then(Counted::default),
+            watching: arguments.origins.then(Watching::default),
+        }
+    }
+
+    pub(super) fn begin(&self) -> Result<bool, Failure> {
+        if self.sums.is_some() || self.format != Format::Table {
+            return Ok(true);
+        }
+        Ok(output::data(&format!("{:<24} {:>7} {:>7} {:<15} EVENT\n", "TIME", "PID", "TID", "COMM"))?)
+    }
+
+    /// Whether somebody still reads.
+    pub(super) fn take(&mut self, events: &[Event], stacks: Vec<Sample>) -> Result<bool, Failure> {
+        let stacks = self.watching.as_mut().map(|watching| watching.take(events, stacks)).unwrap_or_default();
+        if let Some(counted) = &mut self.sums {
+            events.iter().for_each(|event| counted.take(event));
+            return Ok(true);
+        }
+        let mut page = String::new();
+        for event in events {
+            let header = event.header();
+            let stack = stacks.get(&(header.tid, header.time)).filter(|_| event.is_made());
+            let line = Line::new(event, self.calendar, stack.map(|stack| stack.functions()));
+            page += &if self.format == Format::Table { line.text() } else { line.json() };
+            page.push('\n');
+        }
+        Ok(output::data(&page)?)
+    }
+
+    pub(super) fn end(
+        &self,
+        kernel: &Kernel,
+        rejected: u64,
+        took: Duration,
+        cpu: Duration,
+    ) -> Result<(), Failure> {
+        if let Some(counted) = &self.sums {
+            let counts = kernel.counts()?;
+            let elsewhere = [("decode", rejected), ("not_run", kernel.not_run())];
+            self.print(&EventCounts::new(counted, (&counts, elsewhere), kernel.seam(), took, cpu))?;
+        }
+        if let Some(Watching { origins, process: Some(process), .. }) = &self.watching {
+            let made = |resource| {
+                let groups = origins.by_origin(*process, resource).groups;
+                groups.iter().map(|group| Origin::new(group, self.calendar)).collect()
+            };
+            self.print(&WatchedOrigins::new(process.tgid, made(Resource::Fd), made(Resource::Thread)))?;
+        }
+        Ok(())
+    }
+
+    fn print(&self, document: &impl Document) -> Result<(), Failure> {
+        let text =
+            if self.format == Format::Table { document.text() } else { output::json(document)? + "\n" };
+        output::data(&text)?;
+        Ok(())
+    }
+}
+
+/// Something that comes at the end.
+trait Document: serde::Serialize {
+    /// For people.
+    fn text(&self) -> String;
+}
+
+impl Document for EventCounts {
+    fn text(&self) -> String {
+        Self::text(self)
+    }
+}
+
+impl Document for WatchedOrigins {
+    fn text(&self) -> String {
+        Self::text(self)
+    }
+}
+
+impl Watching {
+    /// Puts stacks to what the events made; returns them by thread and time.
+    fn take(&mut self, events: &[Event], stacks: Vec<Sample>) -> HashMap<(u32, u64), Arc<Stack>> {
+        for event in events {
+            let process = event.header().process;
+            if self.process.is_none() {
+                self.process = Some(process);
+                Resource::ALL.into_iter().for_each(|resource| self.origins.watch(process, resource));
+            }
+            // What it has when it ends is what is left.
+            if !matches!(event, Event::Exit(exit) if exit.group_dead != 0) {
+                self.origins.apply(event);
+            }
+            if matches!(event, Event::Exec(_)) {
+                self.names.watch(process);
+            }
+        }
+        let mut named = HashMap::new();
+        for Named { process, made, stack } in self.names.of(stacks) {
+            let Made { time, by, .. } = made;
+            self.origins.name(process, &made, &stack);
+            named.insert((by, time), stack);
+        }
+        named
+    }
+}
