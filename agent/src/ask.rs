@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::{detect::Resource, follow::Who};
 
 /// What the observer is asked for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Request {
     /// Somebody listens to these.
     Follow(Who),
@@ -22,6 +22,8 @@ pub(crate) enum Request {
     Remember(ProcKey, Resource),
     /// Look up what of it is still held, now that the count has grown beyond this baseline.
     Confirm(ProcKey, Resource, u32),
+    /// Look at the threads of a process, and where some of them are.
+    Threads(ProcKey, Vec<u32>),
     /// No longer suspect.
     Forget(ProcKey, Resource),
 }

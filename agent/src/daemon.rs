@@ -26,7 +26,8 @@ use crate::{
     host::Host,
     kernel::{self, Kernel, Plan},
     observe::{self, Input},
-    report, stacks,
+    report,
+    stacks::{self, Done},
     subscribe::Subscribers,
     supervisor::{Supervisor, on_thread},
     view::HostView,
@@ -99,7 +100,14 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         let (inbox, named) = (Arc::clone(&inbox), named.clone());
         on_thread("stacks", move || {
             let inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            stacks::run(&inbox, |stacks| named.blocking_send(Input::Named(stacks)).is_ok(), &stop);
+            let give = |done| {
+                let input = match done {
+                    Done::Named(stacks) => Input::Named(stacks),
+                    Done::Census(process, threads) => Input::Threads(process, threads),
+                };
+                named.blocking_send(input).is_ok()
+            };
+            stacks::run(&inbox, give, &stop);
             Ok(())
         })
     });

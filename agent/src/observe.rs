@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admission::Admission,
     ask::{Bell, Request},
-    clock,
+    census, clock,
     decode::Event,
     detect::{Confirmation, Resource},
     evidence::Evidence,
@@ -51,6 +51,8 @@ pub(crate) enum Input {
     Confirmed(ProcKey, Resource, Box<Confirmation>),
     /// Stacks of what watched processes made.
     Named(Vec<Named>),
+    /// The answer to `Request::Threads`.
+    Threads(ProcKey, Box<census::Named>),
 }
 
 /// A pass and what it took.
@@ -273,6 +275,10 @@ impl Observer {
                 }
                 evidence.forget(key, resource);
             }
+            Request::Threads(key, wanted) => match kernel.threads(key) {
+                Ok(threads) => stacks.census(key, census::Copied::take(key, &threads, &wanted)),
+                Err(error) => tracing::warn!(pid = key.tgid, %error, "threads cannot be listed"),
+            },
             Request::Confirm(key, resource, baseline) => {
                 // Without a list the trend has to speak for itself.
                 let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::{survivors::Survivors, words::Function};
 use crate::{
+    census,
     decode::Sample,
     symbolise::{self, Counters, Frame, RawStack, Symboliser, is_in_runtime_file, origin_frame},
 };
@@ -78,6 +79,14 @@ enum Work {
     Watch(ProcKey),
     Forget(ProcKey),
     Unwind(Vec<Sample>),
+    Census(ProcKey, census::Copied),
+}
+
+/// What comes out of it.
+#[derive(Debug)]
+pub(crate) enum Done {
+    Named(Vec<Named>),
+    Census(ProcKey, Box<census::Named>),
 }
 
 /// What did not go well, for metrics.
@@ -141,6 +150,11 @@ impl Queue {
         }
     }
 
+    /// To name the stacks of threads.
+    pub(crate) fn census(&self, process: ProcKey, threads: census::Copied) {
+        let _ = self.work.send(Work::Census(process, threads));
+    }
+
     #[must_use]
     pub(crate) fn losses(&self) -> Losses {
         Losses {
@@ -152,7 +166,7 @@ impl Queue {
 }
 
 /// Runs until it is stopped or nobody takes what it makes.
-pub(crate) fn run(inbox: &Inbox, give: impl Fn(Vec<Named>) -> bool, stop: &CancellationToken) {
+pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &CancellationToken) {
     let mut names = Names::default();
     while !stop.is_cancelled() {
         let work = match inbox.work.recv_timeout(TICK) {
@@ -166,7 +180,13 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Vec<Named>) -> bool, stop: &Cance
             Work::Forget(process) => names.symboliser.forget(process),
             Work::Unwind(samples) => {
                 inbox.shared.waiting.fetch_sub(samples.len(), Ordering::Relaxed);
-                if !give(names.of(samples)) {
+                if !give(Done::Named(names.of(samples))) {
+                    return;
+                }
+            }
+            Work::Census(process, threads) => {
+                let named = threads.map(|stacks| names.each(process, stacks));
+                if !give(Done::Census(process, Box::new(named))) {
                     return;
                 }
             }
@@ -210,6 +230,13 @@ impl Names {
             }
         }
         named
+    }
+
+    /// Unwinds and names what there is.
+    fn each(&mut self, process: ProcKey, raw: Vec<Option<RawStack>>) -> Vec<Option<Arc<Stack>>> {
+        let there: Vec<RawStack> = raw.iter().flatten().cloned().collect();
+        let mut walked = self.symboliser.unwind(process, &there).into_iter();
+        raw.into_iter().map(|raw| raw.and_then(|_| self.name(walked.next()?))).collect()
     }
 
     /// The one copy of a stack in words; `None` when there are too many.
