@@ -22,6 +22,8 @@ pub(crate) enum Request {
     Remember(ProcKey, Resource),
     /// Look up what of it is still held, now that the count has grown beyond this baseline.
     Confirm(ProcKey, Resource, u32),
+    /// Count the threads that began before this time, nanoseconds since boot, by type.
+    Census(ProcKey, u64),
     /// No longer suspect.
     Forget(ProcKey, Resource),
 }

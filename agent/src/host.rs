@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     ask::{Asker, Request},
-    detect::{Change, Detector, Finding, HostLimits, Resource},
+    detect::{Change, Detector, Finding, HostLimits, Resource, Settings},
     observe::{Input, Observation},
     origins::Origins,
     subscribe::Subscribers,
@@ -37,7 +37,7 @@ impl Host {
     /// `report` is called once for each leak, with its examples.
     #[must_use]
     pub(crate) fn new(
-        limits: HostLimits,
+        (limits, settings): (HostLimits, Settings),
         requests: Asker,
         views: watch::Sender<Arc<HostView>>,
         subscribers: Subscribers,
@@ -47,7 +47,7 @@ impl Host {
             table: Table::default(),
             origins: Origins::default(),
             subscribers,
-            detector: Detector::new(limits),
+            detector: Detector::new(limits, settings),
             passes: 0,
             time: 0,
             requests,
@@ -72,13 +72,23 @@ impl Host {
                 }
                 self.subscribers.publish(&events, 0);
             }
-            Input::Pass(observation) => self.pass(&observation),
-            Input::Confirmed(key, resource, found) => {
-                if let Some(finding) = self.detector.confirm(key, resource, *found, self.time) {
-                    (self.report)(finding);
+            Input::Census(key, old) => {
+                let view = Arc::clone(&self.views.borrow());
+                if let Some(row) = view.rows.iter().find(|row| row.key == key) {
+                    self.detector.census(row, &old, self.time);
                 }
             }
+            Input::Pass(observation) => self.pass(&observation),
+            Input::Confirmed(key, resource, found) => {
+                self.detector.confirm(key, resource, *found, self.time);
+                self.tell();
+            }
         }
+    }
+
+    /// Tells people what they are to be told now.
+    fn tell(&mut self) {
+        self.detector.tell(self.time).iter().for_each(|finding| (self.report)(finding));
     }
 
     fn pass(&mut self, observation: &Observation) {
@@ -107,6 +117,10 @@ impl Host {
             };
             self.requests.ask(request);
         }
+        for (key, old) in self.detector.wants_census(&rows, self.time) {
+            self.requests.ask(Request::Census(key, old));
+        }
+        self.tell();
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
         let mut findings = self.detector.findings();

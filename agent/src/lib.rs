@@ -34,4 +34,5 @@ mod subscribe;
 mod supervisor;
 mod table;
 mod text;
+mod thread_type;
 mod view;

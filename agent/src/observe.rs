@@ -17,7 +17,7 @@ use crate::{
     clock,
     decode::Event,
     detect::{Confirmation, Resource},
-    evidence::Evidence,
+    evidence::{self, Evidence},
     follow::{FdEvents, Follow, Following, Wanted},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
@@ -48,6 +48,8 @@ pub(crate) enum Input {
     Pass(Box<Observation>),
     /// The answer to `Request::Confirm`.
     Confirmed(ProcKey, Resource, Box<Confirmation>),
+    /// The answer to `Request::Census`: how many old threads there are of each type.
+    Census(ProcKey, Vec<(String, u32)>),
 }
 
 /// A pass and what it took.
@@ -254,6 +256,11 @@ impl Observer {
                     follow.suspect(kernel, key, false);
                 }
                 evidence.forget(key, resource);
+            }
+            Request::Census(key, old) => {
+                // A process that has ended meanwhile has no threads.
+                let threads = kernel.threads(key).unwrap_or_default();
+                return Some(Input::Census(key, evidence::by_type(&threads, old)));
             }
             Request::Confirm(key, resource, baseline) => {
                 // Without a list the trend has to speak for itself.
