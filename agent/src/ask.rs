@@ -24,6 +24,8 @@ pub(crate) enum Request {
     Confirm(ProcKey, Resource, u32),
     /// Look at the threads of a process, and where some of them are.
     Threads(ProcKey, Vec<u32>),
+    /// Count the threads that began before this time, nanoseconds since boot, by type.
+    Census(ProcKey, u64),
     /// No longer suspect.
     Forget(ProcKey, Resource),
 }

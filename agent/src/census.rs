@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn threads_are_counted_by_type_with_their_ages() {
-        let threads = [thread(1, "main", 1), thread(2, "io-1", 9), thread(3, "io-2", 5), thread(4, "io-12", 7)];
+        let threads =
+            [thread(1, "main", 1), thread(2, "io-1", 9), thread(3, "io-2", 5), thread(4, "io-12", 7)];
         let expected = [("io", 3, [5, 7, 9]), ("main", 1, [1, 1, 1])];
         let found = types(&threads);
         let found: Vec<_> = found.iter().map(|kind| (kind.name.as_str(), kind.count, kind.started)).collect();
@@ -151,7 +152,8 @@ mod tests {
 
     #[test]
     fn stacks_are_put_to_their_threads() {
-        let blocked = |tid, stack| Blocked { tid, name: String::new(), started: 0, wait_channel: String::new(), stack };
+        let blocked =
+            |tid, stack| Blocked { tid, name: String::new(), started: 0, wait_channel: String::new(), stack };
         let census = Census { types: Vec::new(), blocked: vec![blocked(1, 10), blocked(2, 20)] };
         let named = census.map(|stacks| stacks.iter().map(|stack| stack + 1).collect());
         assert_eq!(named.blocked, [blocked(1, 11), blocked(2, 21)]);

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::{
     admission::DEFAULT_PROCESSES,
+    detect::{Detect, Ignore, Settings},
     failure::{Exit, Failure},
     follow::FdEvents,
 };
@@ -56,23 +57,26 @@ pub(crate) struct Given {
 
 /// The settings as written in the file.
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 struct Written {
     listen: Option<SocketAddr>,
     run_dir: Option<PathBuf>,
     fd_events: Option<FdEvents>,
     max_processes: Option<NonZeroUsize>,
     log_format: Option<LogFormat>,
+    detect: Detect,
+    ignore: Vec<Ignore>,
 }
 
 /// The settings as meant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {
     pub listen: SocketAddr,
     pub run_dir: PathBuf,
     pub fd_events: FdEvents,
     pub max_processes: usize,
     pub log_format: LogFormat,
+    pub settings: Settings,
 }
 
 impl Config {
@@ -96,6 +100,7 @@ impl Config {
                 .or(written.max_processes)
                 .map_or(DEFAULT_PROCESSES, NonZeroUsize::get),
             log_format: given.log_format.or(written.log_format).unwrap_or_default(),
+            settings: Settings { detect: written.detect, ignore: written.ignore },
         })
     }
 }
@@ -118,7 +123,8 @@ fn read(path: &Path) -> Result<Written, Failure> {
     toml::from_str(&text).map_err(|error| {
         let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = error.message().replace('\n', " ");
-        let known = "known keys are listen, run_dir, fd_events, max_processes and log_format";
+        let known = "known keys are listen, run_dir, fd_events, max_processes and log_format, and the tables [detect] and \
+                     [[ignore]], whose keys README.md lists";
         Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), known)
     })
 }
@@ -128,7 +134,12 @@ mod tests {
     use super::*;
 
     fn resolved(text: &str, given: Given) -> Result<Config, Failure> {
-        let file = std::env::temp_dir().join(format!("plumb-config-{}-{}", std::process::id(), text.len()));
+        let file = std::env::temp_dir().join(format!(
+            "plumb-config-{}-{:?}-{}",
+            std::process::id(),
+            std::thread::current().id(),
+            text.len()
+        ));
         fs::write(&file, text).unwrap();
         let config = Config::resolve(Given { config: Some(file.clone()), ..given });
         fs::remove_file(file).unwrap();
@@ -142,6 +153,25 @@ mod tests {
         assert_eq!(config.listen.port(), 1);
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.run_dir, Path::new(DEFAULT_RUN_DIR));
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_table_is_named_with_its_line() {
+        for (text, expected) in [
+            ("\n[detect]\ngrowht = 9\n", ":3: unknown field `growht`"),
+            ("[detect]\nutilisation = 80\n", ":1: utilisation is a part of the limit"),
+            ("[detect.groups.'nginx.service']\nseconds = 1\n", "seconds 30 or more"),
+            ("\n[[ignore]]\ncomm = 'java'\n", ":2: missing field `reason`"),
+            ("[[ignore]]\nreason = 'x'\n", ":1: an [[ignore]] without group"),
+            ("[[ignore]]\nreason = 'x'\npath = '/var/[a'\n", ":3: error parsing glob '/var/[a'"),
+        ] {
+            let failure = resolved(text, Given::default()).unwrap_err();
+            assert!(failure.cause.contains(expected), "{text}: {failure}");
+        }
+        let text = "[detect]\ngrowth = 50\n[detect.groups.'a.service']\nseconds = 200\n";
+        let detect = resolved(text, Given::default()).unwrap().settings.detect;
+        assert_eq!((detect.of("a.service").growth, detect.of("a.service").seconds), (50, 200));
+        assert_eq!((detect.of("b.service").growth, detect.of("b.service").seconds), (50, 105));
     }
 
     #[test]

@@ -113,6 +113,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     });
 
     let observed = Arc::new(AsyncMutex::new(observed));
+    let settings = config.settings.clone();
     let (host, format, counted, published) =
         (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
@@ -121,7 +122,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             counted.reported(finding);
             report::log(finding, format);
         });
-        let host = Host::new(host, ask.clone(), views.clone(), published.clone(), report);
+        let host = Host::new((host, settings.clone()), ask.clone(), views.clone(), published.clone(), report);
         let observed = Arc::clone(&observed);
         async move {
             host.run(&mut *observed.lock().await, stop).await;

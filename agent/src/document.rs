@@ -176,6 +176,10 @@ pub(crate) struct Leak {
     pub leaking_since: Option<String>,
     /// `null` as long as it is one.
     pub resolved: Option<Resolved>,
+    /// Why a rule of the settings has it ignored; `null` when none does.
+    pub ignored: Option<String>,
+    pub acknowledged: Option<Acknowledged>,
+    pub silenced_until: Option<String>,
     pub examples: Vec<Example>,
     /// What was there before the process was watched; of the rest the origins say where it came from.
     pub before_watching: u32,
@@ -187,6 +191,14 @@ pub(crate) struct Leak {
 pub(crate) struct Resolved {
     pub at: String,
     pub why: Why,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Acknowledged {
+    pub at: String,
+    pub reason: Option<String>,
+    /// How many there were.
+    pub live: u32,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -294,9 +306,16 @@ impl Leak {
             first_seen: calendar.format(finding.first_seen),
             leaking_since: finding.leaking_since.map(|since| calendar.format(since)),
             resolved: (finding.resolved).map(|end| Resolved { at: calendar.format(end.at), why: end.why }),
+            ignored: finding.ignored.as_deref().map(str::to_owned),
+            acknowledged: finding.mark.acknowledged.as_ref().map(|known| Acknowledged {
+                at: calendar.format(known.at),
+                reason: known.reason.clone(),
+                live: known.live,
+            }),
+            silenced_until: finding.mark.silenced_until.map(|until| calendar.format(until)),
             examples: finding.examples.clone(),
-            before_watching: finding.origins.before,
-            origins: (finding.origins.groups.iter().take(MAX_ORIGINS))
+            before_watching: finding.detail.origins.before,
+            origins: (finding.detail.origins.groups.iter().take(MAX_ORIGINS))
                 .map(|group| Origin::new(group, calendar))
                 .collect(),
         }

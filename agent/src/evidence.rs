@@ -2,7 +2,7 @@
 //! opens and closes again is in one list only.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     io,
 };
 
@@ -15,6 +15,7 @@ use crate::{
     files::OpenFile,
     kernel::Kernel,
     text,
+    thread_type::thread_type,
 };
 use plumb_common::{
     file::FdRecord,
@@ -26,8 +27,6 @@ use plumb_common::{
 const MAX_SUSPECTS: usize = 64;
 /// Survivors that are put into words.
 const MAX_DESCRIBED: usize = 256;
-/// Examples per finding.
-const MAX_EXAMPLES: usize = 5;
 
 /// What suspects have held since they became suspect.
 #[derive(Debug, Default)]
@@ -70,7 +69,7 @@ impl Evidence {
         let has_lasted = |identity| cohorts.as_ref().is_none_or(|cohorts| cohorts.contains(identity));
         let held = list(kernel, key, resource, has_lasted)?;
         let holdings = cohorts.map(|cohorts| look(cohorts, &held));
-        Ok(Confirmation { holdings, examples: held.examples(baseline) })
+        Ok(Confirmation { holdings, examples: held.examples(baseline), functions: Vec::new() })
     }
 }
 
@@ -153,6 +152,17 @@ fn list(
     Ok(held)
 }
 
+/// How many threads of each type began before `old`, nanoseconds since boot.
+#[must_use]
+pub(crate) fn by_type(threads: &[ThreadRecord], old: u64) -> Vec<(String, u32)> {
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for thread in threads.iter().filter(|thread| thread.start_boottime < old && thread.exit_state == 0) {
+        let name = text::terminated(&thread.comm);
+        *counts.entry(thread_type(&name).to_owned()).or_default() += 1;
+    }
+    counts.into_iter().collect()
+}
+
 /// Counts equal ones, the most frequent first.
 fn summarise(described: impl Iterator<Item = (String, String)>) -> Vec<Example> {
     let mut examples: Vec<Example> = Vec::new();
@@ -163,7 +173,6 @@ fn summarise(described: impl Iterator<Item = (String, String)>) -> Vec<Example> 
         }
     }
     examples.sort_by_key(|example| std::cmp::Reverse(example.count));
-    examples.truncate(MAX_EXAMPLES);
     examples
 }
 

@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     ask::{Asker, Request},
-    detect::{Change, Detector, Finding, HostLimits},
+    detail::Details,
+    detect::{Change, Detector, Finding, HostLimits, Settings},
     observe::{Input, Observation},
     origins::Origins,
     stacks::Named,
@@ -24,6 +25,7 @@ pub(crate) type Report = Box<dyn Fn(&Finding) + Send>;
 pub(crate) struct Host {
     table: Table,
     origins: Origins,
+    details: Details,
     subscribers: Subscribers,
     detector: Detector,
     passes: u64,
@@ -38,7 +40,7 @@ impl Host {
     /// `report` is called once for each leak, with its examples.
     #[must_use]
     pub(crate) fn new(
-        limits: HostLimits,
+        (limits, settings): (HostLimits, Settings),
         requests: Asker,
         views: watch::Sender<Arc<HostView>>,
         subscribers: Subscribers,
@@ -47,8 +49,9 @@ impl Host {
         Self {
             table: Table::default(),
             origins: Origins::default(),
+            details: Details::default(),
             subscribers,
-            detector: Detector::new(limits),
+            detector: Detector::new(limits, settings),
             passes: 0,
             time: 0,
             requests,
@@ -73,17 +76,31 @@ impl Host {
                 }
                 self.subscribers.publish(&events, 0);
             }
-            Input::Pass(observation) => self.pass(&observation),
             Input::Named(stacks) => {
                 for Named { process, made, stack } in &stacks {
                     self.origins.name(*process, made, stack);
                 }
             }
-            Input::Confirmed(key, resource, found) => {
-                if let Some(finding) = self.detector.confirm(key, resource, *found, self.time) {
-                    (self.report)(finding);
+            Input::Threads(key, threads) => self.details.threads(key, *threads),
+            Input::Census(key, old) => {
+                let view = Arc::clone(&self.views.borrow());
+                if let Some(row) = view.rows.iter().find(|row| row.key == key) {
+                    self.detector.census(row, &old, self.time);
                 }
             }
+            Input::Pass(observation) => self.pass(&observation),
+            Input::Confirmed(key, resource, found) => {
+                self.detector.confirm(key, resource, *found, self.time);
+                self.tell();
+            }
+        }
+    }
+
+    /// Tells people what they are to be told now.
+    fn tell(&mut self) {
+        for mut finding in self.detector.tell(self.time) {
+            self.details.fill(&mut finding);
+            (self.report)(&finding);
         }
     }
 
@@ -109,12 +126,17 @@ impl Host {
             };
             self.requests.ask(request);
         }
+        for (key, old) in self.detector.wants_census(&rows, self.time) {
+            self.requests.ask(Request::Census(key, old));
+        }
+        self.tell();
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
         let mut findings = self.detector.findings();
-        for finding in &mut findings {
-            finding.origins = self.origins.by_origin(finding.key, finding.resource);
+        for (key, threads) in self.details.update(&findings, &self.origins, self.time) {
+            self.requests.ask(Request::Threads(key, threads));
         }
+        findings.iter_mut().for_each(|finding| self.details.fill(finding));
         let mut view = HostView {
             passes: self.passes,
             time: observation.pass.ended,

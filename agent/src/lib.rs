@@ -16,6 +16,7 @@ mod clock;
 mod config;
 mod daemon;
 pub mod decode;
+mod detail;
 mod detect;
 mod document;
 mod evidence;

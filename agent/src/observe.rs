@@ -17,7 +17,7 @@ use crate::{
     census, clock,
     decode::Event,
     detect::{Confirmation, Resource},
-    evidence::Evidence,
+    evidence::{self, Evidence},
     follow::{FdEvents, Follow, Following, Wanted},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
@@ -53,6 +53,8 @@ pub(crate) enum Input {
     Named(Vec<Named>),
     /// The answer to `Request::Threads`.
     Threads(ProcKey, Box<census::Named>),
+    /// The answer to `Request::Census`: how many old threads there are of each type.
+    Census(ProcKey, Vec<(String, u32)>),
 }
 
 /// A pass and what it took.
@@ -279,6 +281,11 @@ impl Observer {
                 Ok(threads) => stacks.census(key, census::Copied::take(key, &threads, &wanted)),
                 Err(error) => tracing::warn!(pid = key.tgid, %error, "threads cannot be listed"),
             },
+            Request::Census(key, old) => {
+                // A process that has ended meanwhile has no threads.
+                let threads = kernel.threads(key).unwrap_or_default();
+                return Some(Input::Census(key, evidence::by_type(&threads, old)));
+            }
             Request::Confirm(key, resource, baseline) => {
                 // Without a list the trend has to speak for itself.
                 let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {

@@ -12,7 +12,8 @@ use tokio::net::UnixStream;
 use super::{Outcome, output::Output};
 use crate::{
     config,
-    document::{Leaks, Origin},
+    detect::Rule,
+    document::{Leak, Leaks, Origin},
     failure::{Exit, Failure},
     report,
 };
@@ -54,10 +55,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     ];
     arguments.output.print(&document, &document.findings, &columns, |leak| {
         vec![
-            match &leak.resolved {
-                None => leak.state.word().to_owned(),
-                Some(end) => format!("resolved: {}", end.why.words()),
-            },
+            state(leak),
             leak.resource.word().to_owned(),
             leak.pid.to_string(),
             leak.live.to_string(),
@@ -70,6 +68,19 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         ]
     })?;
     Ok(Exit::Ok)
+}
+
+/// The state in words, with what qualifies it.
+fn state(leak: &Leak) -> String {
+    let state = leak.state.word();
+    match (&leak.resolved, &leak.ignored, &leak.acknowledged, &leak.silenced_until) {
+        (Some(end), ..) => format!("resolved: {}", end.why.words()),
+        (_, Some(reason), ..) => format!("ignored: {reason}"),
+        (_, _, Some(_), _) => format!("{state}, acknowledged"),
+        (.., Some(until)) => format!("{state}, silenced until {until}"),
+        _ if leak.rule == Rule::Trend => state.to_owned(),
+        _ => format!("{state}: {}", leak.rule.word()),
+    }
 }
 
 async fn ask(socket: &PathBuf) -> anyhow::Result<Leaks> {

@@ -53,6 +53,8 @@ pub(super) struct Case {
     looked: u64,
     /// Since when it has not risen, as a leak.
     settled: u64,
+    /// People have been told.
+    pub told: bool,
 }
 
 /// What became of what came.
@@ -74,7 +76,16 @@ pub(super) enum Step {
 impl Case {
     pub(super) fn new(finding: Finding, now: u64) -> Self {
         let growths = Vec::new();
-        Self { growths, finding, suspected: now, asked: now, holdings: None, looked: 0, settled: 0 }
+        Self {
+            growths,
+            finding,
+            suspected: now,
+            asked: now,
+            holdings: None,
+            looked: 0,
+            settled: 0,
+            told: false,
+        }
     }
 
     pub(super) fn is_leaking(&self) -> bool {
@@ -178,12 +189,12 @@ impl Case {
         Some(Change::Grown(self.finding.key, self.finding.resource, self.finding.baseline))
     }
 
-    /// Takes the answer. Whether it is a leak as of now, for the first time.
-    pub(super) fn look(&mut self, holdings: Option<Holdings>, demand: Demand, now: u64) -> bool {
+    /// Takes the answer, which may make it a leak.
+    pub(super) fn look(&mut self, holdings: Option<Holdings>, demand: Demand, now: u64) {
         self.looked = now.max(self.asked);
         self.holdings = holdings;
         if self.is_leaking() {
-            return false;
+            return;
         }
         // Nobody could remember: the trend speaks for itself, and longer.
         let seconds = demand.seconds.saturating_mul(WITHOUT_WITNESS);
@@ -195,13 +206,12 @@ impl Case {
                 growth.clone().shape(demand) == Shape::Leak || self.arrive(holdings, growth, age, demand)
             }
         };
-        let Some(index) = self.growths.iter().position(|(_, growth)| proven(growth)) else { return false };
+        let Some(index) = self.growths.iter().position(|(_, growth)| proven(growth)) else { return };
         self.tell(index);
         self.growths.swap(0, index);
         self.growths.truncate(1);
         self.finding.state = State::Leaking;
         self.finding.leaking_since = Some(now);
-        true
     }
 
     /// Whether what is kept came like a leak. Traffic that comes and goes hides the form of a floor, and not this.

@@ -6,7 +6,7 @@ use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
 use super::cohorts::Holdings;
-use crate::{origins::ByOrigin, procfs::ProcStatic};
+use crate::{detail::Detail, procfs::ProcStatic, table::Row};
 
 /// What can leak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -117,6 +117,47 @@ pub(crate) struct Resolution {
     pub why: Why,
 }
 
+/// What somebody has said about a finding.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mark {
+    pub acknowledged: Option<Acknowledged>,
+    /// Not to be told before this time, nanoseconds since boot.
+    pub silenced_until: Option<u64>,
+}
+
+/// Somebody knows of it. Holds until it has clearly become worse.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Acknowledged {
+    /// Nanoseconds since boot.
+    pub at: u64,
+    pub reason: Option<String>,
+    /// How many there were.
+    pub live: u32,
+}
+
+impl Mark {
+    /// Whether it is quiet about a finding with so many, at this time.
+    #[must_use]
+    pub(crate) fn is_quiet(&self, live: u32, now: u64) -> bool {
+        self.silenced_until.is_some_and(|until| now < until) || self.holds(live)
+    }
+
+    /// Whether it is acknowledged and has not become twice as large since.
+    fn holds(&self, live: u32) -> bool {
+        self.acknowledged.as_ref().is_some_and(|known| u64::from(live) < u64::from(known.live.max(1)) * 2)
+    }
+
+    /// Forgets what does not hold any more. Whether that was an acknowledgement.
+    pub(crate) fn age(&mut self, live: u32, now: u64) -> bool {
+        self.silenced_until = self.silenced_until.filter(|until| now < *until);
+        let outgrown = self.acknowledged.is_some() && !self.holds(live);
+        if outgrown {
+            self.acknowledged = None;
+        }
+        outgrown
+    }
+}
+
 /// One kind of thing that leaks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Example {
@@ -135,6 +176,8 @@ pub(crate) struct Confirmation {
     pub(crate) holdings: Option<Holdings>,
     /// What the newest survivors are, the most frequent first.
     pub(crate) examples: Vec<Example>,
+    /// Which functions opened them, as far as somebody knows.
+    pub(crate) functions: Vec<(String, u32)>,
 }
 
 /// Limits that hold for the whole host.
@@ -165,13 +208,45 @@ pub(crate) struct Finding {
     /// Since when it is leaking, nanoseconds since boot.
     pub leaking_since: Option<u64>,
     pub resolved: Option<Resolution>,
+    /// Why it is not to be told.
+    pub ignored: Option<Arc<str>>,
+    pub mark: Mark,
     /// What leaks: paths, addresses, names. Empty until they have been looked up.
     pub examples: Vec<Example>,
-    /// Where what it has came from; empty for what nobody watches.
-    pub origins: ByOrigin,
+    /// What the rest of the agent knows of it.
+    pub detail: Detail,
 }
 
 impl Finding {
+    /// What is known as soon as something is suspected.
+    #[must_use]
+    pub(super) fn suspect(
+        rule: Rule,
+        resource: Resource,
+        row: &Row,
+        usage: (u32, Option<u64>),
+        now: u64,
+    ) -> Self {
+        Self {
+            state: State::Suspect,
+            rule,
+            resource,
+            key: row.key,
+            info: Arc::clone(&row.info),
+            live: usage.0,
+            baseline: usage.0,
+            limit: usage.1,
+            growth_per_minute: 0.0,
+            first_seen: now,
+            leaking_since: None,
+            resolved: None,
+            ignored: None,
+            mark: Mark::default(),
+            examples: Vec::new(),
+            detail: Detail::default(),
+        }
+    }
+
     /// A name that survives a restart of the agent.
     #[must_use]
     pub(crate) fn id(&self) -> String {

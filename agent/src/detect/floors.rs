@@ -18,18 +18,18 @@ const ROOTS: f64 = 1.0;
 
 /// A count in 16 bits: exact below 4,096, then to one part in 2,048. A host has many processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Count(u16);
+pub(super) struct Count(u16);
 
 impl Count {
-    const NONE: Self = Self(u16::MAX);
+    pub(super) const NONE: Self = Self(u16::MAX);
 
-    fn new(count: u32) -> Self {
+    pub(super) fn new(count: u32) -> Self {
         let shift = (u32::BITS - count.leading_zeros()).saturating_sub(12);
         // What is larger than 12 bits shifted by 14 is as good as that.
         if shift > 14 { Self(0xefff) } else { Self((shift as u16) << 12 | (count >> shift) as u16) }
     }
 
-    fn get(self) -> Option<u32> {
+    pub(super) fn get(self) -> Option<u32> {
         (self != Self::NONE).then(|| u32::from(self.0 & 0xfff) << (self.0 >> 12))
     }
 }
@@ -47,6 +47,12 @@ pub(super) struct Floors {
     scales: [Scale; SCALES.len()],
     /// Second since boot of the last reading; 0 before the first.
     last: u32,
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        Self::NONE
+    }
 }
 
 /// A floor at the beginning of its window, in seconds since boot.
@@ -96,6 +102,17 @@ impl Floors {
         Some((start(self.last, SCALES[scale], 1), floor))
     }
 
+    /// Whether three windows of the second scale are complete: a process has come to its usual count by then.
+    pub(super) fn is_warm(&self) -> bool {
+        self.scales[1].past[KEPT - 3].get().is_some()
+    }
+
+    /// The floor of the last two windows of the shortest scale.
+    pub(super) fn sustained(&self) -> Option<u32> {
+        let [.., before, last] = self.scales[0].past;
+        Some(before.get()?.min(last.get()?))
+    }
+
     /// The lowest floor known and the last ones of the shortest scale, when these lie at the limit: what has
     /// reached it cannot rise any more.
     pub(super) fn full(&self, limit: Option<u64>) -> Option<Vec<Point>> {
@@ -113,13 +130,19 @@ impl Floors {
         let floors = &floors[KEPT - known..];
         let (first, last) = ((*floors.first()?)?, (*floors.last()?)?);
         let growth = f64::from(last.checked_sub(first)?);
-        let enough = GROWTH.max(ROOTS * f64::from(1 + wary) * f64::from(first).sqrt());
-        if known < LEAST || growth < enough {
+        if known < LEAST || growth < GROWTH {
             return None;
         }
         let steps = || {
             floors.windows(2).map(|pair| f64::from(pair[1].unwrap_or(0)) - f64::from(pair[0].unwrap_or(0)))
         };
+        // What rises by the same each time is no chance, as far as is known.
+        let (least, most) =
+            steps().fold((f64::MAX, 0.0f64), |(least, most), step| (least.min(step), most.max(step)));
+        let is_even = wary == 0 && most <= 2.0 * least;
+        if !is_even && growth < ROOTS * f64::from(1 + wary) * f64::from(first).sqrt() {
+            return None;
+        }
         let rises = steps().filter(|step| *step > 0.0).count();
         let falls = steps().any(|step| -step > (growth / 8.0).max(1.0));
         let still = steps().next_back().is_some_and(|step| step > 0.0);

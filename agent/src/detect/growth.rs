@@ -12,8 +12,8 @@ const POINTS: usize = 64;
 const BINS: usize = 12;
 /// Standard deviations by which the growth may lie earlier than the middle; and later, before its beginning is
 /// taken for something else.
-const EARLY: f64 = 1.3;
-const EARLY_AT_LAST: f64 = 2.2;
+const EARLY: f64 = 1.5;
+const EARLY_AT_LAST: f64 = 2.6;
 /// However much chance there may be, by this part of the time at most.
 const AHEAD: f64 = 0.15;
 const LATE: f64 = -1.7;
@@ -28,6 +28,8 @@ const LEAST_ARRIVALS: usize = 7;
 const STILL: f64 = 0.35;
 /// Longest part of the time that may pass without a rise.
 const REST: f64 = 0.3;
+/// At the limit, growth by one part in so many of it is enough.
+const FULL_PART: u64 = 16;
 /// Growth times seconds: a slow leak is watched for longer, in proportion to the root of its slowness.
 const EXPOSURE: f64 = 10_000.0;
 /// Without a new peak for this many seconds and windows, or this part of the time it took, a suspect has settled.
@@ -164,7 +166,7 @@ impl Growth {
             return Shape::GivenBack;
         }
         if self.is_full(demand.limit) {
-            let much = u64::from(grown) >= demand.limit.unwrap_or(0) / 4;
+            let much = u64::from(grown) >= demand.limit.unwrap_or(0) / FULL_PART;
             let is_leak = much && grown >= demand.growth && seconds >= demand.seconds / 2;
             return if is_leak { Shape::Leak } else { Shape::Open };
         }

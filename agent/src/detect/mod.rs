@@ -27,27 +27,36 @@ pub(crate) mod cohorts;
 mod finding;
 mod floors;
 mod growth;
+mod marks;
+mod rules;
+mod settings;
 
+#[cfg(test)]
 use std::sync::Arc;
 
 use foldhash::HashMap;
 use plumb_common::task::ProcKey;
 
-pub(crate) use self::finding::{
-    Confirmation, Example, Finding, HostLimits, Resolution, Resource, Rule, State, Why,
-};
 use self::{
     case::{Case, SECOND, Step},
-    floors::Floors,
+    floors::{Count, Floors},
     growth::Demand,
+    settings::Thresholds,
 };
-use crate::{origins::ByOrigin, table::Row};
+pub(crate) use self::{
+    finding::{Confirmation, Example, Finding, HostLimits, Mark, Resolution, Resource, Rule, State, Why},
+    marks::NoSuchFinding,
+    settings::{Detect, Ignore, Settings},
+};
+use crate::table::Row;
 
 /// What is resolved stays visible this long, in nanoseconds; and so many at a time.
 const VISIBLE: u64 = 600 * SECOND;
 const MAX_RESOLVED: usize = 1_024;
 /// Times that a count may be suspected in vain before that does not make it harder any more.
 const MAX_WARY: u8 = 3;
+/// Examples per finding.
+const MAX_EXAMPLES: usize = 5;
 
 /// A change of verdict, with what the detector needs to go on.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,7 +76,14 @@ pub(crate) struct Detector {
     passes: u32,
     histories: HashMap<ProcKey, History>,
     cases: HashMap<(ProcKey, Resource), Case>,
+    /// What the plain rules have found.
+    plain: HashMap<(ProcKey, Resource, Rule), Finding>,
     resolved: Vec<Finding>,
+    settings: Settings,
+    /// What people said about findings.
+    marks: HashMap<(ProcKey, Resource, Rule), Mark>,
+    /// When threads were last asked for by type.
+    census: u64,
 }
 
 #[derive(Debug)]
@@ -86,17 +102,23 @@ struct Track {
     is_open: bool,
     /// How often it was suspected in vain.
     wary: u8,
+    /// The lowest count since the process has warmed up.
+    base: Count,
 }
 
 impl Detector {
     #[must_use]
-    pub(crate) fn new(limits: HostLimits) -> Self {
+    pub(crate) fn new(limits: HostLimits, settings: Settings) -> Self {
         Self {
             limits,
             passes: 0,
             histories: HashMap::default(),
             cases: HashMap::default(),
+            plain: HashMap::default(),
             resolved: Vec::new(),
+            settings,
+            marks: HashMap::default(),
+            census: 0,
         }
     }
 
@@ -133,6 +155,9 @@ impl Detector {
                     }
                     continue;
                 }
+                track.settle(closed);
+                let thresholds = self.settings.detect.of(&row.info.group);
+                rules::apply(&mut self.plain, thresholds, row, (resource, live, limit), track, now);
                 let at = (row.key, resource);
                 let case = if track.is_open { self.cases.remove(&at) } else { None };
                 let was_open = case.is_some();
@@ -140,7 +165,7 @@ impl Detector {
                     continue;
                 };
                 (case.finding.live, case.finding.limit) = (live, limit);
-                let (step, change) = case.windows(closed, &mut track.floors, demand(limit), now);
+                let (step, change) = case.windows(closed, &mut track.floors, demand(thresholds, limit), now);
                 if !was_open {
                     changes.push(Change::Suspect(row.key, resource));
                 }
@@ -165,31 +190,49 @@ impl Detector {
                 end(case, Why::ProcessEnded, now, &mut self.resolved, &mut changes);
             }
         }
+        self.plain.retain(|(key, ..), _| self.histories.contains_key(key));
+        self.marks.retain(|(key, ..), _| self.histories.contains_key(key));
         let is_visible =
             |finding: &Finding| finding.resolved.is_some_and(|end| now.saturating_sub(end.at) < VISIBLE);
         self.resolved.retain(is_visible);
         changes
     }
 
-    /// Takes the answer to `Change::Grown`. Returns the finding when it is a leak as of now.
-    pub(crate) fn confirm(
-        &mut self,
-        key: ProcKey,
-        resource: Resource,
-        found: Confirmation,
-        now: u64,
-    ) -> Option<&Finding> {
-        let case = self.cases.get_mut(&(key, resource))?;
+    /// Takes the answer to `Change::Grown`, which may make it a leak.
+    pub(crate) fn confirm(&mut self, key: ProcKey, resource: Resource, found: Confirmation, now: u64) {
+        let Some(case) = self.cases.get_mut(&(key, resource)) else { return };
         if !found.examples.is_empty() {
+            let mut rules = self.settings.ignore.iter();
+            let rule = rules.find(|rule| rule.matches(&case.finding, &found.examples, &found.functions));
+            case.finding.ignored = rule.map(|rule| rule.reason.as_str().into());
             case.finding.examples = found.examples;
+            case.finding.examples.truncate(MAX_EXAMPLES);
         }
-        let demand = demand(case.finding.limit);
-        if !case.look(found.holdings, demand, now) {
-            return None;
+        let thresholds = self.settings.detect.of(&case.finding.info.group);
+        case.look(found.holdings, demand(thresholds, case.finding.limit), now);
+        if case.is_leaking() {
+            let is_same = |finding: &Finding| finding.key == key && finding.resource == resource;
+            self.resolved.retain(|finding| !is_same(finding));
         }
-        let is_same = |finding: &Finding| finding.key == key && finding.resource == resource;
-        self.resolved.retain(|finding| !is_same(finding));
-        Some(&case.finding)
+    }
+
+    /// Leaks that people have not been told of yet and are to be told of now.
+    pub(crate) fn tell(&mut self, now: u64) -> Vec<Finding> {
+        let mut told = Vec::new();
+        for (at, case) in &mut self.cases {
+            let finding = &case.finding;
+            if let Some(mark) = self.marks.get_mut(&(at.0, at.1, Rule::Trend)) {
+                case.told &= !mark.age(finding.live, now);
+                if mark.is_quiet(finding.live, now) {
+                    continue;
+                }
+            }
+            if case.is_leaking() && !case.told && finding.ignored.is_none() {
+                case.told = true;
+                told.push(finding.clone());
+            }
+        }
+        told
     }
 
     /// The verdicts that are not quiet: the surest first, then the fastest.
@@ -202,7 +245,12 @@ impl Detector {
             self.resolved.iter().any(is_same)
         };
         let open = self.cases.values().filter(|case| !is_resolved(case)).map(|case| &case.finding);
-        let mut findings: Vec<Finding> = open.chain(&self.resolved).cloned().collect();
+        let all = open.chain(self.plain.values()).chain(&self.resolved);
+        let mut findings: Vec<Finding> = all.cloned().collect();
+        for finding in &mut findings {
+            let at = (finding.key, finding.resource, finding.rule);
+            finding.mark = self.marks.get(&at).cloned().unwrap_or_default();
+        }
         findings.sort_by(|a, b| {
             let by_growth = b.growth_per_minute.total_cmp(&a.growth_per_minute);
             b.state.cmp(&a.state).then(by_growth).then(a.key.cmp(&b.key))
@@ -231,11 +279,21 @@ impl Track {
             }
             let at_limit = || if scale == 0 { self.floors.full(limit) } else { None };
             if let Some(points) = self.floors.rising(scale, self.wary).or_else(at_limit) {
-                let new = || Case::new(suspect(row, resource, (live, limit), now), now);
+                let new = || Case::new(Finding::suspect(Rule::Trend, resource, row, (live, limit), now), now);
                 case.get_or_insert_with(new).add(scale, points);
             }
         }
         case
+    }
+
+    /// Remembers the lowest floor; the first minute is warm-up.
+    fn settle(&mut self, closed: usize) {
+        if closed > 1
+            && let (Some(last), true) = (self.floors.last(1), self.floors.is_warm())
+            && (self.base == Count::NONE || Some(last.1) < self.base.get())
+        {
+            self.base = Count::new(last.1);
+        }
     }
 
     /// The case against it is over.
@@ -247,28 +305,9 @@ impl Track {
     }
 }
 
-fn suspect(row: &Row, resource: Resource, (live, limit): (u32, Option<u64>), now: u64) -> Finding {
-    Finding {
-        state: State::Suspect,
-        rule: Rule::Trend,
-        resource,
-        key: row.key,
-        info: Arc::clone(&row.info),
-        live,
-        baseline: live,
-        limit,
-        growth_per_minute: 0.0,
-        first_seen: now,
-        leaking_since: None,
-        resolved: None,
-        examples: Vec::new(),
-        origins: ByOrigin::default(),
-    }
-}
-
 /// What it takes to be a leak, of a count with this limit.
-fn demand(limit: Option<u64>) -> Demand {
-    Demand { growth: 30, seconds: 105, limit }
+fn demand(thresholds: &Thresholds, limit: Option<u64>) -> Demand {
+    Demand { growth: thresholds.growth, seconds: thresholds.seconds, limit }
 }
 
 /// Closes a case: what was a leak stays visible.

@@ -30,6 +30,9 @@ pub(super) fn row(fds: u32, threads: u32) -> Row {
     }
 }
 
+#[path = "rules_tests.rs"]
+mod rules;
+
 /// A process with its detector and what would be looked up of it.
 struct Play {
     detector: Detector,
@@ -39,17 +42,20 @@ struct Play {
     suspect: Option<u64>,
     leaking: Vec<u64>,
     held: BTreeSet<u64>,
+    /// What every look finds.
+    examples: Vec<Example>,
 }
 
 impl Play {
     fn new() -> Self {
         Self {
-            detector: Detector::new(LIMITS),
+            detector: Detector::new(LIMITS, Settings::default()),
             cohorts: Cohorts::default(),
             second: 0,
             suspect: None,
             leaking: Vec::new(),
             held: BTreeSet::new(),
+            examples: Vec::new(),
         }
     }
 
@@ -72,14 +78,14 @@ impl Play {
                 }
                 Change::Grown(key, resource, _) => {
                     let holdings = Some(self.cohorts.look(now, identities));
-                    let found = Confirmation { holdings, examples: Vec::new() };
-                    if self.detector.confirm(key, resource, found, now).is_some() {
-                        self.leaking.push(self.second);
-                    }
+                    let found =
+                        Confirmation { holdings, examples: self.examples.clone(), ..Default::default() };
+                    self.detector.confirm(key, resource, found, now);
                 }
                 Change::Quiet(..) => {}
             }
         }
+        self.leaking.extend(self.detector.tell(now).iter().map(|_| self.second));
         self.second += 1;
     }
 
@@ -191,16 +197,16 @@ fn a_suspect_that_ends_leaves_nothing() {
 
 #[test]
 fn without_a_witness_the_trend_speaks_for_itself_later() {
-    let mut detector = Detector::new(LIMITS);
+    let mut detector = Detector::new(LIMITS, Settings::default());
     let mut leaking = None;
     for second in 0..600 {
         let now = (BEGIN + second) * SECOND;
         for change in detector.observe(&[row(5, 1 + second as u32)], now) {
             if let Change::Grown(key, resource, _) = change {
-                let told = detector.confirm(key, resource, Confirmation::default(), now);
-                leaking = leaking.or(told.map(|_| second));
+                detector.confirm(key, resource, Confirmation::default(), now);
             }
         }
+        leaking = leaking.or(detector.tell(now).first().map(|_| second));
     }
     assert!(leaking.is_some_and(|second| (300..=360).contains(&second)), "{leaking:?}");
     let finding = &detector.findings()[0];
@@ -213,7 +219,8 @@ fn without_a_witness_the_trend_speaks_for_itself_later() {
 fn an_answer_that_nobody_waits_for_changes_nothing() {
     let mut play = Play::new().counts(std::iter::repeat_n(5, 100));
     let found = Confirmation::default();
-    assert_eq!(play.detector.confirm(row(0, 0).key, Resource::Fd, found, BEGIN * SECOND), None);
+    play.detector.confirm(row(0, 0).key, Resource::Fd, found, BEGIN * SECOND);
+    assert!(play.states().is_empty() && play.detector.tell(BEGIN * SECOND).is_empty());
 }
 
 #[test]
@@ -234,7 +241,7 @@ proptest! {
 
     #[test]
     fn any_clock_and_any_count_are_taken(readings in proptest::collection::vec((0u64..40_000, any::<u32>()), 0..200)) {
-        let mut detector = Detector::new(LIMITS);
+        let mut detector = Detector::new(LIMITS, Settings::default());
         let mut now = 0u64;
         for (later, count) in readings {
             now += later * SECOND / 10;
@@ -243,6 +250,7 @@ proptest! {
                     detector.confirm(key, resource, Confirmation::default(), now);
                 }
             }
+            detector.tell(now);
             prop_assert!(detector.cases.len() <= 2 && detector.resolved.len() <= MAX_RESOLVED);
         }
     }

@@ -151,8 +151,11 @@ fn leaks(page: &mut Page, findings: &[Finding]) -> fmt::Result {
     let present = findings.iter().filter(|finding| finding.state != State::Resolved);
     for finding in present.take(MAX_GROUPS) {
         let (group, resource) = (&*finding.info.group, finding.resource.word());
-        *count.entry((group, resource, finding.state.word())).or_default() += 1;
-        if let (State::Leaking, Some(seconds)) = (finding.state, finding.seconds_to_exhaustion()) {
+        let state = if finding.ignored.is_some() { "ignored" } else { finding.state.word() };
+        *count.entry((group, resource, state)).or_default() += 1;
+        if state == State::Leaking.word()
+            && let Some(seconds) = finding.seconds_to_exhaustion()
+        {
             let kept = soonest.entry((group, resource)).or_insert(f64::INFINITY);
             *kept = kept.min(seconds);
         }

@@ -52,7 +52,7 @@ impl Plan {
 
 /// What a program has open from its start.
 pub(super) fn starts(world: &mut World) {
-    let count = world.random.log(3.0, 60.0) as u32;
+    let count = world.random.log(3.0, 700.0) as u32;
     world.keep(count);
 }
 

@@ -17,7 +17,7 @@ use self::{
     world::{Random, World},
 };
 use super::{
-    Change, Confirmation, Detector, HostLimits, Resource, State,
+    Change, Confirmation, Detector, HostLimits, Resource, Settings, State,
     cohorts::{Cohorts, identity},
     tests::row,
 };
@@ -53,7 +53,7 @@ fn run(family: &Family, seed: u64) -> Run {
     let mut world = World::new(begins, random);
     let mut plan = (family.make)(&mut world);
     world.limit = plan.limit as usize;
-    let mut detector = Detector::new(HostLimits { threads: 32_768 });
+    let mut detector = Detector::new(HostLimits { threads: 32_768 }, Settings::default());
     let mut cohorts = Cohorts::default();
     let mut run = Run { deadline: plan.deadline, ..Run::default() };
     let first_leak = begins + plan.leaks_from.unwrap_or(0);
@@ -77,16 +77,17 @@ fn run(family: &Family, seed: u64) -> Run {
                 }
                 Change::Grown(..) => {
                     let holdings = Some(cohorts.look(now, world.identities()));
-                    let found = Confirmation { holdings, examples: Vec::new() };
-                    if detector.confirm(key, Resource::Fd, found, now).is_some() {
-                        if plan.leaks_from.is_some() && since >= 0.0 {
-                            run.leaking = run.leaking.or(Some(since));
-                        } else {
-                            run.wrong += 1;
-                        }
-                    }
+                    let found = Confirmation { holdings, ..Confirmation::default() };
+                    detector.confirm(key, Resource::Fd, found, now);
                 }
                 Change::Quiet(..) => {}
+            }
+        }
+        if !detector.tell(now).is_empty() {
+            if plan.leaks_from.is_some() && since >= 0.0 {
+                run.leaking = run.leaking.or(Some(since));
+            } else {
+                run.wrong += 1;
             }
         }
         let state = detector.cases.values().next().map(|case| case.finding.state);

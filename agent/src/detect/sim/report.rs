@@ -145,7 +145,7 @@ fn bench() {
 #[test]
 #[ignore = "takes minutes, and is for tuning"]
 fn tuning() {
-    table(TUNING, 60);
+    table(TUNING, 100);
 }
 
 /// Leaks are found and sound processes are not accused, in a few hundred cases.
