@@ -347,3 +347,23 @@ fn a_perf_map_is_bounded_and_must_be_a_file() {
         });
     }
 }
+
+#[test]
+fn the_worker_has_no_rights() {
+    let mut symboliser = symboliser();
+    let process = sampler::key(std::process::id());
+    assert_eq!(symboliser.unwind(process, &[RawStack::default()]).len(), 1);
+    let own = format!("PPid:\t{}", std::process::id());
+    let entries = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let confined = entries.filter(|path| {
+        let status = fs::read_to_string(path.join("status")).unwrap_or_default();
+        let limits = fs::read_to_string(path.join("limits")).unwrap_or_default();
+        let nobody = "Uid:\t65534\t65534\t65534\t65534";
+        let wanted =
+            [&own, nobody, "CapPrm:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "Groups:\t \n"];
+        let data = limits.lines().find_map(|line| line.strip_prefix("Max data size")).unwrap_or_default();
+        let data = data.split_ascii_whitespace().next().and_then(|bytes| bytes.parse::<u64>().ok());
+        wanted.iter().all(|line| status.contains(*line)) && data.is_some_and(|bytes| bytes < 2 * MEMORY)
+    });
+    assert!(confined.count() > 0);
+}
