@@ -15,7 +15,7 @@ use plumb_common::task::ProcKey;
 
 use crate::{
     sampler,
-    sources::{brief, compile, marked, own, source, symboliser},
+    sources::{brief, compile, marked, own, source, symboliser, symboliser_with},
     support::TempDir,
 };
 
@@ -156,4 +156,38 @@ fn plumb_itself_is_named() {
     assert!(receives.is_some() && receives < main, "{}", brief(&frames));
     waiting.kill().unwrap();
     waiting.wait().unwrap();
+}
+
+#[test]
+fn a_debug_file_is_found_by_build_id_and_believed_by_it_alone() {
+    let dir = TempDir::new();
+    let (program, debug) = (dir.join("calls"), dir.join("calls.debug"));
+    compile("gcc", &["-g", "-O2", "-Wl,--build-id=0x0123456789abcdef"], &source("calls.c"), &program);
+    let run =
+        |arguments: &[&str]| assert!(Command::new("objcopy").args(arguments).status().unwrap().success());
+    run(&["--only-keep-debug", &program, &debug]);
+    run(&["--strip-all", &program]);
+    let place = dir.0.join("right/.build-id/01/23456789abcdef.debug");
+    fs::create_dir_all(place.parent().unwrap()).unwrap();
+    fs::copy(&debug, place).unwrap();
+    let mut right = symboliser_with(&dir.join("right"));
+    let (process, raw) = first(&mut right, &mut Command::new(&program));
+    assert_named(&mut right, process, &raw);
+
+    // Another program's under the same name.
+    let place = dir.0.join("wrong/.build-id/01/23456789abcdef.debug");
+    fs::create_dir_all(place.parent().unwrap()).unwrap();
+    let id = fs::read(&debug).unwrap();
+    let at =
+        id.windows(8).position(|bytes| bytes == [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef]).unwrap();
+    let mut other = id;
+    other[at] = 0xff;
+    fs::write(place, other).unwrap();
+    let mut wrong = symboliser_with(&dir.join("wrong"));
+    let (process, raw) = first(&mut wrong, &mut Command::new(&program));
+    let stack = wrong.unwind(process, &[raw]).remove(0);
+    let frames = wrong.symbolise(&stack);
+    let of_program = frames.iter().find(|frame| frame.module.as_deref() == Some(program.as_str())).unwrap();
+    assert!(of_program.lines.is_empty(), "{}", brief(&frames));
+    assert_eq!(of_program.build_id.as_deref(), Some("0123456789abcdef"));
 }
