@@ -122,7 +122,7 @@ fn bomb(bytes: &mut Vec<u8>, section: &Section, claimed: u64, real: usize) {
     compressed.extend(1u64.to_le_bytes());
     let script = format!("import sys, zlib; sys.stdout.buffer.write(zlib.compress(bytes({real}), 9))");
     compressed.extend(Command::new("/usr/bin/python3").args(["-c", &script]).output().unwrap().stdout);
-    while bytes.len() % 8 != 0 {
+    while !bytes.len().is_multiple_of(8) {
         bytes.push(0);
     }
     let at = bytes.len() as u64;
@@ -346,4 +346,24 @@ fn a_perf_map_is_bounded_and_must_be_a_file() {
             assert_eq!(name, (what == "long").then_some(256), "{}", brief(&frames));
         });
     }
+}
+
+#[test]
+fn the_worker_has_no_rights() {
+    let mut symboliser = symboliser();
+    let process = sampler::key(std::process::id());
+    assert_eq!(symboliser.unwind(process, &[RawStack::default()]).len(), 1);
+    let own = format!("PPid:\t{}", std::process::id());
+    let entries = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let confined = entries.filter(|path| {
+        let status = fs::read_to_string(path.join("status")).unwrap_or_default();
+        let limits = fs::read_to_string(path.join("limits")).unwrap_or_default();
+        let nobody = "Uid:\t65534\t65534\t65534\t65534";
+        let wanted =
+            [&own, nobody, "CapPrm:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "Groups:\t \n"];
+        let data = limits.lines().find_map(|line| line.strip_prefix("Max data size")).unwrap_or_default();
+        let data = data.split_ascii_whitespace().next().and_then(|bytes| bytes.parse::<u64>().ok());
+        wanted.iter().all(|line| status.contains(*line)) && data.is_some_and(|bytes| bytes < 2 * MEMORY)
+    });
+    assert!(confined.count() > 0);
 }

@@ -44,7 +44,7 @@ fn check(flags: &[&str], has_lines: bool, is_static: bool) {
             // What starts every program.
             assert_eq!(found.pop().map(|last| last.0).as_deref(), Some("_start"), "{}", brief(&frames));
         }
-        // The function of libc that makes the syscall; without its debug file only exported ones have a name.
+        // The function of libc that makes the syscall; only exported ones have a name.
         let first = frames[0].lines.last().map(|line| plain(&line.function));
         let first_is_right = match (call, first) {
             (_, None) => matches!(call, "fopen" | "pthread_create"),

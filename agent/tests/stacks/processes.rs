@@ -1,13 +1,21 @@
 //! Processes that have exited, live in a mount namespace of their own, or load code later.
 
-use std::{fs, os::unix::process::CommandExt, process::Command};
+use std::{
+    fs::{self, File},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::FileExt, net::UnixStream, process::CommandExt},
+    },
+    process::Command,
+    time::{Duration, Instant},
+};
 
-use plumb::symbolise::{RawStack, Symboliser};
+use plumb::symbolise::{Line, RawStack, Symboliser};
 use plumb_common::task::ProcKey;
 
 use crate::{
     sampler,
-    sources::{brief, compile, marked, own, source, symboliser},
+    sources::{brief, compile, marked, own, source, symboliser, symboliser_with},
     support::TempDir,
 };
 
@@ -80,16 +88,9 @@ fn the_worker_works_when_the_binary_was_replaced() {
     // The link that every process has to its own binary, of one whose binary is gone.
     let plumb = dir.join("plumb");
     fs::copy(env!("CARGO_BIN_EXE_plumb"), &plumb).unwrap();
+    let (_socket, theirs) = UnixStream::pair().unwrap();
     let mut running =
-        Command::new(&plumb).arg("symbolise-worker").stdin(std::process::Stdio::piped()).spawn().unwrap();
-    let (_socket, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    let _ = running.kill();
-    let _ = running.wait();
-    let mut running = Command::new(&plumb)
-        .arg("symbolise-worker")
-        .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(theirs)))
-        .spawn()
-        .unwrap();
+        Command::new(&plumb).arg("symbolise-worker").stdin(OwnedFd::from(theirs)).spawn().unwrap();
     fs::remove_file(&plumb).unwrap();
     fs::write(&plumb, "no program").unwrap();
     let mut symboliser = Symboliser::with(format!("/proc/{}/exe", running.id()), "/usr/lib/debug");
@@ -97,4 +98,96 @@ fn the_worker_works_when_the_binary_was_replaced() {
     assert_named(&mut symboliser, process, &raw);
     running.kill().unwrap();
     running.wait().unwrap();
+}
+
+#[test]
+fn code_that_was_loaded_after_the_attach_is_named() {
+    let dir = TempDir::new();
+    let program = dir.join("calls");
+    compile("gcc", &["-g", "-O2"], &source("calls.c"), &program);
+    let symboliser = std::cell::RefCell::new(symboliser());
+    let mut samples = 0;
+    // Before its first instruction a program has no libc yet.
+    let attach = &mut |process| symboliser.borrow_mut().attach(process);
+    let status = sampler::run_from_start(&mut Command::new(&program), attach, &mut |process, sample| {
+        if sample.phase == 0 {
+            assert_named(&mut symboliser.borrow_mut(), process, &sample.raw);
+            samples += 1;
+        }
+    });
+    assert!(status.success() && samples == 1);
+}
+
+/// A program of a hundred and more MiB, when it has all of its debug information: `PLUMB_BIG` names such a build.
+#[test]
+fn plumb_itself_is_named() {
+    let plumb = std::env::var("PLUMB_BIG").unwrap_or_else(|_| env!("CARGO_BIN_EXE_plumb").to_owned());
+    let (_socket, theirs) = UnixStream::pair().unwrap();
+    let mut waiting =
+        Command::new(plumb).arg("symbolise-worker").stdin(OwnedFd::from(theirs)).spawn().unwrap();
+    // It waits for its first message, and the kernel says where.
+    let path = format!("/proc/{}", waiting.id());
+    let words = loop {
+        let text = fs::read_to_string(format!("{path}/syscall")).unwrap();
+        match text.strip_prefix("47 ") {
+            Some(words) => break words.to_owned(),
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    let mut words = words.split_ascii_whitespace().rev();
+    let mut word = || u64::from_str_radix(words.next().unwrap().trim_start_matches("0x"), 16).unwrap();
+    let (ip, sp) = (word(), word());
+    let mut stack = vec![0; 16 << 10];
+    let read = File::open(format!("{path}/mem")).unwrap().read_at(&mut stack, sp).unwrap();
+    stack.truncate(read);
+    let mut symboliser = symboliser();
+    let begun = Instant::now();
+    let process = sampler::key(waiting.id());
+    let stack = symboliser.unwind(process, &[RawStack { ip, sp, bp: 0, stack }]).remove(0);
+    let frames = symboliser.symbolise(&stack);
+    println!("{:?}, {:?}", begun.elapsed(), symboliser.counters());
+    let lines: Vec<_> = frames.iter().flat_map(|frame| frame.lines.iter()).collect();
+    let is_in = |line: &Line, file: &str| line.file.as_deref().is_some_and(|path| path.ends_with(file));
+    let receives = lines.iter().position(|line| is_in(line, "symbolise/protocol.rs"));
+    let main = lines.iter().position(|line| {
+        line.function == "plumb::symbolise::child::main" && is_in(line, "symbolise/child/mod.rs")
+    });
+    // Without optimisation the stack may be longer than its copy.
+    assert!(receives.is_some() && receives < main, "{}", brief(&frames));
+    waiting.kill().unwrap();
+    waiting.wait().unwrap();
+}
+
+#[test]
+fn a_debug_file_is_found_by_build_id_and_believed_by_it_alone() {
+    let dir = TempDir::new();
+    let (program, debug) = (dir.join("calls"), dir.join("calls.debug"));
+    compile("gcc", &["-g", "-O2", "-Wl,--build-id=0x0123456789abcdef"], &source("calls.c"), &program);
+    let run =
+        |arguments: &[&str]| assert!(Command::new("objcopy").args(arguments).status().unwrap().success());
+    run(&["--only-keep-debug", &program, &debug]);
+    run(&["--strip-all", &program]);
+    let place = dir.0.join("right/.build-id/01/23456789abcdef.debug");
+    fs::create_dir_all(place.parent().unwrap()).unwrap();
+    fs::copy(&debug, place).unwrap();
+    let mut right = symboliser_with(&dir.join("right"));
+    let (process, raw) = first(&mut right, &mut Command::new(&program));
+    assert_named(&mut right, process, &raw);
+
+    // Another program's under the same name.
+    let place = dir.0.join("wrong/.build-id/01/23456789abcdef.debug");
+    fs::create_dir_all(place.parent().unwrap()).unwrap();
+    let id = fs::read(&debug).unwrap();
+    let at =
+        id.windows(8).position(|bytes| bytes == [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef]).unwrap();
+    let mut other = id;
+    other[at] = 0xff;
+    fs::write(place, other).unwrap();
+    let mut wrong = symboliser_with(&dir.join("wrong"));
+    let (process, raw) = first(&mut wrong, &mut Command::new(&program));
+    let stack = wrong.unwind(process, &[raw]).remove(0);
+    let frames = wrong.symbolise(&stack);
+    let of_program = frames.iter().find(|frame| frame.module.as_deref() == Some(program.as_str())).unwrap();
+    assert!(of_program.lines.is_empty(), "{}", brief(&frames));
+    assert_eq!(of_program.build_id.as_deref(), Some("0123456789abcdef"));
 }

@@ -58,7 +58,18 @@ pub(crate) fn run(command: &mut Command, take: Take<'_>) {
     assert!(status.success(), "{status:?}");
 }
 
+/// Runs a program to whatever end, which is returned.
 pub(crate) fn run_to_any_end(command: &mut Command, take: Take<'_>) -> ExitStatus {
+    run_from_start(command, &mut |_| {}, take)
+}
+
+/// As above; `begin` is called before the program's first instruction.
+#[expect(clippy::zombie_processes, reason = "every thread of it is waited for, by number")]
+pub(crate) fn run_from_start(
+    command: &mut Command,
+    begin: &mut dyn FnMut(ProcKey),
+    take: Take<'_>,
+) -> ExitStatus {
     // SAFETY: only async-signal-safe calls between fork and exec.
     unsafe {
         command.pre_exec(|| match libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) {
@@ -72,8 +83,9 @@ pub(crate) fn run_to_any_end(command: &mut Command, take: Take<'_>) -> ExitStatu
     assert_eq!(status.stopped_signal(), Some(libc::SIGTRAP), "{status:?}");
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_EXITKILL;
     trace(libc::PTRACE_SETOPTIONS, leader, u64::try_from(options).unwrap());
-    trace(libc::PTRACE_SYSCALL, leader, 0);
     let key = key(child.id());
+    begin(key);
+    trace(libc::PTRACE_SYSCALL, leader, 0);
     let memory = File::open(format!("/proc/{leader}/mem")).unwrap();
     let (mut phase, mut entered) = (-1, BTreeSet::new());
     loop {

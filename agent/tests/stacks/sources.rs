@@ -35,10 +35,14 @@ pub(crate) fn compile(compiler: &str, arguments: &[&str], source: &Path, program
     assert!(output.status.success(), "{compiler}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A symboliser with the plumb that is tested as its worker.
+/// A symboliser with the plumb that is tested as its worker, and without the debug files that this host may have.
 pub(crate) fn symboliser() -> Symboliser {
+    symboliser_with("/nonexistent")
+}
+
+pub(crate) fn symboliser_with(debug_files: &str) -> Symboliser {
     let plumb = env::var_os("PLUMB_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_plumb").into());
-    Symboliser::with(plumb, "/usr/lib/debug")
+    Symboliser::with(plumb, debug_files)
 }
 
 /// The functions of a stack that are in a file of this name, as (function, file name, line).

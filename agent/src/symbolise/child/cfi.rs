@@ -18,6 +18,8 @@ use super::{
 type Slice = EndianSlice<'static, LittleEndian>;
 type Fde = FrameDescriptionEntry<Slice>;
 
+/// Instructions of one entry that are run, in bytes: the longest honest function has some thousands.
+const MAX_ENTRY: usize = 1 << 20;
 /// An honest expression has a handful of operations.
 const MAX_OPERATIONS: u32 = 1000;
 
@@ -48,8 +50,9 @@ pub(super) enum Step {
 }
 
 impl Cfi {
-    pub(super) fn of(image: &Image) -> Option<Self> {
-        Self::with_header(image).or_else(|| Self::without_header(image))
+    /// `room` is how many entries may still be indexed for files that have no index.
+    pub(super) fn of(image: &Image, room: &mut usize) -> Option<Self> {
+        Self::with_header(image).or_else(|| Self::without_header(image, room))
     }
 
     fn with_header(image: &Image) -> Option<Self> {
@@ -65,7 +68,7 @@ impl Cfi {
         Some(Self { frames, bases: bases.set_eh_frame(frames_at), index, context: UnwindContext::new() })
     }
 
-    fn without_header(image: &Image) -> Option<Self> {
+    fn without_header(image: &Image, room: &mut usize) -> Option<Self> {
         let (bytes, at) = image.section(b".eh_frame")?;
         let mut frames = EhFrame::new(bytes, LittleEndian);
         frames.set_address_size(8);
@@ -76,6 +79,7 @@ impl Cfi {
             if let CieOrFde::Fde(partial) = entry
                 && let Ok(fde) = partial.parse(EhFrame::cie_from_offset)
             {
+                *room = room.checked_sub(1)?;
                 sorted.push((fde.initial_address(), fde.offset()));
             }
         }
@@ -96,7 +100,7 @@ impl Cfi {
             }
         };
         let fde = self.frames.fde_from_offset(&self.bases, offset, EhFrame::cie_from_offset).ok()?;
-        fde.contains(address).then_some(fde)
+        (fde.contains(address) && fde.entry_len() <= MAX_ENTRY).then_some(fde)
     }
 
     /// The registers of the caller. `address` is the one to look up, in the terms of the file.

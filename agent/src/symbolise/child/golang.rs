@@ -27,6 +27,10 @@ const MAX_FRAME: i32 = 1 << 30;
 /// `runtime.moduledata`: its `text` and `etext`, and where `gofunc` may be, in words.
 const MODULE_TEXT: u64 = 22;
 const MODULE_GOFUNC: std::ops::Range<u64> = 32..56;
+/// Bytes of a segment that are searched for a table or for the module data.
+const MAX_SEARCH: usize = 256 << 20;
+/// Relocations that may be that of the module data.
+const MAX_CANDIDATES: usize = 8;
 /// Functions with inlined calls that are looked at to recognise `gofunc`.
 const WITNESSES: usize = 16;
 
@@ -293,7 +297,8 @@ impl Module {
     fn find(image: &Image, table: u64, names: u64) -> Option<Self> {
         let data = image.loads().filter(|load| load.p_flags(LE) & PF_X == 0);
         let plain = data.filter_map(|load| {
-            let words = image.bytes_at(load.p_vaddr(LE))?.as_chunks::<8>().0;
+            let bytes = image.bytes_at(load.p_vaddr(LE))?;
+            let words = bytes[..bytes.len().min(MAX_SEARCH)].as_chunks::<8>().0;
             let word = |index: usize| words.get(index).map(|word| u64::from_le_bytes(*word));
             let index = (0..words.len()).find(|i| word(*i) == Some(table) && word(i + 1) == Some(names))?;
             load.p_vaddr(LE).checked_add(index as u64 * 8)
@@ -310,7 +315,8 @@ impl Module {
                 .filter(|rela| rela.r_type(LE, false) == R_X86_64_RELATIVE)
                 .map(|rela| (rela.r_offset(LE), rela.r_addend(LE).cast_unsigned()))
         };
-        let mut starts = relative().filter(|(_, value)| *value == table).map(|(at, _)| at).take(64);
+        let mut starts =
+            relative().filter(|(_, value)| *value == table).map(|(at, _)| at).take(MAX_CANDIDATES);
         let at =
             starts.find(|at| relative().any(|pair| Some(pair.0) == at.checked_add(8) && pair.1 == names))?;
         let end = at.checked_add(MODULE_GOFUNC.end * 8)?;

@@ -27,6 +27,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap};
 use self::{cfi::Cfi, golang::Go, image::Image, walk::Walker};
 use super::protocol::{self, FromWorker, MAX_REQUEST, ToWorker};
 
+/// Entries of tables that the worker indexes by itself, of all files: 16 bytes each.
+const MAX_INDEXED: usize = 1 << 20;
+
 /// Serves the agent on standard input until it hangs up.
 pub(crate) fn main() -> io::Result<()> {
     let socket = UnixStream::from(rustix::io::fcntl_dupfd_cloexec(io::stdin().as_fd(), 3)?);
@@ -34,7 +37,8 @@ pub(crate) fn main() -> io::Result<()> {
     let (ToWorker::Hello, Some(page)) = (hello, page) else { return Err(io::ErrorKind::InvalidData.into()) };
     let marks = Marks::map(&page)?;
     drop(page);
-    let mut modules = Modules { socket, marks, loaded: HashMap::new(), code: HashMap::new() };
+    let mut modules =
+        Modules { socket, marks, loaded: HashMap::new(), code: HashMap::new(), room: MAX_INDEXED };
     sandbox::enter()?;
     protocol::send(&modules.socket, &FromWorker::Ready, None)?;
     loop {
@@ -116,6 +120,8 @@ struct Modules {
     loaded: HashMap<u32, Option<Module>>,
     /// Code of the process asked for in this request.
     code: HashMap<u64, Vec<u8>>,
+    /// See `MAX_INDEXED`.
+    room: usize,
 }
 
 impl Modules {
@@ -148,7 +154,8 @@ impl Modules {
         self.marks.reading(id);
         if !self.loaded.contains_key(&id) {
             let file = self.ask_for_file(&FromWorker::NeedModule(id)).ok()?;
-            self.loaded.insert(id, file.and_then(|file| Module::load(&file)));
+            let module = file.and_then(|file| Module::load(&file, &mut self.room));
+            self.loaded.insert(id, module);
         }
         self.loaded.get_mut(&id)?.as_mut()
     }
@@ -201,9 +208,9 @@ impl Modules {
 }
 
 impl Module {
-    fn load(file: &OwnedFd) -> Option<Self> {
+    fn load(file: &OwnedFd, room: &mut usize) -> Option<Self> {
         let image = Image::map(file)?;
-        let (cfi, go) = (Cfi::of(&image), Go::of(&image));
+        let (cfi, go) = (Cfi::of(&image, room), Go::of(&image));
         Some(Self { image, cfi, go, asked: false, debug: None, debug_image: None })
     }
 }

@@ -9,6 +9,8 @@ use crate::symbolise::{
     protocol::{Content, MAX_FRAMES, Mapping, Walk},
 };
 
+/// The instruction that a first frame stands behind.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// Bytes of code that are asked for behind a return address in compiled code.
 const EPILOGUE: usize = 16;
 
@@ -54,6 +56,7 @@ impl Walker<'_> {
         let mut registers = Registers { ip: raw.ip, sp: raw.sp, bp: Some(raw.bp), exact: false };
         let mut how = How::Registers;
         let mut walk = Walk::default();
+        // Tables have led out of a function: from then on frame pointers may be believed.
         let mut by_tables = false;
         while walk.frames.len() < MAX_FRAMES {
             // A call or syscall instruction ends just before the address, and may be the last of its function.
@@ -68,10 +71,16 @@ impl Walker<'_> {
             walk.frames.push((address, how));
             let next = match mapping.content {
                 Content::File(module) => {
-                    self.in_file(&mapping, module, address, registers, how, by_tables, &stack)
+                    let offset = address - mapping.start + mapping.offset;
+                    self.in_file(module, offset, registers, &stack).unwrap_or_else(|code| match how {
+                        How::Registers if code.starts_with(&SYSCALL) => self.out_of_leaf(registers, &stack),
+                        How::Registers => Next::Stop,
+                        _ if by_tables => self.by_frame_pointer(registers, &stack),
+                        _ => Next::Stop,
+                    })
                 }
-                Content::Anonymous => self.in_memory(registers, by_tables, &stack),
-                Content::Sealed => Next::Stop,
+                Content::Anonymous if by_tables => self.in_memory(registers, &stack),
+                Content::Anonymous | Content::Sealed => Next::Stop,
             };
             match next {
                 Next::End => {
@@ -102,43 +111,33 @@ impl Walker<'_> {
         (address < mapping.end).then_some(*mapping)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "all of it is the state of the walk")]
+    /// A step by the tables of a file. If they do not cover the address, the last two bytes of the instruction
+    /// there.
     fn in_file(
         &mut self,
-        mapping: &Mapping,
         id: u32,
-        address: u64,
+        offset: u64,
         registers: Registers,
-        how: How,
-        by_tables: bool,
         stack: &Stack<'_>,
-    ) -> Next {
-        let offset = address - mapping.start + mapping.offset;
-        let Some(module) = self.modules.get(id) else { return Next::Stop };
-        let Some(place) = module.image.address(offset) else { return Next::Stop };
-        if let Some(go) = &module.go
-            && let Some(step) = go.step(place, registers, stack)
-        {
-            return match step {
+    ) -> Result<Next, &'static [u8]> {
+        let Some(module) = self.modules.get(id) else { return Ok(Next::Stop) };
+        let Some(place) = module.image.address(offset) else { return Ok(Next::Stop) };
+        if let Some(step) = module.go.as_ref().and_then(|go| go.step(place, registers, stack)) {
+            return Ok(match step {
                 golang::Step::To(up) => Next::To(up, How::Go),
                 golang::Step::End => Next::End,
                 golang::Step::Stop => Next::Stop,
-            };
+            });
         }
-        if let Some(cfi) = &mut module.cfi {
-            match cfi.step(place, registers, stack) {
-                Step::To(up) => return Next::To(up, How::Tables),
-                Step::End => return Next::End,
-                Step::Stuck => return Next::Stop,
-                Step::Uncovered => {}
+        match module.cfi.as_mut().map_or(Step::Uncovered, |cfi| cfi.step(place, registers, stack)) {
+            Step::To(up) => Ok(Next::To(up, How::Tables)),
+            Step::End => Ok(Next::End),
+            Step::Stuck => Ok(Next::Stop),
+            Step::Uncovered => {
+                let code = place.checked_sub(1).and_then(|start| module.image.bytes_at(start));
+                Err(code.unwrap_or_default())
             }
         }
-        if how == How::Registers {
-            let before = place.checked_sub(1).and_then(|start| module.image.bytes_at(start));
-            let is_syscall = before.is_some_and(|bytes| bytes.starts_with(&[0x0f, 0x05]));
-            return if is_syscall { self.out_of_leaf(registers, stack) } else { Next::Stop };
-        }
-        if by_tables { self.by_frame_pointer(registers, stack) } else { Next::Stop }
     }
 
     /// A syscall stub without tables, such as glibc's clone: the return address is on top of the stack.
@@ -169,10 +168,7 @@ impl Walker<'_> {
     }
 
     /// Code that the process compiled. What follows the call gives the frame back, if it does so at once.
-    fn in_memory(&mut self, registers: Registers, by_tables: bool, stack: &Stack<'_>) -> Next {
-        if !by_tables {
-            return Next::Stop;
-        }
+    fn in_memory(&mut self, registers: Registers, stack: &Stack<'_>) -> Next {
         let code = self.modules.code(registers.ip);
         let code = code.get(..EPILOGUE.min(code.len())).unwrap_or_default();
         if let Some((size, saves_bp)) = epilogue(code) {
