@@ -3,9 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    census,
     clock::Calendar,
     detect::{Example, Finding, Resource, Rule, State, Why},
     files::OpenFile,
+    history::History,
     kernel::Status,
     origins::Group,
     stacks::{Function, Stack},
@@ -181,6 +183,12 @@ pub(crate) struct Leak {
     pub acknowledged: Option<Acknowledged>,
     pub silenced_until: Option<String>,
     pub examples: Vec<Example>,
+    /// Path of the program; `null` when it is not known.
+    pub exe: Option<String>,
+    /// The course of the count since it is suspect.
+    pub history: Option<Course>,
+    /// Of a finding about threads: which there are, and where some of them are now.
+    pub threads: Option<LeakThreads>,
     /// What was there before the process was watched; of the rest the origins say where it came from.
     pub before_watching: u32,
     /// Where what has been made since and is still there came from, the most frequent first.
@@ -245,6 +253,67 @@ impl Origin {
             (Some(function), None) => function.words(),
             _ => format!("{} (no stack)", self.syscall),
         }
+    }
+}
+
+/// A count at even distances.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Course {
+    pub since: String,
+    pub every_seconds: f64,
+    pub live: Vec<u32>,
+}
+
+impl Course {
+    fn new(history: &History, calendar: Calendar) -> Option<Self> {
+        let live = history.points.clone();
+        let every_seconds = history.step as f64 / 1e9;
+        (!live.is_empty()).then(|| Self { since: calendar.format(history.began), every_seconds, live })
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct LeakThreads {
+    /// The most frequent first.
+    pub types: Vec<ThreadType>,
+    pub blocked: Vec<BlockedThread>,
+}
+
+/// Threads with one name but for a number, and when they started.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ThreadType {
+    pub name: String,
+    pub count: u32,
+    pub oldest: String,
+    pub median: String,
+    pub newest: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct BlockedThread {
+    pub tid: u32,
+    pub name: String,
+    pub start_time: String,
+    /// The kernel function in which it waits; empty for one that runs.
+    pub wait_channel: String,
+    /// Innermost first; empty where it could not be had.
+    pub stack: Vec<Function>,
+}
+
+impl LeakThreads {
+    fn new(threads: &census::Named, calendar: Calendar) -> Self {
+        let kind = |kind: &census::ThreadType| {
+            let [oldest, median, newest] = kind.started.map(|start| calendar.format(start));
+            ThreadType { name: kind.name.clone(), count: kind.count, oldest, median, newest }
+        };
+        let blocked = threads.blocked.iter().map(|thread| BlockedThread {
+            tid: thread.tid,
+            name: thread.name.clone(),
+            start_time: calendar.format(thread.started),
+            wait_channel: thread.wait_channel.clone(),
+            stack: thread.stack.as_deref().map(Stack::functions).unwrap_or_default(),
+        });
+        Self { types: threads.types.iter().map(kind).collect(), blocked: blocked.collect() }
     }
 }
 
@@ -314,6 +383,9 @@ impl Leak {
             }),
             silenced_until: finding.mark.silenced_until.map(|until| calendar.format(until)),
             examples: finding.examples.clone(),
+            exe: finding.info.exe.as_deref().map(str::to_owned),
+            history: Course::new(&finding.detail.history, calendar),
+            threads: finding.detail.threads.as_deref().map(|threads| LeakThreads::new(threads, calendar)),
             before_watching: finding.detail.origins.before,
             origins: (finding.detail.origins.groups.iter().take(MAX_ORIGINS))
                 .map(|group| Origin::new(group, calendar))

@@ -7,6 +7,7 @@
 //! `daemon` puts the agent together, `supervisor` keeps its workers running.
 
 mod admission;
+mod advice;
 mod api;
 mod ask;
 mod canary;

@@ -6,7 +6,7 @@ use crate::{
     clock::Calendar,
     config::LogFormat,
     detect::{Example, Finding, Resource},
-    document::Leak,
+    document::{Leak, Origin},
 };
 
 /// Logs a leak, once.
@@ -30,6 +30,7 @@ pub(crate) fn log(finding: &Finding, format: LogFormat) {
                 seconds_to_exhaustion = leak.seconds_to_exhaustion,
                 first_seen = leak.first_seen,
                 examples = ?examples,
+                from = leak.origins.first().map(Origin::words),
                 "leaking"
             );
         }
@@ -47,7 +48,7 @@ fn sentence(finding: &Finding, calendar: Calendar) -> String {
         .map_or_else(String::new, |seconds| format!(", reached in {}", rough(seconds)));
     format!(
         "{comm} (pid {pid}, group {group}) leaks {noun}: {live} now, {baseline} before {since}, \
-         {growth:+.0} per minute, {limit}{end}; mostly {examples}",
+         {growth:+.0} per minute, {limit}{end}; mostly {examples}{from}",
         comm = finding.info.comm,
         pid = finding.key.tgid,
         group = finding.info.group,
@@ -56,7 +57,15 @@ fn sentence(finding: &Finding, calendar: Calendar) -> String {
         since = calendar.format(finding.first_seen),
         growth = finding.growth_per_minute,
         examples = list(&finding.examples),
+        from = from(finding, calendar),
     )
+}
+
+/// Where most of it came from, as far as that is known.
+fn from(finding: &Finding, calendar: Calendar) -> String {
+    let leak = Leak::new(finding, calendar);
+    let known = leak.origins.first().filter(|origin| origin.function.is_some());
+    known.map_or_else(String::new, |origin| format!("; from {}", origin.words()))
 }
 
 /// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (30x)`. What is rare beside the first is left

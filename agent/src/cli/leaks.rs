@@ -9,7 +9,10 @@ use hyper::{Request, StatusCode, body::Bytes};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-use super::{Outcome, output::Output};
+use super::{
+    Outcome, leak,
+    output::{self, Format, Output},
+};
 use crate::{
     config,
     detect::Rule,
@@ -25,6 +28,9 @@ const LIMIT: usize = 64 << 20;
 
 #[derive(Args)]
 pub(super) struct Arguments {
+    /// All that is known of one finding, by the id that the list shows
+    #[arg(value_name = "ID")]
+    id: Option<String>,
     /// Folder with the agent's control socket
     #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER", default_value = config::DEFAULT_RUN_DIR)]
     run_dir: PathBuf,
@@ -41,7 +47,11 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
     });
     let document = answer.map_err(|error| unreachable(&socket, &error))?;
+    if let Some(id) = &arguments.id {
+        return one(&document, id, arguments.output.format);
+    }
     let columns = [
+        ("ID", false),
         ("STATE", false),
         ("RESOURCE", false),
         ("PID", true),
@@ -55,6 +65,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     ];
     arguments.output.print(&document, &document.findings, &columns, |leak| {
         vec![
+            leak.id.clone(),
             state(leak),
             leak.resource.word().to_owned(),
             leak.pid.to_string(),
@@ -67,6 +78,16 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             leak.origins.first().map_or_else(|| "-".to_owned(), Origin::words),
         ]
     })?;
+    Ok(Exit::Ok)
+}
+
+fn one(document: &Leaks, id: &str, format: Format) -> Outcome {
+    let Some(leak) = document.findings.iter().find(|leak| leak.id == id) else {
+        let remedy = "`plumb leaks` lists the ids; what is resolved goes after ten minutes";
+        return Err(Failure::new(Exit::Error, format!("there is no finding {id}"), remedy).into());
+    };
+    let text = if format == Format::Table { leak::page(leak) } else { output::json(leak)? + "\n" };
+    output::data(&text)?;
     Ok(Exit::Ok)
 }
 

@@ -3,6 +3,7 @@
 mod agent;
 mod doctor;
 mod fds;
+mod leak;
 mod leaks;
 mod output;
 mod ps;

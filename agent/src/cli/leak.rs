@@ -1,0 +1,168 @@
+//! One finding with all that is known of it, for people.
+
+use crate::{
+    advice::advise,
+    detect::Resource,
+    document::{Leak, LeakThreads},
+    report,
+};
+
+/// Origins, and functions of a stack, that are printed.
+const MAX_ORIGINS: usize = 5;
+const MAX_FUNCTIONS: usize = 24;
+/// Columns and rows of the chart.
+const WIDTH: usize = 60;
+const HEIGHT: usize = 6;
+
+/// The whole page.
+pub(super) fn page(leak: &Leak) -> String {
+    let mut lines = vec![title(leak), String::new()];
+    lines.extend(facts(leak));
+    if let Some(history) = leak.history.as_ref().filter(|history| history.live.len() > 1) {
+        let minutes = history.every_seconds * history.live.len() as f64 / 60.0;
+        section(&mut lines, &format!("The last {minutes:.0} minutes"), chart(&history.live));
+    }
+    section(&mut lines, "Where they came from", origins(leak));
+    section(&mut lines, "What they are", examples(leak));
+    if let Some(threads) = &leak.threads {
+        section(&mut lines, "Threads by type", types(threads));
+        section(&mut lines, "Where they are now", blocked(threads));
+    }
+    section(&mut lines, "What to do", advise(leak).into_iter().map(|line| format!("- {line}")).collect());
+    lines.join("\n") + "\n"
+}
+
+fn section(lines: &mut Vec<String>, title: &str, content: Vec<String>) {
+    if !content.is_empty() {
+        lines.extend([String::new(), title.to_owned()]);
+        lines.extend(content.into_iter().map(|line| format!("  {line}").trim_end().to_owned()));
+    }
+}
+
+fn noun(leak: &Leak) -> &'static str {
+    match leak.resource {
+        Resource::Fd => "fds",
+        Resource::Thread => "threads",
+    }
+}
+
+fn title(leak: &Leak) -> String {
+    let state = leak.state.word();
+    format!("{}: {} (pid {}, group {}), {} {state}", leak.id, leak.comm, leak.pid, leak.group, noun(leak))
+}
+
+fn facts(leak: &Leak) -> Vec<String> {
+    let limit = leak.limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string());
+    let end = leak.seconds_to_exhaustion.map_or_else(|| "-".to_owned(), report::rough);
+    let mut facts = vec![
+        ("live", format!("{}, {} before {}", leak.live, leak.baseline, leak.first_seen)),
+        ("growth", format!("{:+.1} per minute", leak.growth_per_minute)),
+        ("limit", format!("{limit}, reached in {end}")),
+        ("rule", leak.rule.word().to_owned()),
+    ];
+    if let Some(since) = &leak.leaking_since {
+        facts.push(("leaking since", since.clone()));
+    }
+    if let Some(end) = &leak.resolved {
+        facts.push(("resolved", format!("{}: {}", end.at, end.why.words())));
+    }
+    if let Some(exe) = &leak.exe {
+        facts.push(("program", exe.clone()));
+    }
+    let module = leak.origins.iter().find_map(|origin| origin.function.as_ref());
+    if let Some((path, id)) = module.and_then(|of| Some((of.module.as_ref()?, of.build_id.as_ref()?))) {
+        facts.push(("build id", format!("{id} ({path})")));
+    }
+    facts.into_iter().map(|(name, value)| format!("  {name:<14} {value}")).collect()
+}
+
+/// The course of a count as bars, with the highest and lowest at the side.
+fn chart(live: &[u32]) -> Vec<String> {
+    const EIGHTHS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let columns: Vec<u32> = (0..WIDTH.min(live.len()))
+        .map(|column| live[column * live.len() / WIDTH.min(live.len())])
+        .collect();
+    let [low, high] = [columns.iter().min(), columns.iter().max()].map(|count| count.copied().unwrap_or(0));
+    let span = u64::from((high - low).max(1));
+    let height = |count: u32| (u64::from(count - low) * (HEIGHT as u64 * 8 - 1) / span) as usize + 1;
+    let rows = (0..HEIGHT).rev().map(|row| {
+        let label = match row {
+            0 => low.to_string(),
+            row if row == HEIGHT - 1 => high.to_string(),
+            _ => String::new(),
+        };
+        let bars: String =
+            columns.iter().map(|count| EIGHTHS[height(*count).saturating_sub(row * 8).min(8)]).collect();
+        format!("{label:>8} {bars}")
+    });
+    rows.collect()
+}
+
+fn origins(leak: &Leak) -> Vec<String> {
+    let known: u32 = leak.origins.iter().map(|origin| origin.live).sum();
+    let mut lines = vec![format!("{known} made since it is watched, {} before that", leak.before_watching)];
+    for origin in leak.origins.iter().take(MAX_ORIGINS) {
+        let examples: Vec<String> = origin.examples.iter().map(u32::to_string).collect();
+        lines.push(format!("{:>6}  {}  {}", origin.live, origin.syscall, origin.words()));
+        lines.push(format!(
+            "        from {} to {}, newest {}",
+            origin.oldest,
+            origin.newest,
+            examples.join(" ")
+        ));
+        let functions = origin.stack.iter().take(MAX_FUNCTIONS);
+        lines.extend(functions.map(|function| {
+            let doubt = if function.uncertain { "  (callers before it may be missing)" } else { "" };
+            format!("          {}{doubt}", function.words())
+        }));
+        let left = origin.stack.len().saturating_sub(MAX_FUNCTIONS);
+        if left > 0 {
+            lines.push(format!("          and {left} more: -o json has all"));
+        } else if !origin.complete && !origin.stack.is_empty() {
+            lines.push("          (the rest of the stack could not be had)".to_owned());
+        }
+    }
+    let more = leak.origins.len().saturating_sub(MAX_ORIGINS);
+    if more > 0 {
+        lines.push(format!("and {more} more places: -o json has them"));
+    }
+    lines
+}
+
+fn examples(leak: &Leak) -> Vec<String> {
+    let example = |example: &crate::detect::Example| format!("{:>6}  {} {}", example.count, example.kind, example.what);
+    leak.examples.iter().map(example).collect()
+}
+
+fn types(threads: &LeakThreads) -> Vec<String> {
+    let kind = |kind: &crate::document::ThreadType| {
+        format!("{:>6}  {}, started from {} to {}, half of them before {}", kind.count, kind.name, kind.oldest, kind.newest, kind.median)
+    };
+    threads.types.iter().map(kind).collect()
+}
+
+fn blocked(threads: &LeakThreads) -> Vec<String> {
+    let mut lines = Vec::new();
+    for thread in &threads.blocked {
+        let place = if thread.wait_channel.is_empty() { "runs" } else { thread.wait_channel.as_str() };
+        lines.push(format!("thread {} {}: {place}", thread.tid, thread.name));
+        let functions = thread.stack.iter().take(MAX_FUNCTIONS);
+        lines.extend(functions.map(|function| format!("          {}", function.words())));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chart_has_its_extremes_at_the_side_and_grows_to_the_right() {
+        let rows = chart(&(0..600).collect::<Vec<u32>>());
+        assert_eq!(rows.len(), HEIGHT);
+        assert!(rows[0].trim_start().starts_with("590 ") && rows[HEIGHT - 1].trim_start().starts_with("0 "));
+        let filled = |row: &String| row.chars().filter(|bar| !bar.is_ascii()).count();
+        assert!(rows.windows(2).all(|pair| filled(&pair[0]) < filled(&pair[1])), "{rows:?}");
+        assert_eq!(chart(&[7]).len(), HEIGHT);
+    }
+}
