@@ -1,7 +1,7 @@
 //! What to do about a leak: from what it holds and where it came from to a sentence or two.
 
 use crate::{
-    detect::{Resource, State},
+    detect::{Resource, State, Why},
     document::Leak,
 };
 
@@ -12,10 +12,14 @@ const SOON: f64 = 3_600.0;
 #[must_use]
 pub(crate) fn advise(leak: &Leak) -> Vec<String> {
     let mut advice = Vec::new();
-    if leak.state == State::Resolved {
-        return vec!["nothing: it is no leak any more".to_owned()];
+    match leak.resolved.as_ref().map(|end| end.why) {
+        Some(Why::ProcessEnded | Why::Exec) => {
+            advice.push("the process is gone; the next one of this program will leak again".to_owned());
+        }
+        Some(_) => return vec!["nothing: it is no leak any more".to_owned()],
+        None => {}
     }
-    if let (Resource::Fd, Some(seconds)) = (leak.resource, leak.seconds_to_exhaustion)
+    if let (Resource::Fd, Some(seconds), None) = (leak.resource, leak.seconds_to_exhaustion, &leak.resolved)
         && seconds < SOON
     {
         let more = leak.limit.unwrap_or(0).saturating_mul(4);
@@ -31,11 +35,13 @@ pub(crate) fn advise(leak: &Leak) -> Vec<String> {
     let is_most = |part: u32| part > 0 && part * 2 >= all;
     if is_most(with(&|what| what.ends_with(" CLOSE_WAIT"))) {
         advice.push(
-            "the other end has closed these connections (CLOSE_WAIT): close them when read() returns 0".to_owned(),
+            "the other end has closed these connections (CLOSE_WAIT): close them when read() returns 0"
+                .to_owned(),
         );
     }
     if is_most(with(&|what| what.ends_with(" (deleted)"))) {
-        advice.push("these files are deleted, and their space comes back only when they are closed".to_owned());
+        advice
+            .push("these files are deleted, and their space comes back only when they are closed".to_owned());
     }
     match (leak.origins.first(), leak.resource) {
         (Some(origin), Resource::Fd) => match &origin.function {
@@ -90,7 +96,8 @@ mod tests {
     #[test]
     fn what_the_other_end_has_closed_is_said_when_it_is_most() {
         let half_closed = |leak: &Leak| advise(leak).iter().any(|line| line.contains("CLOSE_WAIT"));
-        let [gone, alive] = ["tcp 127.0.0.1:1 -> 127.0.0.1:2 CLOSE_WAIT", "tcp 127.0.0.1:1 -> 127.0.0.1:3 ESTABLISHED"];
+        let [gone, alive] =
+            ["tcp 127.0.0.1:1 -> 127.0.0.1:2 CLOSE_WAIT", "tcp 127.0.0.1:1 -> 127.0.0.1:3 ESTABLISHED"];
         assert!(half_closed(&leak(&[(gone, 5), (alive, 5)])));
         assert!(!half_closed(&leak(&[(gone, 4), (alive, 5)])));
         assert!(!half_closed(&leak(&[])));

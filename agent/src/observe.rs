@@ -15,7 +15,7 @@ use crate::{
     admission::Admission,
     ask::{Bell, Request},
     census, clock,
-    decode::Event,
+    decode::{Event, Sample},
     detect::{Confirmation, Resource},
     evidence::{self, Evidence},
     follow::{FdEvents, Follow, Following, Wanted},
@@ -103,6 +103,8 @@ struct Observer {
     follow: Follow,
     admission: Admission,
     survivors: Survivors,
+    /// Stacks of what has been drained and not handed on.
+    survived: Vec<Sample>,
     stacks: Queue,
     /// What the kernel's part of the last pass took.
     pass_cpu: Duration,
@@ -131,6 +133,7 @@ pub(crate) fn run(
         evidence,
         follow,
         survivors: Survivors::default(),
+        survived: Vec::new(),
         stacks: stacks.clone(),
         pass_cpu: Duration::ZERO,
         failed: 0,
@@ -177,6 +180,7 @@ impl Observer {
                 if let Some(observation) = self.observation()? {
                     more |= observation.pass.after.len() == BATCH;
                     is_heard = is_heard && send(Input::Pass(Box::new(observation)));
+                    self.name_stacks();
                 }
                 next_pass = began + next_after(self.pass_cpu);
             } else {
@@ -194,7 +198,7 @@ impl Observer {
     fn drain(&mut self) -> Vec<Event> {
         let events = self.ring.drain(BATCH);
         let stacks = self.ring.drain_stacks();
-        self.stacks.unwind(self.survivors.of(&events, stacks));
+        self.survived.extend(self.survivors.of(&events, stacks));
         let execs = events.iter().filter(|event| matches!(event, Event::Exec(_)));
         for process in execs.map(|event| event.header().process).filter(|key| self.follow.is_suspect(*key)) {
             self.stacks.watch(process);
@@ -207,7 +211,14 @@ impl Observer {
     fn hand_on(&mut self, send: impl Fn(Input) -> bool) -> (bool, bool) {
         let events = self.drain();
         let more = events.len() == BATCH;
-        (more, events.is_empty() || send(Input::Events(Arc::new(events))))
+        let is_heard = events.is_empty() || send(Input::Events(Arc::new(events)));
+        self.name_stacks();
+        (more, is_heard)
+    }
+
+    /// Has the stacks named of what events made that have been handed on: before that nobody knows what they are of.
+    fn name_stacks(&mut self) {
+        self.stacks.unwind(std::mem::take(&mut self.survived));
     }
 
     /// A pass with what goes with it; `None` for one that failed, which is counted and tried again.

@@ -3,7 +3,7 @@
 use crate::{
     advice::advise,
     detect::Resource,
-    document::{Leak, LeakThreads},
+    document::{BlockedThread, Leak, LeakThreads},
     report,
 };
 
@@ -79,9 +79,8 @@ fn facts(leak: &Leak) -> Vec<String> {
 /// The course of a count as bars, with the highest and lowest at the side.
 fn chart(live: &[u32]) -> Vec<String> {
     const EIGHTHS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    let columns: Vec<u32> = (0..WIDTH.min(live.len()))
-        .map(|column| live[column * live.len() / WIDTH.min(live.len())])
-        .collect();
+    let columns: Vec<u32> =
+        (0..WIDTH.min(live.len())).map(|column| live[column * live.len() / WIDTH.min(live.len())]).collect();
     let [low, high] = [columns.iter().min(), columns.iter().max()].map(|count| count.copied().unwrap_or(0));
     let span = u64::from((high - low).max(1));
     let height = |count: u32| (u64::from(count - low) * (HEIGHT as u64 * 8 - 1) / span) as usize + 1;
@@ -130,23 +129,34 @@ fn origins(leak: &Leak) -> Vec<String> {
 }
 
 fn examples(leak: &Leak) -> Vec<String> {
-    let example = |example: &crate::detect::Example| format!("{:>6}  {} {}", example.count, example.kind, example.what);
+    let example =
+        |example: &crate::detect::Example| format!("{:>6}  {} {}", example.count, example.kind, example.what);
     leak.examples.iter().map(example).collect()
 }
 
 fn types(threads: &LeakThreads) -> Vec<String> {
     let kind = |kind: &crate::document::ThreadType| {
-        format!("{:>6}  {}, started from {} to {}, half of them before {}", kind.count, kind.name, kind.oldest, kind.newest, kind.median)
+        format!(
+            "{:>6}  {}, started from {} to {}, half of them before {}",
+            kind.count, kind.name, kind.oldest, kind.newest, kind.median
+        )
     };
     threads.types.iter().map(kind).collect()
 }
 
 fn blocked(threads: &LeakThreads) -> Vec<String> {
     let mut lines = Vec::new();
-    for thread in &threads.blocked {
-        let place = if thread.wait_channel.is_empty() { "runs" } else { thread.wait_channel.as_str() };
-        lines.push(format!("thread {} {}: {place}", thread.tid, thread.name));
-        let functions = thread.stack.iter().take(MAX_FUNCTIONS);
+    let mut left: Vec<&BlockedThread> = threads.blocked.iter().collect();
+    while let Some(first) = left.first().copied() {
+        let is_there = |thread: &&BlockedThread| {
+            thread.wait_channel == first.wait_channel && thread.stack == first.stack
+        };
+        let (here, elsewhere): (Vec<_>, Vec<_>) = left.into_iter().partition(is_there);
+        left = elsewhere;
+        let place = if first.wait_channel.is_empty() { "runs" } else { first.wait_channel.as_str() };
+        let ids: Vec<String> = here.iter().map(|thread| thread.tid.to_string()).collect();
+        lines.push(format!("{} {}: {place}", first.name, ids.join(" ")));
+        let functions = first.stack.iter().take(MAX_FUNCTIONS);
         lines.extend(functions.map(|function| format!("          {}", function.words())));
     }
     lines

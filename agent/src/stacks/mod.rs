@@ -169,28 +169,45 @@ impl Queue {
 pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &CancellationToken) {
     let mut names = Names::default();
     while !stop.is_cancelled() {
-        let work = match inbox.work.recv_timeout(TICK) {
+        let first = match inbox.work.recv_timeout(TICK) {
             Ok(work) => work,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
         let began = Instant::now();
-        match work {
-            Work::Watch(process) => names.watch(process),
-            Work::Forget(process) => names.symboliser.forget(process),
-            Work::Unwind(samples) => {
-                inbox.shared.waiting.fetch_sub(samples.len(), Ordering::Relaxed);
-                if !give(Done::Named(names.of(samples))) {
-                    return;
+        // All that has come meanwhile at once: together it costs much less.
+        let mut samples = Vec::new();
+        for work in std::iter::once(first).chain(inbox.work.try_iter()) {
+            let done = match work {
+                Work::Unwind(more) => {
+                    samples.extend(more);
+                    continue;
                 }
-            }
-            Work::Census(process, threads) => {
-                let named = threads.map(|stacks| names.each(process, stacks));
-                if !give(Done::Census(process, Box::new(named))) {
-                    return;
+                Work::Watch(process) => {
+                    // After an exec: what came before it belongs to the files of then.
+                    let before = names.of(std::mem::take(&mut samples));
+                    names.watch(process);
+                    Done::Named(before)
                 }
+                Work::Forget(process) => {
+                    names.symboliser.forget(process);
+                    continue;
+                }
+                Work::Census(process, threads) => {
+                    let named = threads.map(|stacks| names.each(process, stacks));
+                    Done::Census(process, Box::new(named))
+                }
+            };
+            if !give(done) {
+                return;
             }
         }
+        // Only now: what waits is bounded together with what is being worked on.
+        let taken = samples.len();
+        if !give(Done::Named(names.of(samples))) {
+            return;
+        }
+        inbox.shared.waiting.fetch_sub(taken, Ordering::Relaxed);
         inbox.shared.too_many.store(names.too_many, Ordering::Relaxed);
         *inbox.shared.symboliser.lock().unwrap_or_else(PoisonError::into_inner) = names.symboliser.counters();
         thread::sleep((began.elapsed() * REST).min(LONGEST_REST));
