@@ -64,6 +64,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     })?;
     let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
     let (subscribers, followers, bell) = (Subscribers::default(), ask.clone(), ask.bell());
+    let said = inputs.clone();
     let mut supervisor = Supervisor::default();
 
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
@@ -120,7 +121,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             Ok(())
         }
     });
-    let control = api::control(shared, api::Events { subscribers, requests: followers });
+    let control = api::control(shared, api::Events { subscribers, requests: followers, inputs: said });
     supervisor.spawn("control", move |stop| {
         let (listener, router) = (Arc::clone(&unix), control.clone());
         async move {

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     ask::{Asker, Request},
     detect::{Change, Detector, Finding, HostLimits, Resource, Settings},
-    observe::{Input, Observation},
+    observe::{Input, Observation, Said, Saying},
     origins::Origins,
     subscribe::Subscribers,
     table::Table,
@@ -72,6 +72,18 @@ impl Host {
                 }
                 self.subscribers.publish(&events, 0);
             }
+            Input::Say(Saying { id, what, answer }) => {
+                let done = match what {
+                    Said::Ack(reason) => self.detector.ack(&id, reason, self.time),
+                    Said::Silence(until) => self.detector.silence(&id, Some(until)),
+                    Said::Unsilence => self.detector.silence(&id, None),
+                };
+                if done.is_ok() {
+                    self.show_findings();
+                }
+                // Whoever asked may have gone.
+                let _ = answer.send(done);
+            }
             Input::Census(key, old) => {
                 let view = Arc::clone(&self.views.borrow());
                 if let Some(row) = view.rows.iter().find(|row| row.key == key) {
@@ -89,6 +101,20 @@ impl Host {
     /// Tells people what they are to be told now.
     fn tell(&mut self) {
         self.detector.tell(self.time).iter().for_each(|finding| (self.report)(finding));
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let mut findings = self.detector.findings();
+        for finding in findings.iter_mut().filter(|finding| finding.resource == Resource::Fd) {
+            finding.origins = self.origins.by_call(finding.key);
+        }
+        findings
+    }
+
+    /// Publishes the findings without waiting for the next pass.
+    fn show_findings(&self) {
+        let findings = self.findings();
+        self.views.send_modify(|view| *view = Arc::new(HostView { findings, ..(**view).clone() }));
     }
 
     fn pass(&mut self, observation: &Observation) {
@@ -123,10 +149,7 @@ impl Host {
         self.tell();
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
-        let mut findings = self.detector.findings();
-        for finding in findings.iter_mut().filter(|finding| finding.resource == Resource::Fd) {
-            finding.origins = self.origins.by_call(finding.key);
-        }
+        let findings = self.findings();
         let mut view = HostView {
             passes: self.passes,
             time: observation.pass.ended,

@@ -177,10 +177,26 @@ fn without_an_agent_leaks_says_how_to_start_one() {
 }
 
 #[test]
+fn what_cannot_be_an_id_is_not_asked_for() {
+    let output = plumb().args(["leaks", "ack", "fd/../1"]).output().unwrap();
+    let line = "plumb: \"fd/../1\" is not an id of a finding; `plumb leaks` lists the ids";
+    assert_failure(&output, 1, line);
+    let output = plumb().args(["leaks", "silence", "fd-1-2", "--for", "99999years"]).output().unwrap();
+    assert_failure(&output, 1, "plumb: no calendar reaches that far; name an earlier time");
+}
+
+#[test]
 fn wrong_usage_is_exit_code_2() {
-    for arguments in
-        [&["fds"][..], &["nonsense"], &["ps", "-o", "yaml"], &["watch", "--comm", "sixteen-bytes-xx"]]
-    {
+    for arguments in [
+        &["fds"][..],
+        &["nonsense"],
+        &["ps", "-o", "yaml"],
+        &["watch", "--comm", "sixteen-bytes-xx"],
+        &["leaks", "ack"],
+        &["leaks", "silence", "fd-1-2"],
+        &["leaks", "silence", "fd-1-2", "--for", "soon"],
+        &["leaks", "silence", "fd-1-2", "--for", "1h", "--until", "2030-01-31T12:00:00Z"],
+    ] {
         assert_eq!(plumb().args(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
     }
 }

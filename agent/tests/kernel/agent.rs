@@ -64,6 +64,24 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
         assert!(page.contains(&series), "{series} is not in\n{page}");
     }
 
+    // What somebody says about a finding is shown at once.
+    let id = finding["id"].as_str().unwrap();
+    let say = |arguments: &[&str]| {
+        let mut command = plumb();
+        command.args(["leaks"]).args(arguments).args(["--run-dir", &agent.run_dir()]);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let shown = || agent.leaks().into_iter().find(|finding| finding["id"] == id).unwrap();
+    assert_eq!(say(&["ack", id, "--reason", "being fixed"]), (Some(0), String::new()));
+    assert_eq!(shown()["acknowledged"]["reason"], "being fixed");
+    assert_eq!(say(&["silence", id, "--for", "2h"]), (Some(0), String::new()));
+    assert!(shown()["silenced_until"].is_string());
+    assert_eq!(say(&["unsilence", id]), (Some(0), String::new()));
+    assert!(shown()["silenced_until"].is_null());
+    let unknown = "plumb: no finding has the id fd-1-2; `plumb leaks` lists the ids\n";
+    assert_eq!(say(&["ack", "fd-1-2"]), (Some(1), unknown.to_owned()));
+
     // A process that is gone leaves no series, and for a while two findings that say so.
     drop((files, threads));
     let end = Instant::now() + Duration::from_secs(10);
