@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     ask::{Asker, Request},
-    detect::{Change, Detector, Finding, HostLimits, Resource, Settings},
+    detect::{Change, Detector, Finding, Resource, Saved},
     observe::{Input, Observation, Said, Saying},
     origins::Origins,
     subscribe::Subscribers,
@@ -18,6 +18,9 @@ use crate::{
 
 /// Tells people of a leak.
 pub(crate) type Report = Box<dyn Fn(&Finding) + Send>;
+
+/// Keeps findings for the next agent.
+pub(crate) type Keep = Box<dyn Fn(Vec<Saved>) + Send>;
 
 /// The table, the detector and the way to everybody else.
 pub(crate) struct Host {
@@ -31,28 +34,37 @@ pub(crate) struct Host {
     requests: Asker,
     views: watch::Sender<Arc<HostView>>,
     report: Report,
+    keep: Keep,
+    /// What was kept last, and when.
+    kept: (Vec<Saved>, u64),
 }
+
+/// Between two times that findings are kept, in nanoseconds.
+const KEEP_EVERY: u64 = 30_000_000_000;
 
 impl Host {
     /// `report` is called once for each leak, with its examples.
     #[must_use]
     pub(crate) fn new(
-        (limits, settings): (HostLimits, Settings),
+        detector: Detector,
         requests: Asker,
         views: watch::Sender<Arc<HostView>>,
         subscribers: Subscribers,
         report: Report,
+        keep: Keep,
     ) -> Self {
         Self {
             table: Table::default(),
             origins: Origins::default(),
             subscribers,
-            detector: Detector::new(limits, settings),
+            detector,
             passes: 0,
             time: 0,
             requests,
             views,
             report,
+            keep,
+            kept: (Vec::new(), 0),
         }
     }
 
@@ -60,6 +72,22 @@ impl Host {
     pub(crate) async fn run(mut self, inputs: &mut Receiver<Input>, stop: CancellationToken) {
         while let Some(Some(input)) = stop.run_until_cancelled(inputs.recv()).await {
             self.take(input);
+        }
+        // Before the first pass there is nothing to keep but what is there.
+        if self.passes > 0 {
+            (self.keep)(self.detector.save());
+        }
+    }
+
+    /// Keeps what has changed, every now and then.
+    fn keep(&mut self) {
+        if self.time.saturating_sub(self.kept.1) >= KEEP_EVERY {
+            self.kept.1 = self.time;
+            let saved = self.detector.save();
+            if saved != self.kept.0 {
+                self.kept.0.clone_from(&saved);
+                (self.keep)(saved);
+            }
         }
     }
 
@@ -147,6 +175,7 @@ impl Host {
             self.requests.ask(Request::Census(key, old));
         }
         self.tell();
+        self.keep();
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
         let findings = self.findings();

@@ -3,7 +3,7 @@
 //! In the order in which what the kernel knows becomes something a person reads: `kernel` loads and
 //! reads the programs, `decode` makes events of bytes, `observe` runs both, `follow` decides whose fds are
 //! followed, `table` holds the processes, `origins` where their fds came from, `detect` judges them, `evidence` and `report` say what leaks, `export`, `api`, `subscribe` and `cli` hand it out.
-//! `admission` bounds whom is followed.
+//! `admission` bounds whom is followed, `state` keeps findings over a restart.
 //! `daemon` puts the agent together, `supervisor` keeps its workers running.
 
 mod admission;
@@ -28,8 +28,10 @@ pub mod kernel;
 mod line;
 mod observe;
 mod origins;
+mod pids;
 mod procfs;
 mod report;
+mod state;
 mod subscribe;
 mod supervisor;
 mod table;

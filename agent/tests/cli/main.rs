@@ -24,7 +24,8 @@ fn assert_failure(output: &Output, code: i32, line: &str) {
 /// `plumb agent` with a run folder and port of its own.
 fn agent(dir: &TempDir, arguments: &[&str]) -> Command {
     let mut command = plumb();
-    command.args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &dir.join("run")]).args(arguments);
+    command.args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &dir.join("run")]);
+    command.args(["--state-dir", &dir.join("state")]).args(arguments);
     command
 }
 
@@ -98,6 +99,7 @@ fn a_port_in_use_is_named() {
     let dir = TempDir::new();
     let output = plumb()
         .args(["agent", "--listen", &address.to_string(), "--run-dir", &dir.join("run")])
+        .args(["--state-dir", &dir.join("state")])
         .output()
         .unwrap();
     let line = format!(
@@ -125,8 +127,8 @@ fn settings_that_cannot_be_read_or_are_not_known_are_named() {
     let wrong = dir.join("wrong.toml");
     fs::write(&wrong, "# settings\nlistten = '127.0.0.1:1'\n").unwrap();
     let line = format!(
-        "plumb: {wrong}:2: unknown field `listten`, expected one of `listen`, `run_dir`, `fd_events`, \
-         `max_processes`, `log_format`, `detect`, `ignore`; known keys are listen, run_dir, fd_events, max_processes and \
+        "plumb: {wrong}:2: unknown field `listten`, expected one of `listen`, `run_dir`, `state_dir`, `fd_events`, \
+         `max_processes`, `log_format`, `detect`, `ignore`; known keys are listen, run_dir, state_dir, fd_events, max_processes and \
          log_format, and the tables [detect] and [[ignore]], whose keys README.md lists"
     );
     assert_failure(&agent(&dir, &["--config", &wrong]).output().unwrap(), 1, &line);

@@ -95,6 +95,34 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
 }
 
 #[test]
+fn a_leak_outlives_the_agent_that_found_it() {
+    let mut agent = Agent::start(&[]);
+    let dir = TempDir::new();
+    let path = dir.join("leaked.log");
+    fs::write(&path, "x").unwrap();
+    let leaky = Workload::start_program(&Workload::copy(&dir, "long-leak"), &["leak-fds", &path]);
+    let found = agent.wait_leaking(leaky.pid(), "fd", VERDICT);
+    agent.child.signal(Signal::TERM);
+    assert_eq!(agent.child.0.wait().unwrap().code(), Some(0), "{}", agent.log());
+
+    let log = fs::File::create(dir.join("log")).unwrap();
+    let (run_dir, state_dir) = (agent.run_dir(), agent.dir.join("state"));
+    let arguments = ["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir, "--state-dir", &state_dir];
+    let _next = Running(plumb().args(arguments).stderr(log).spawn().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while agent.get_control("/v1/leaks").is_none_or(|(_, body)| !body.contains("long-leak")) {
+        assert!(Instant::now() < deadline, "{}", fs::read_to_string(dir.join("log")).unwrap());
+        thread::sleep(Duration::from_millis(100));
+    }
+    let again = agent.wait_leaking(leaky.pid(), "fd", Duration::from_secs(10));
+    for same in ["id", "baseline"] {
+        assert_eq!(again[same], found[same], "{same}");
+    }
+    let log = fs::read_to_string(dir.join("log")).unwrap();
+    assert!(!log.contains("leaks fds"), "it was told already: {log}");
+}
+
+#[test]
 fn the_table_follows_events_without_drift() {
     let agent = Agent::start(&[]);
     let dir = TempDir::new();
@@ -217,7 +245,9 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
     let run_dir = agent.run_dir();
     agent.child.signal(Signal::KILL);
     agent.child.0.wait().unwrap();
-    let child = plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir]).spawn().unwrap();
+    let state_dir = agent.dir.join("state");
+    let arguments = ["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir, "--state-dir", &state_dir];
+    let child = plumb().args(arguments).spawn().unwrap();
     let mut next = Running(child);
     let deadline = Instant::now() + Duration::from_secs(120);
     while agent.get_control("/v1/leaks").is_none_or(|(status, _)| status != 200) {
