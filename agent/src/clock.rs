@@ -34,8 +34,16 @@ impl Calendar {
         humantime::format_rfc3339_seconds(self.at(since_boot)).to_string()
     }
 
+    /// Nanoseconds since boot of a calendar time; 0 for what was before.
+    #[must_use]
+    pub(crate) fn since_boot(self, time: SystemTime) -> u64 {
+        let since = time.duration_since(UNIX_EPOCH + self.boot).unwrap_or_default();
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    }
+
     fn at(self, since_boot: u64) -> SystemTime {
-        UNIX_EPOCH + self.boot + Duration::from_nanos(since_boot)
+        // Whatever is further away than the calendar reaches is not a time.
+        (UNIX_EPOCH + self.boot).checked_add(Duration::from_nanos(since_boot)).unwrap_or(UNIX_EPOCH)
     }
 
     /// RFC 3339 in UTC, to the millisecond.

@@ -21,6 +21,8 @@ use crate::{
 pub(crate) const DEFAULT_FILE: &str = "/etc/plumb/plumb.toml";
 /// Holds the lock and the control socket.
 pub(crate) const DEFAULT_RUN_DIR: &str = "/run/plumb";
+/// Holds the findings over a restart.
+const DEFAULT_STATE_DIR: &str = "/var/lib/plumb";
 const DEFAULT_LISTEN: &str = "127.0.0.1:9469";
 
 /// Form of the log.
@@ -44,6 +46,9 @@ pub(crate) struct Given {
     /// Folder of the lock and the control socket [default: /run/plumb]
     #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER")]
     run_dir: Option<PathBuf>,
+    /// Folder where findings are kept over a restart [default: /var/lib/plumb]
+    #[arg(long, env = "PLUMB_STATE_DIR", value_name = "FOLDER")]
+    state_dir: Option<PathBuf>,
     /// When the fd programs are attached [default: auto]
     #[arg(long, env = "PLUMB_FD_EVENTS", value_name = "WHEN")]
     fd_events: Option<FdEvents>,
@@ -61,6 +66,7 @@ pub(crate) struct Given {
 struct Written {
     listen: Option<SocketAddr>,
     run_dir: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
     fd_events: Option<FdEvents>,
     max_processes: Option<NonZeroUsize>,
     log_format: Option<LogFormat>,
@@ -73,6 +79,7 @@ struct Written {
 pub(crate) struct Config {
     pub listen: SocketAddr,
     pub run_dir: PathBuf,
+    pub state_dir: PathBuf,
     pub fd_events: FdEvents,
     pub max_processes: usize,
     pub log_format: LogFormat,
@@ -94,6 +101,7 @@ impl Config {
                 None => DEFAULT_LISTEN.parse().expect("the default is an address"),
             },
             run_dir: given.run_dir.or(written.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
+            state_dir: given.state_dir.or(written.state_dir).unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             fd_events: given.fd_events.or(written.fd_events).unwrap_or_default(),
             max_processes: given
                 .max_processes
@@ -123,7 +131,7 @@ fn read(path: &Path) -> Result<Written, Failure> {
     toml::from_str(&text).map_err(|error| {
         let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = error.message().replace('\n', " ");
-        let known = "known keys are listen, run_dir, fd_events, max_processes and log_format, and the tables [detect] and \
+        let known = "known keys are listen, run_dir, state_dir, fd_events, max_processes and log_format, and the tables [detect] and \
                      [[ignore]], whose keys README.md lists";
         Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), known)
     })

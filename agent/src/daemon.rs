@@ -20,7 +20,7 @@ use crate::{
     ask::Asker,
     clock,
     config::{self, Config},
-    detect::HostLimits,
+    detect::{Detector, HostLimits},
     export::prometheus::Own,
     failure::{Exit, Failure},
     host::Host,
@@ -28,6 +28,7 @@ use crate::{
     observe::{self, Input},
     report,
     stacks::{self, Done},
+    state::StateDir,
     subscribe::Subscribers,
     supervisor::{Supervisor, on_thread},
     view::HostView,
@@ -68,6 +69,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
     let (subscribers, followers, bell) = (Subscribers::default(), ask.clone(), ask.bell());
     let (stacks, inbox) = stacks::Queue::new();
+    let said = inputs.clone();
     let mut supervisor = Supervisor::default();
 
     // Each worker gets what it needs anew at each start; what cannot be made twice is lent and given back.
@@ -114,6 +116,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
 
     let observed = Arc::new(AsyncMutex::new(observed));
     let settings = config.settings.clone();
+    let state = state_dir(&config.state_dir);
     let (host, format, counted, published) =
         (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
@@ -122,7 +125,21 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             counted.reported(finding);
             report::log(finding, format);
         });
-        let host = Host::new((host, settings.clone()), ask.clone(), views.clone(), published.clone(), report);
+        let mut detector = Detector::new(host, settings.clone());
+        if let Some(state) = &state {
+            restore(&mut detector, state);
+        }
+        let kept = state.clone();
+        let keep = Box::new(move |saved| {
+            if let Some(state) = &kept {
+                // A slow disk must not hold up other tasks of this thread.
+                let done = tokio::task::block_in_place(|| state.save(saved));
+                if let Err(error) = done {
+                    tracing::warn!("findings are not kept: {error:#}");
+                }
+            }
+        });
+        let host = Host::new(detector, ask.clone(), views.clone(), published.clone(), report, keep);
         let observed = Arc::clone(&observed);
         async move {
             host.run(&mut *observed.lock().await, stop).await;
@@ -141,7 +158,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             Ok(())
         }
     });
-    let control = api::control(shared, api::Events { subscribers, requests: followers });
+    let control = api::control(shared, api::Events { subscribers, requests: followers, inputs: said });
     supervisor.spawn("control", move |stop| {
         let (listener, router) = (Arc::clone(&unix), control.clone());
         async move {
@@ -175,6 +192,35 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     }
     let cause = format!("workers did not stop within {} s: {}", STOP_DEADLINE.as_secs(), late.join(", "));
     Err(Failure::new(Exit::Error, cause, "the process ends all the same, and its probes with it"))
+}
+
+/// Without a state folder findings begin anew with each agent.
+fn state_dir(folder: &Path) -> Option<StateDir> {
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    StateDir::open(folder, boot_id.trim().to_owned())
+        .map_err(|error| {
+            tracing::warn!(
+                "findings are not kept over a restart: the folder {} cannot be used: {error:#}; name another with \
+                 --state-dir",
+                folder.display()
+            );
+        })
+        .ok()
+}
+
+/// Takes up what an agent before this one has found.
+fn restore(detector: &mut Detector, state: &StateDir) {
+    let why = match state.load() {
+        Ok(saved) => {
+            if detector.restore(saved, clock::boottime()) {
+                return;
+            }
+            "it is not what plumb writes".to_owned()
+        }
+        Err(error) => format!("{error:#}"),
+    };
+    let aside = state.set_aside();
+    tracing::warn!("findings begin anew: what was kept is refused: {why}; it is now {}", aside.display());
 }
 
 /// Takes the lock that makes this agent the only one with this run folder.

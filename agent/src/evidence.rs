@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     io,
+    path::Path,
 };
 
 use crate::{
@@ -14,7 +15,7 @@ use crate::{
     },
     files::OpenFile,
     kernel::Kernel,
-    text,
+    pids, text,
     thread_type::thread_type,
 };
 use plumb_common::{
@@ -69,7 +70,11 @@ impl Evidence {
         let has_lasted = |identity| cohorts.as_ref().is_none_or(|cohorts| cohorts.contains(identity));
         let held = list(kernel, key, resource, has_lasted)?;
         let holdings = cohorts.map(|cohorts| look(cohorts, &held));
-        Ok(Confirmation { holdings, examples: held.examples(baseline), functions: Vec::new() })
+        let room = match resource {
+            Resource::Thread => pids::room(Path::new("/proc"), Path::new("/sys/fs/cgroup"), key.tgid),
+            Resource::Fd => None,
+        };
+        Ok(Confirmation { holdings, examples: held.examples(baseline), room, functions: Vec::new() })
     }
 }
 

@@ -9,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     ask::{Asker, Request},
     detail::Details,
-    detect::{Change, Detector, Finding, HostLimits, Settings},
-    observe::{Input, Observation},
+    detect::{Change, Detector, Finding, Saved},
+    observe::{Input, Observation, Said, Saying},
     origins::Origins,
     stacks::Named,
     subscribe::Subscribers,
@@ -20,6 +20,9 @@ use crate::{
 
 /// Tells people of a leak.
 pub(crate) type Report = Box<dyn Fn(&Finding) + Send>;
+
+/// Keeps findings for the next agent.
+pub(crate) type Keep = Box<dyn Fn(Vec<Saved>) + Send>;
 
 /// The table, the detector and the way to everybody else.
 pub(crate) struct Host {
@@ -34,29 +37,38 @@ pub(crate) struct Host {
     requests: Asker,
     views: watch::Sender<Arc<HostView>>,
     report: Report,
+    keep: Keep,
+    /// What was kept last, and when.
+    kept: (Vec<Saved>, u64),
 }
+
+/// Between two times that findings are kept, in nanoseconds.
+const KEEP_EVERY: u64 = 30_000_000_000;
 
 impl Host {
     /// `report` is called once for each leak, with its examples.
     #[must_use]
     pub(crate) fn new(
-        (limits, settings): (HostLimits, Settings),
+        detector: Detector,
         requests: Asker,
         views: watch::Sender<Arc<HostView>>,
         subscribers: Subscribers,
         report: Report,
+        keep: Keep,
     ) -> Self {
         Self {
             table: Table::default(),
             origins: Origins::default(),
             details: Details::default(),
             subscribers,
-            detector: Detector::new(limits, settings),
+            detector,
             passes: 0,
             time: 0,
             requests,
             views,
             report,
+            keep,
+            kept: (Vec::new(), 0),
         }
     }
 
@@ -64,6 +76,22 @@ impl Host {
     pub(crate) async fn run(mut self, inputs: &mut Receiver<Input>, stop: CancellationToken) {
         while let Some(Some(input)) = stop.run_until_cancelled(inputs.recv()).await {
             self.take(input);
+        }
+        // Before the first pass there is nothing to keep but what is there.
+        if self.passes > 0 {
+            (self.keep)(self.detector.save());
+        }
+    }
+
+    /// Keeps what has changed, every now and then.
+    fn keep(&mut self) {
+        if self.time.saturating_sub(self.kept.1) >= KEEP_EVERY {
+            self.kept.1 = self.time;
+            let saved = self.detector.save();
+            if saved != self.kept.0 {
+                self.kept.0.clone_from(&saved);
+                (self.keep)(saved);
+            }
         }
     }
 
@@ -82,6 +110,18 @@ impl Host {
                 }
             }
             Input::Threads(key, threads) => self.details.threads(key, *threads),
+            Input::Say(Saying { id, what, answer }) => {
+                let done = match what {
+                    Said::Ack(reason) => self.detector.ack(&id, reason, self.time),
+                    Said::Silence(until) => self.detector.silence(&id, Some(until)),
+                    Said::Unsilence => self.detector.silence(&id, None),
+                };
+                if done.is_ok() {
+                    self.show_findings();
+                }
+                // Whoever asked may have gone.
+                let _ = answer.send(done);
+            }
             Input::Census(key, old) => {
                 let view = Arc::clone(&self.views.borrow());
                 if let Some(row) = view.rows.iter().find(|row| row.key == key) {
@@ -102,6 +142,18 @@ impl Host {
             self.details.fill(&mut finding);
             (self.report)(&finding);
         }
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let mut findings = self.detector.findings();
+        findings.iter_mut().for_each(|finding| self.details.fill(finding));
+        findings
+    }
+
+    /// Publishes the findings without waiting for the next pass.
+    fn show_findings(&self) {
+        let findings = self.findings();
+        self.views.send_modify(|view| *view = Arc::new(HostView { findings, ..(**view).clone() }));
     }
 
     fn pass(&mut self, observation: &Observation) {
@@ -130,13 +182,14 @@ impl Host {
             self.requests.ask(Request::Census(key, old));
         }
         self.tell();
+        self.keep();
         self.passes += 1;
         let lost_before = self.views.borrow().lost();
-        let mut findings = self.detector.findings();
+        let findings = self.detector.findings();
         for (key, threads) in self.details.update(&findings, &self.origins, self.time) {
             self.requests.ask(Request::Threads(key, threads));
         }
-        findings.iter_mut().for_each(|finding| self.details.fill(finding));
+        let findings = self.findings();
         let mut view = HostView {
             passes: self.passes,
             time: observation.pass.ended,

@@ -3,7 +3,8 @@
 //! In the order in which what the kernel knows becomes something a person reads: `kernel` loads and
 //! reads the programs, `decode` makes events of bytes, `observe` runs both, `follow` decides whose fds are
 //! followed, `table` holds the processes, `origins` where their fds came from, `detect` judges them, `evidence` and `report` say what leaks, `export`, `api`, `subscribe` and `cli` hand it out.
-//! `admission` bounds whom is followed. `symbolise` gives stacks the names of functions and lines.
+//! `admission` bounds whom is followed, `state` keeps findings over a restart, `symbolise` gives stacks the names
+//! of functions and lines.
 //! `daemon` puts the agent together, `supervisor` keeps its workers running.
 
 mod admission;
@@ -32,9 +33,11 @@ pub mod kernel;
 mod line;
 mod observe;
 mod origins;
+mod pids;
 mod procfs;
 mod report;
 mod stacks;
+mod state;
 mod subscribe;
 mod supervisor;
 pub mod symbolise;

@@ -65,6 +65,7 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/group.rs",
         "agent/src/symbolise/origin.rs",
         "agent/src/text.rs",
+        "agent/src/thread_type.rs",
     ];
     let impure = ["tokio", "fs", "Instant", "SystemTime", "clock", "thread", "env"];
     for (path, text) in sources("agent/src") {

@@ -65,6 +65,8 @@ macro_rules! agent {
                 "127.0.0.1:{port}",
                 "--run-dir",
                 "{dir}",
+                "--state-dir",
+                "{dir}/state",
                 "--log-format",
                 "json",
             ],

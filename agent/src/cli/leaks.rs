@@ -1,12 +1,17 @@
-//! `plumb leaks`: asks the running agent what it has found.
+//! `plumb leaks`: asks the running agent what it has found, and tells it what somebody says about that.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, anyhow};
-use clap::Args;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, StatusCode, body::Bytes};
+use clap::{Args, Subcommand};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, StatusCode, body::Bytes};
 use hyper_util::rt::TokioIo;
+use serde_json::json;
 use tokio::net::UnixStream;
 
 use super::{
@@ -27,34 +32,128 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const LIMIT: usize = 64 << 20;
 
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Arguments {
+    #[command(flatten)]
+    agent: Agent,
+    #[command(flatten)]
+    output: Output,
     /// All that is known of one finding, by the id that the list shows
     #[arg(value_name = "ID")]
     id: Option<String>,
+    #[command(subcommand)]
+    say: Option<Say>,
+}
+
+#[derive(Args)]
+struct Agent {
     /// Folder with the agent's control socket
     #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER", default_value = config::DEFAULT_RUN_DIR)]
     run_dir: PathBuf,
-    #[command(flatten)]
-    output: Output,
+}
+
+#[derive(Subcommand)]
+enum Say {
+    /// Say that a finding is known: it is told again only when it has doubled
+    Ack {
+        #[command(flatten)]
+        agent: Agent,
+        /// As `plumb leaks` lists it
+        id: String,
+        /// Why it may stay
+        #[arg(long)]
+        reason: Option<String>,
+    },
+    /// Have a finding not told before some time
+    Silence {
+        #[command(flatten)]
+        agent: Agent,
+        /// As `plumb leaks` lists it
+        id: String,
+        #[command(flatten)]
+        end: End,
+    },
+    /// End a silence
+    Unsilence {
+        #[command(flatten)]
+        agent: Agent,
+        /// As `plumb leaks` lists it
+        id: String,
+    },
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct End {
+    /// For how long: 30m, 2h, 7days
+    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    length: Option<Duration>,
+    /// Until when, in UTC: 2030-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_rfc3339_weak)]
+    until: Option<SystemTime>,
+}
+
+impl End {
+    /// RFC 3339; `None` for what no calendar knows.
+    fn time(&self) -> Option<String> {
+        let until = self.until.or_else(|| SystemTime::now().checked_add(self.length?))?;
+        // Its formatter knows four digits of a year.
+        let last = humantime::parse_rfc3339("9999-12-31T23:59:59Z").ok()?;
+        (until <= last).then(|| humantime::format_rfc3339_seconds(until).to_string())
+    }
 }
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
-    let socket = config::socket(&arguments.run_dir);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let answer = runtime.block_on(async {
-        tokio::time::timeout(DEADLINE, ask(&socket))
-            .await
-            .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
-    });
-    let document = answer.map_err(|error| unreachable(&socket, &error))?;
+    match &arguments.say {
+        None => list(arguments),
+        Some(Say::Ack { agent, id, reason }) => say(agent, id, "ack", &json!({ "reason": reason })),
+        Some(Say::Unsilence { agent, id }) => say(agent, id, "unsilence", &json!({})),
+        Some(Say::Silence { agent, id, end }) => {
+            let Some(until) = end.time() else {
+                return Err(Failure::new(
+                    Exit::Error,
+                    "no calendar reaches that far",
+                    "name an earlier time",
+                ));
+            };
+            say(agent, id, "silence", &json!({ "until": until }))
+        }
+    }
+}
+
+fn say(agent: &Agent, id: &str, what: &str, words: &serde_json::Value) -> Outcome {
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '-';
+    let unknown = |cause: String| Failure::new(Exit::Error, cause, "`plumb leaks` lists the ids");
+    if id.is_empty() || !id.chars().all(is_plain) {
+        return Err(unknown(format!("{id:?} is not an id of a finding")));
+    }
+    let socket = config::socket(&agent.run_dir);
+    let path = format!("/v1/leaks/{id}/{what}");
+    let (status, body) = exchange(&socket, Method::POST, &path, words.to_string())?;
+    match status {
+        StatusCode::NO_CONTENT => Ok(Exit::Ok),
+        StatusCode::NOT_FOUND => Err(unknown(String::from_utf8_lossy(&body).trim().to_owned())),
+        _ => {
+            let cause = format!("the agent answers {status}: {}", String::from_utf8_lossy(&body).trim());
+            Err(Failure::new(Exit::Error, cause, "try again"))
+        }
+    }
+}
+
+fn list(arguments: &Arguments) -> Outcome {
+    let socket = config::socket(&arguments.agent.run_dir);
+    let (status, body) = exchange(&socket, Method::GET, "/v1/leaks", String::new())?;
+    let document = match status {
+        StatusCode::OK => serde_json::from_slice(&body).context("the answer is not understood"),
+        _ => Err(anyhow!("the agent answers {status}")),
+    };
+    let document: Leaks = document.map_err(|error| unreachable(&socket, &error))?;
     if let Some(id) = &arguments.id {
         return one(&document, id, arguments.output.format);
     }
     let columns = [
         ("ID", false),
         ("STATE", false),
-        ("RESOURCE", false),
-        ("PID", true),
         ("LIVE", true),
         ("LIMIT", true),
         ("PER MIN", true),
@@ -67,8 +166,6 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         vec![
             leak.id.clone(),
             state(leak),
-            leak.resource.word().to_owned(),
-            leak.pid.to_string(),
             leak.live.to_string(),
             leak.limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string()),
             format!("{:+.1}", leak.growth_per_minute),
@@ -104,21 +201,30 @@ fn state(leak: &Leak) -> String {
     }
 }
 
-async fn ask(socket: &PathBuf) -> anyhow::Result<Leaks> {
+/// Asks the agent, and waits for its answer.
+fn exchange(socket: &Path, method: Method, path: &str, body: String) -> Result<(StatusCode, Bytes), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let answer = runtime.block_on(async {
+        tokio::time::timeout(DEADLINE, ask(socket, method, path, body))
+            .await
+            .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
+    });
+    answer.map_err(|error| unreachable(socket, &error))
+}
+
+async fn ask(socket: &Path, method: Method, path: &str, body: String) -> anyhow::Result<(StatusCode, Bytes)> {
     let stream = UnixStream::connect(socket).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    let request = Request::get("/v1/leaks").header("host", "plumb").body(Empty::<Bytes>::new())?;
+    let request = Request::builder().method(method).uri(path).header("host", "plumb");
+    let request = request.header("content-type", "application/json").body(Full::new(Bytes::from(body)))?;
     let response = sender.send_request(request).await?;
-    if response.status() != StatusCode::OK {
-        return Err(anyhow!("the agent answers {}", response.status()));
-    }
+    let status = response.status();
     let body = Limited::new(response.into_body(), LIMIT).collect().await;
-    let body = body.map_err(|error| anyhow!("{error}"))?.to_bytes();
-    serde_json::from_slice(&body).context("the answer is not understood")
+    Ok((status, body.map_err(|error| anyhow!("{error}"))?.to_bytes()))
 }
 
-fn unreachable(socket: &std::path::Path, error: &anyhow::Error) -> Failure {
+fn unreachable(socket: &Path, error: &anyhow::Error) -> Failure {
     let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
     let (exit, remedy) = match kind {
         Some(io::ErrorKind::PermissionDenied) => (Exit::MissingPrivilege, "run it with sudo"),

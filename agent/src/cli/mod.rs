@@ -23,6 +23,7 @@ const EXAMPLES: &str = "\
 Examples:
   plumb agent                     follow every process and report leaks, in the foreground
   plumb leaks                     what leaks now
+  plumb leaks ack ID              say that a leak is known
   plumb ps                        every process with its fds, limit and threads
   plumb fds --pid 4242            what a process has open
   plumb watch --comm nginx        fd, thread and process events as they happen

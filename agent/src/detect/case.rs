@@ -53,6 +53,8 @@ pub(super) struct Case {
     looked: u64,
     /// Since when it has not risen, as a leak.
     settled: u64,
+    /// How many the cgroups of the process allow, as of the last look.
+    pub cgroup_limit: Option<u64>,
     /// People have been told.
     pub told: bool,
 }
@@ -85,11 +87,28 @@ impl Case {
             looked: 0,
             settled: 0,
             told: false,
+            cgroup_limit: None,
         }
     }
 
     pub(super) fn is_leaking(&self) -> bool {
         self.finding.state == State::Leaking
+    }
+
+    /// Of its slowest growth, the length of a window in seconds and the floors.
+    pub(super) fn floors(&self) -> (u32, Vec<Point>) {
+        self.growths.last().map_or((1, Vec::new()), |(_, growth)| growth.points())
+    }
+
+    /// Goes on as the leak it was.
+    pub(super) fn take_up(&mut self, window: u32, points: Vec<Point>, since: u64) {
+        if let Some(growth) = Growth::new(window, points) {
+            let scale = SCALES.iter().position(|length| *length == window).unwrap_or(0);
+            self.growths = vec![(scale, growth)];
+            self.tell(0);
+            self.finding.state = State::Leaking;
+            self.finding.leaking_since = Some(since);
+        }
     }
 
     /// It also grows at this scale.

@@ -176,6 +176,8 @@ pub(crate) struct Confirmation {
     pub(crate) holdings: Option<Holdings>,
     /// What the newest survivors are, the most frequent first.
     pub(crate) examples: Vec<Example>,
+    /// How many more threads the cgroups of the process allow; `None` without a limit.
+    pub(crate) room: Option<u64>,
     /// Which functions opened them, as far as somebody knows.
     pub(crate) functions: Vec<(String, u32)>,
 }

@@ -7,7 +7,7 @@
 use super::floors::{self, Point, SCALES};
 
 /// Floors remembered of a suspect; beyond that neighbours are merged, the lower one stays.
-const POINTS: usize = 64;
+pub(super) const MAX_POINTS: usize = 64;
 /// Equal parts of the time that growth is divided into.
 const BINS: usize = 12;
 /// Standard deviations by which the growth may lie earlier than the middle; and later, before its beginning is
@@ -99,6 +99,11 @@ impl Growth {
         Some(Self { window, fine, points, peak })
     }
 
+    /// Length of a window in seconds, and the floors.
+    pub(super) fn points(&self) -> (u32, Vec<Point>) {
+        (self.window, self.points.clone())
+    }
+
     /// Takes the floor of the next window.
     pub(super) fn push(&mut self, point: Point) {
         if self.points.last().is_some_and(|last| point.0 <= last.0) {
@@ -107,7 +112,7 @@ impl Growth {
         if point.1 > self.peak.1 {
             self.peak = point;
         }
-        if self.points.len() >= POINTS {
+        if self.points.len() >= MAX_POINTS {
             let merged = self
                 .points
                 .chunks(2)

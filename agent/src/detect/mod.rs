@@ -30,6 +30,7 @@ mod growth;
 mod marks;
 mod rules;
 mod settings;
+mod snapshot;
 
 #[cfg(test)]
 use std::sync::Arc;
@@ -47,6 +48,7 @@ pub(crate) use self::{
     finding::{Confirmation, Example, Finding, HostLimits, Mark, Resolution, Resource, Rule, State, Why},
     marks::NoSuchFinding,
     settings::{Detect, Ignore, Settings},
+    snapshot::Saved,
 };
 use crate::table::Row;
 
@@ -84,6 +86,8 @@ pub(crate) struct Detector {
     marks: HashMap<(ProcKey, Resource, Rule), Mark>,
     /// When threads were last asked for by type.
     census: u64,
+    /// What an agent before this one had found, until the first pass.
+    pending: HashMap<ProcKey, Vec<Saved>>,
 }
 
 #[derive(Debug)]
@@ -119,6 +123,7 @@ impl Detector {
             settings,
             marks: HashMap::default(),
             census: 0,
+            pending: HashMap::default(),
         }
     }
 
@@ -127,6 +132,9 @@ impl Detector {
         let mut changes = Vec::new();
         self.passes = self.passes.wrapping_add(1);
         let pass = self.passes;
+        if !self.pending.is_empty() {
+            self.take_up(rows, now, &mut changes);
+        }
         for row in rows.iter().filter(|row| !row.exited && !row.is_kernel_thread()) {
             let fresh = || History { pass, exec_id: row.exec_id, tracks: Default::default() };
             let history = self.histories.entry(row.key).or_insert_with(fresh);
@@ -151,7 +159,7 @@ impl Detector {
                     if track.is_open
                         && let Some(case) = self.cases.get_mut(&(row.key, resource))
                     {
-                        (case.finding.live, case.finding.limit) = (live, limit);
+                        case.finding.live = live;
                     }
                     continue;
                 }
@@ -164,6 +172,7 @@ impl Detector {
                 let Some(mut case) = track.suspicion(case, closed, row, resource, (live, limit), now) else {
                     continue;
                 };
+                let limit = limit.into_iter().chain(case.cgroup_limit).min();
                 (case.finding.live, case.finding.limit) = (live, limit);
                 let (step, change) = case.windows(closed, &mut track.floors, demand(thresholds, limit), now);
                 if !was_open {
@@ -198,9 +207,18 @@ impl Detector {
         changes
     }
 
+    /// Makes a case its own that was opened elsewhere.
+    fn adopt(&mut self, row: &Row, case: Case) {
+        let fresh = || History { pass: self.passes, exec_id: row.exec_id, tracks: Default::default() };
+        let history = self.histories.entry(row.key).or_insert_with(fresh);
+        history.tracks[case.finding.resource as usize].is_open = true;
+        self.cases.insert((row.key, case.finding.resource), case);
+    }
+
     /// Takes the answer to `Change::Grown`, which may make it a leak.
     pub(crate) fn confirm(&mut self, key: ProcKey, resource: Resource, found: Confirmation, now: u64) {
         let Some(case) = self.cases.get_mut(&(key, resource)) else { return };
+        case.cgroup_limit = found.room.map(|room| u64::from(case.finding.live).saturating_add(room));
         if !found.examples.is_empty() {
             let mut rules = self.settings.ignore.iter();
             let rule = rules.find(|rule| rule.matches(&case.finding, &found.examples, &found.functions));

@@ -81,6 +81,21 @@ fn a_group_may_ask_for_more() {
     assert_eq!(play.states(), [State::Suspect]);
 }
 
+#[test]
+fn the_limit_of_threads_is_the_least_of_user_host_and_cgroup() {
+    let mut detector = Detector::new(LIMITS, Settings::default());
+    for second in 0..200u64 {
+        let now = (BEGIN + second) * SECOND;
+        for change in detector.observe(&[row(5, 5 + second as u32)], now) {
+            if let Change::Grown(key, resource, _) = change {
+                let found = Confirmation { room: Some(300 - second), ..Confirmation::default() };
+                detector.confirm(key, resource, found, now);
+            }
+        }
+    }
+    assert_eq!(detector.findings()[0].limit, Some(305));
+}
+
 fn example(kind: &str, what: &str, count: u32) -> Example {
     Example { what: what.to_owned(), kind: kind.to_owned(), count }
 }

@@ -32,6 +32,8 @@ pub(super) fn row(fds: u32, threads: u32) -> Row {
 
 #[path = "rules_tests.rs"]
 mod rules;
+#[path = "snapshot_tests.rs"]
+mod snapshot;
 
 /// A process with its detector and what would be looked up of it.
 struct Play {

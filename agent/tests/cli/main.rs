@@ -24,7 +24,8 @@ fn assert_failure(output: &Output, code: i32, line: &str) {
 /// `plumb agent` with a run folder and port of its own.
 fn agent(dir: &TempDir, arguments: &[&str]) -> Command {
     let mut command = plumb();
-    command.args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &dir.join("run")]).args(arguments);
+    command.args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &dir.join("run")]);
+    command.args(["--state-dir", &dir.join("state")]).args(arguments);
     command
 }
 
@@ -98,6 +99,7 @@ fn a_port_in_use_is_named() {
     let dir = TempDir::new();
     let output = plumb()
         .args(["agent", "--listen", &address.to_string(), "--run-dir", &dir.join("run")])
+        .args(["--state-dir", &dir.join("state")])
         .output()
         .unwrap();
     let line = format!(
@@ -125,8 +127,8 @@ fn settings_that_cannot_be_read_or_are_not_known_are_named() {
     let wrong = dir.join("wrong.toml");
     fs::write(&wrong, "# settings\nlistten = '127.0.0.1:1'\n").unwrap();
     let line = format!(
-        "plumb: {wrong}:2: unknown field `listten`, expected one of `listen`, `run_dir`, `fd_events`, \
-         `max_processes`, `log_format`, `detect`, `ignore`; known keys are listen, run_dir, fd_events, max_processes and \
+        "plumb: {wrong}:2: unknown field `listten`, expected one of `listen`, `run_dir`, `state_dir`, `fd_events`, \
+         `max_processes`, `log_format`, `detect`, `ignore`; known keys are listen, run_dir, state_dir, fd_events, max_processes and \
          log_format, and the tables [detect] and [[ignore]], whose keys README.md lists"
     );
     assert_failure(&agent(&dir, &["--config", &wrong]).output().unwrap(), 1, &line);
@@ -177,10 +179,26 @@ fn without_an_agent_leaks_says_how_to_start_one() {
 }
 
 #[test]
+fn what_cannot_be_an_id_is_not_asked_for() {
+    let output = plumb().args(["leaks", "ack", "fd/../1"]).output().unwrap();
+    let line = "plumb: \"fd/../1\" is not an id of a finding; `plumb leaks` lists the ids";
+    assert_failure(&output, 1, line);
+    let output = plumb().args(["leaks", "silence", "fd-1-2", "--for", "99999years"]).output().unwrap();
+    assert_failure(&output, 1, "plumb: no calendar reaches that far; name an earlier time");
+}
+
+#[test]
 fn wrong_usage_is_exit_code_2() {
-    for arguments in
-        [&["fds"][..], &["nonsense"], &["ps", "-o", "yaml"], &["watch", "--comm", "sixteen-bytes-xx"]]
-    {
+    for arguments in [
+        &["fds"][..],
+        &["nonsense"],
+        &["ps", "-o", "yaml"],
+        &["watch", "--comm", "sixteen-bytes-xx"],
+        &["leaks", "ack"],
+        &["leaks", "silence", "fd-1-2"],
+        &["leaks", "silence", "fd-1-2", "--for", "soon"],
+        &["leaks", "silence", "fd-1-2", "--for", "1h", "--until", "2030-01-31T12:00:00Z"],
+    ] {
         assert_eq!(plumb().args(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
     }
 }

@@ -76,6 +76,24 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
         assert!(page.contains(&series), "{series} is not in\n{page}");
     }
 
+    // What somebody says about a finding is shown at once.
+    let id = finding["id"].as_str().unwrap();
+    let say = |arguments: &[&str]| {
+        let mut command = plumb();
+        command.args(["leaks"]).args(arguments).args(["--run-dir", &agent.run_dir()]);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let shown = || agent.leaks().into_iter().find(|finding| finding["id"] == id).unwrap();
+    assert_eq!(say(&["ack", id, "--reason", "being fixed"]), (Some(0), String::new()));
+    assert_eq!(shown()["acknowledged"]["reason"], "being fixed");
+    assert_eq!(say(&["silence", id, "--for", "2h"]), (Some(0), String::new()));
+    assert!(shown()["silenced_until"].is_string());
+    assert_eq!(say(&["unsilence", id]), (Some(0), String::new()));
+    assert!(shown()["silenced_until"].is_null());
+    let unknown = "plumb: no finding has the id fd-1-2; `plumb leaks` lists the ids\n";
+    assert_eq!(say(&["ack", "fd-1-2"]), (Some(1), unknown.to_owned()));
+
     // A process that is gone leaves no series, and for a while two findings that say so.
     drop((files, threads));
     let end = Instant::now() + Duration::from_secs(10);
@@ -86,6 +104,34 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     let left = agent.leaks().into_iter().filter(|finding| finding["comm"] == "leaky-app");
     let why: Vec<Value> = left.map(|finding| finding["resolved"]["why"].clone()).collect();
     assert_eq!(why, ["process-ended", "process-ended"]);
+}
+
+#[test]
+fn a_leak_outlives_the_agent_that_found_it() {
+    let mut agent = Agent::start(&[]);
+    let dir = TempDir::new();
+    let path = dir.join("leaked.log");
+    fs::write(&path, "x").unwrap();
+    let leaky = Workload::start_program(&Workload::copy(&dir, "long-leak"), &["leak-fds", &path]);
+    let found = agent.wait_leaking(leaky.pid(), "fd", VERDICT);
+    agent.child.signal(Signal::TERM);
+    assert_eq!(agent.child.0.wait().unwrap().code(), Some(0), "{}", agent.log());
+
+    let log = fs::File::create(dir.join("log")).unwrap();
+    let (run_dir, state_dir) = (agent.run_dir(), agent.dir.join("state"));
+    let arguments = ["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir, "--state-dir", &state_dir];
+    let _next = Running(plumb().args(arguments).stderr(log).spawn().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while agent.get_control("/v1/leaks").is_none_or(|(_, body)| !body.contains("long-leak")) {
+        assert!(Instant::now() < deadline, "{}", fs::read_to_string(dir.join("log")).unwrap());
+        thread::sleep(Duration::from_millis(100));
+    }
+    let again = agent.wait_leaking(leaky.pid(), "fd", Duration::from_secs(10));
+    for same in ["id", "baseline"] {
+        assert_eq!(again[same], found[same], "{same}");
+    }
+    let log = fs::read_to_string(dir.join("log")).unwrap();
+    assert!(!log.contains("leaks fds"), "it was told already: {log}");
 }
 
 #[test]
@@ -211,7 +257,9 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
     let run_dir = agent.run_dir();
     agent.child.signal(Signal::KILL);
     agent.child.0.wait().unwrap();
-    let child = plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir]).spawn().unwrap();
+    let state_dir = agent.dir.join("state");
+    let arguments = ["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir, "--state-dir", &state_dir];
+    let child = plumb().args(arguments).spawn().unwrap();
     let mut next = Running(child);
     let deadline = Instant::now() + Duration::from_secs(120);
     while agent.get_control("/v1/leaks").is_none_or(|(status, _)| status != 200) {

@@ -199,7 +199,7 @@ impl Agent {
         let log = dir.0.join("log");
         let child = plumb()
             .arg("agent")
-            .args(["--listen", &address, "--run-dir", &dir.join("run")])
+            .args(["--listen", &address, "--run-dir", &dir.join("run"), "--state-dir", &dir.join("state")])
             .args(arguments)
             .stderr(fs::File::create(&log).unwrap())
             .spawn()
