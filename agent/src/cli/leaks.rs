@@ -181,7 +181,7 @@ fn list(arguments: &Arguments) -> Outcome {
 fn one(document: &Leaks, id: &str, format: Format) -> Outcome {
     let Some(leak) = document.findings.iter().find(|leak| leak.id == id) else {
         let remedy = "`plumb leaks` lists the ids; what is resolved goes after ten minutes";
-        return Err(Failure::new(Exit::Error, format!("there is no finding {id}"), remedy).into());
+        return Err(Failure::new(Exit::Error, format!("there is no finding {id}"), remedy));
     };
     let text = if format == Format::Table { leak::page(leak) } else { output::json(leak)? + "\n" };
     output::data(&text)?;
