@@ -9,8 +9,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     ask::{Asker, Request},
     detect::{Change, Detector, Finding, Resource, Saved},
-    observe::{Input, Observation, Said, Saying},
+    observe::{Input, Observation},
     origins::Origins,
+    say::{Said, Saying},
     subscribe::Subscribers,
     table::Table,
     view::HostView,

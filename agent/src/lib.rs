@@ -31,6 +31,7 @@ mod origins;
 mod pids;
 mod procfs;
 mod report;
+mod say;
 mod state;
 mod subscribe;
 mod supervisor;
