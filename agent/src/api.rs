@@ -5,13 +5,10 @@ use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::D
 use axum::{
     Json, Router,
     body::Body,
-    extract::{
-        Path, Query, State,
-        rejection::{JsonRejection, QueryRejection},
-    },
+    extract::{Query, State, rejection::QueryRejection},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::get,
     serve::Listener,
 };
 use hyper::server::conn::http1;
@@ -24,7 +21,7 @@ use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     task::JoinSet,
     time,
 };
@@ -34,15 +31,14 @@ use crate::{
     ask::{Asker, Request},
     clock::{self, Calendar},
     decode::Event,
-    detect::NoSuchFinding,
     document::{Leaks, Processes},
     export::prometheus::{self, Own},
     follow::Who,
     line::{self, Line},
-    observe::{Input, Said, Saying},
+    observe::Input,
+    say,
     subscribe::{self, Item, Subscribers, Subscription},
     supervisor::{self, Workers},
-    text,
     view::HostView,
 };
 
@@ -198,7 +194,7 @@ pub(crate) struct Events {
 
 /// For whoever may open the control socket.
 pub(crate) fn control(shared: Shared, events: Events) -> Router {
-    let say = Router::new().route("/v1/leaks/{id}/{what}", post(say)).with_state(events.inputs.clone());
+    let say = say::router(events.inputs.clone());
     let streams = Router::new().route("/v1/events", get(stream)).with_state((shared.clone(), events));
     Router::new()
         .route("/v1/leaks", get(leaks))
@@ -224,55 +220,6 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 async fn leaks(State(shared): State<Shared>) -> Json<Leaks> {
     let view = Arc::clone(&shared.views.borrow());
     Json(Leaks::new(&view.findings, Calendar::now()))
-}
-
-/// What is said about a finding, beside its id.
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Words {
-    reason: Option<String>,
-    /// RFC 3339.
-    until: Option<String>,
-}
-
-/// A reason is cut to so many characters.
-const MAX_REASON: usize = 200;
-
-/// `ack`, `silence` or `unsilence` a finding.
-async fn say(
-    State(inputs): State<mpsc::Sender<Input>>,
-    Path((id, what)): Path<(String, String)>,
-    words: Result<Json<Words>, JsonRejection>,
-) -> Response {
-    let refuse = |status: StatusCode, text: String| (status, text + "\n").into_response();
-    let words = match words {
-        Ok(Json(words)) => words,
-        Err(error) => return refuse(StatusCode::BAD_REQUEST, format!("{error}; send a JSON object")),
-    };
-    let what = match what.as_str() {
-        "ack" => {
-            let cut = |reason: String| text::printable(reason.as_bytes()).chars().take(MAX_REASON).collect();
-            Said::Ack(words.reason.map(cut))
-        }
-        "unsilence" => Said::Unsilence,
-        "silence" => match words.until.as_deref().map(humantime::parse_rfc3339_weak) {
-            Some(Ok(until)) => Said::Silence(Calendar::now().since_boot(until)),
-            _ => {
-                let why = "until when? send {\"until\": \"2030-01-31T12:00:00Z\"}".to_owned();
-                return refuse(StatusCode::BAD_REQUEST, why);
-            }
-        },
-        _ => return refuse(StatusCode::NOT_FOUND, format!("{what} is none of ack, silence and unsilence")),
-    };
-    let (answer, answered) = oneshot::channel();
-    let asked = inputs.send(Input::Say(Saying { id: id.clone(), what, answer })).await;
-    match (asked, answered.await) {
-        (Ok(()), Ok(Ok(()))) => StatusCode::NO_CONTENT.into_response(),
-        (Ok(()), Ok(Err(NoSuchFinding))) => {
-            refuse(StatusCode::NOT_FOUND, format!("no finding has the id {id}"))
-        }
-        _ => refuse(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending, or starting anew".to_owned()),
-    }
 }
 
 /// The table of the last pass.

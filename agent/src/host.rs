@@ -10,8 +10,9 @@ use crate::{
     ask::{Asker, Request},
     detail::Details,
     detect::{Change, Detector, Finding, Saved},
-    observe::{Input, Observation, Said, Saying},
+    observe::{Input, Observation},
     origins::Origins,
+    say::{Said, Saying},
     stacks::Named,
     subscribe::Subscribers,
     table::Table,
@@ -129,7 +130,8 @@ impl Host {
                 }
             }
             Input::Pass(observation) => self.pass(&observation),
-            Input::Confirmed(key, resource, found) => {
+            Input::Confirmed(key, resource, mut found) => {
+                found.functions = self.origins.by_origin(key, resource).functions();
                 self.detector.confirm(key, resource, *found, self.time);
                 self.tell();
             }

@@ -36,6 +36,7 @@ mod origins;
 mod pids;
 mod procfs;
 mod report;
+mod say;
 mod stacks;
 mod state;
 mod subscribe;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use plumb_common::{counts::Counts, task::ProcKey};
-use tokio::sync::{mpsc::Sender, oneshot};
+use tokio::sync::mpsc::Sender;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -16,11 +16,12 @@ use crate::{
     ask::{Bell, Request},
     census, clock,
     decode::{Event, Sample},
-    detect::{Confirmation, NoSuchFinding, Resource},
+    detect::{Confirmation, Resource},
     evidence::{self, Evidence},
     follow::{FdEvents, Follow, Following, Wanted},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
+    say::Saying,
     stacks::{Losses, Named, Queue, Survivors},
     table::Pass,
 };
@@ -57,24 +58,6 @@ pub(crate) enum Input {
     Say(Saying),
     /// The answer to `Request::Census`: how many old threads there are of each type.
     Census(ProcKey, Vec<(String, u32)>),
-}
-
-/// What somebody says about a finding, by its id.
-#[derive(Debug)]
-pub(crate) struct Saying {
-    pub id: String,
-    pub what: Said,
-    /// Whether there is such a finding.
-    pub answer: oneshot::Sender<Result<(), NoSuchFinding>>,
-}
-
-#[derive(Debug)]
-pub(crate) enum Said {
-    /// Known, for this reason.
-    Ack(Option<String>),
-    /// Nothing more before this time, nanoseconds since boot.
-    Silence(u64),
-    Unsilence,
 }
 
 /// A pass and what it took.

@@ -84,6 +84,16 @@ pub(crate) struct ByOrigin {
 }
 
 impl ByOrigin {
+    /// How many the program's own functions made, by the name of the function.
+    #[must_use]
+    pub(crate) fn functions(&self) -> Vec<(String, u32)> {
+        let function = |group: &Group| {
+            let [function, _] = group.stack.as_deref()?.headline()?;
+            Some((function?.function?, group.live))
+        };
+        self.groups.iter().filter_map(function).collect()
+    }
+
     /// Of numbers, when each was made, by which call and where.
     fn count<'a>(made: impl Iterator<Item = (u32, u64, &'static str, &'a Option<Arc<Stack>>)>) -> Self {
         let mut counted = Self::default();

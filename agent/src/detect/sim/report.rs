@@ -151,7 +151,8 @@ fn tuning() {
 /// Leaks are found and sound processes are not accused, in a few hundred cases.
 #[test]
 fn quick() {
-    let total = table(REPORTING, QUICK);
+    // What is reported stays unseen by whoever runs the tests after each change.
+    let total = table(TUNING, QUICK);
     assert!(total.recall() >= 0.98, "{}", total.recall());
     // A rate has no meaning in so few hours.
     assert!(total.wrong <= 1, "{} wrong verdicts in {} hours", total.wrong, total.hours);
