@@ -7,6 +7,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::{
     manifest::{Case, Label, Leak, Resource},
+    origins,
     run::{Record, Verdict},
 };
 
@@ -84,6 +85,9 @@ fn misjudgement(case: &Case, record: &Record) -> Vec<String> {
             if record.verdicts.iter().any(|(at, verdict)| *at < leak.after && *verdict == Verdict::Leaking) {
                 faults.push("leaking before its first leak".to_owned());
             }
+            if first(record, Verdict::Leaking, leak.after).is_some() {
+                faults.extend(origins::faults(case, leak, &record.origins));
+            }
         }
         Label::Sound(..) => {
             faults.extend(
@@ -103,7 +107,7 @@ fn first(record: &Record, verdict: Verdict, after: f64) -> Option<f64> {
 }
 
 /// Columns of the table, and whether they hold numbers.
-const COLUMNS: [(&str, bool); 10] = [
+const COLUMNS: [(&str, bool); 12] = [
     ("CASE", false),
     ("LANGUAGE", false),
     ("LABEL", false),
@@ -113,6 +117,8 @@ const COLUMNS: [(&str, bool); 10] = [
     ("SUSPECT", true),
     ("LEAKING", true),
     ("DEADLINES", false),
+    ("ORIGIN", false),
+    ("RIGHT", true),
     ("", false),
 ];
 
@@ -142,6 +148,13 @@ fn row(case: &Case, record: &Record) -> [String; COLUMNS.len()] {
     };
     let seconds = |verdict| first(record, verdict, after).map_or("-".to_owned(), |time| format!("{time:.0}"));
     let count = |reading: Option<&(f64, u32)>| reading.map_or(0, |(_, count)| *count);
+    let (origin, right) = match &case.label {
+        Label::Leak(leak) => {
+            let (all, right) = origins::share(case, leak, &record.origins);
+            (origins::headline(&record.origins), format!("{right}/{all}"))
+        }
+        Label::Sound(..) => Default::default(),
+    };
     let missed =
         [misbehaviour(case, record), misjudgement(case, record)].iter().any(|faults| !faults.is_empty());
     [
@@ -154,6 +167,8 @@ fn row(case: &Case, record: &Record) -> [String; COLUMNS.len()] {
         seconds(Verdict::Suspect),
         seconds(Verdict::Leaking),
         deadlines,
+        origin,
+        right,
         if missed { "MISSED" } else { "" }.to_owned(),
     ]
 }
@@ -183,6 +198,7 @@ fn faults_of(name: &str, count: impl Fn(f64) -> f64, suspect: f64, leaking: f64)
     let record = Record {
         counts: times().map(|at| (at, count(at) as u32)).collect(),
         verdicts: times().map(|at| (at, verdict(at))).collect(),
+        origins: origins::tests::right(&cases[0], 40),
         ended: Some((seconds, ExitStatus::from_raw(rustix::process::Signal::ALARM.as_raw()))),
         ..Record::default()
     };

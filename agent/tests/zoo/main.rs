@@ -7,6 +7,7 @@ mod support;
 mod build;
 mod judge;
 mod manifest;
+mod origins;
 mod run;
 
 /// The names of the only programs to run, with blanks between them.

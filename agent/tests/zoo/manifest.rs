@@ -32,8 +32,21 @@ pub(crate) struct Leak {
     pub(crate) after: f64,
     pub(crate) suspect: f64,
     pub(crate) leaking: f64,
-    stack: Vec<String>,
+    pub(crate) stack: Vec<String>,
+    /// What must be in the stack where nothing of `stack` can be; else empty.
+    pub(crate) native: Vec<String>,
 }
+
+/// A line of a source.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Without its folder.
+    pub(crate) file: String,
+    pub(crate) line: u32,
+}
+
+/// Ends the line of a source that makes what is leaked.
+const MARK: &str = "// leak";
 
 /// As in the documents of plumb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -82,6 +95,35 @@ impl Case {
     pub(crate) fn source(&self) -> PathBuf {
         folder().join(&self.program)
     }
+
+    /// The names of its own sources: the program, and what it shares with others of its language.
+    pub(crate) fn files(&self) -> [String; 2] {
+        self.sources().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+    }
+
+    fn sources(&self) -> [PathBuf; 2] {
+        let common = match self.language() {
+            Language::C | Language::Cpp => "c/common.h",
+            Language::Rust => "rust/common.rs",
+            Language::Go => "go/common.go",
+            Language::Python => "python/common.py",
+            // Nothing is shared.
+            Language::Shell => return [self.source(), self.source()],
+        };
+        [self.source(), folder().join(common)]
+    }
+
+    /// Where its innermost function makes what is leaked: the first line with the mark behind that function's name.
+    pub(crate) fn place(&self, leak: &Leak) -> Option<Place> {
+        let own = leak.stack[0].rsplit("::").next()?;
+        let named = format!("{own}(");
+        self.sources().iter().find_map(|path| {
+            let text = fs::read_to_string(path).unwrap();
+            let lines = (1..).zip(text.lines()).skip_while(|(_, line)| !line.contains(&named));
+            let line = lines.into_iter().find(|(_, line)| line.ends_with(MARK))?.0;
+            Some(Place { file: path.file_name()?.to_str()?.to_owned(), line })
+        })
+    }
 }
 
 /// This folder.
@@ -108,6 +150,8 @@ struct WrittenLeak {
     leaking: f64,
     seconds: f64,
     stack: Vec<String>,
+    #[serde(default)]
+    native: Vec<String>,
     #[serde(rename = "why")]
     _why: String,
 }
@@ -137,6 +181,7 @@ pub(crate) fn read() -> Vec<Case> {
             suspect: leak.suspect,
             leaking: leak.leaking,
             stack: leak.stack,
+            native: leak.native,
         }),
     });
     let sound = written.sound.into_iter().map(|sound| Case {
@@ -208,5 +253,27 @@ fn the_functions_that_leak_are_in_the_sources() {
             let own = function.rsplit("::").next().unwrap();
             assert!(source.contains(&format!("{own}(")), "{function} is not in {}", case.name());
         }
+        // Either has a line that can be looked for.
+        assert_eq!(case.place(leak).is_none(), !leak.native.is_empty(), "{}", case.name());
+        let is_interpreted = matches!(case.language(), Language::Python | Language::Shell);
+        assert!(!is_interpreted || !leak.native.is_empty(), "{}", case.name());
     }
+}
+
+#[test]
+fn the_mark_is_looked_for_behind_the_function() {
+    let place = |name: &str| {
+        let case = read().into_iter().find(|case| case.name() == name).unwrap();
+        let Label::Leak(leak) = &case.label else { return None };
+        case.place(leak)
+    };
+    let at = |file: &str, words: &str| {
+        let text = fs::read_to_string(folder().join(file)).unwrap();
+        let line = text.lines().position(|line| line.contains(words)).unwrap() + 1;
+        Some(Place { file: file.split('/').next_back()?.to_owned(), line: line as u32 })
+    };
+    assert_eq!(place("db_retry"), at("c/db_retry.c", "fd = socket("));
+    assert_eq!(place("slow_reader"), at("c/common.h", "check(open(path"));
+    assert_eq!(place("condvar_threads"), at("c/common.h", "= pthread_create("));
+    assert_eq!(place("sockets_list"), None);
 }

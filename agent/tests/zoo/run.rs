@@ -14,11 +14,12 @@ use std::{
 use rustix::process::{
     Resource as Limit, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit,
 };
-use serde_json::Value;
+use serde::Deserialize;
 
 use crate::{
     build::Words,
     manifest::{Case, Resource},
+    origins::Origin,
     support::{Agent, Running, TempDir},
 };
 
@@ -45,6 +46,8 @@ pub(crate) struct Record {
     pub(crate) counts: Vec<(f64, u32)>,
     /// On the same count, by plumb.
     pub(crate) verdicts: Vec<(f64, Verdict)>,
+    /// Where it came from, when it was last called leaking.
+    pub(crate) origins: Vec<Origin>,
     /// When its other count was first called leaking.
     pub(crate) other: Option<f64>,
     /// How and when it ended; `None` when it had to be killed.
@@ -72,9 +75,9 @@ pub(crate) fn all(cases: &[Case], programs: &[Words]) -> Vec<Record> {
     while running.iter().any(Program::is_awaited) {
         ticks += 1;
         thread::sleep((began + TICK * ticks).saturating_duration_since(Instant::now()));
-        let verdicts = verdicts(&agent);
+        let findings = findings(&agent);
         for program in &mut running {
-            program.look(&verdicts);
+            program.look(&findings);
         }
     }
     running.into_iter().map(|program| program.finish(&dir.0)).collect()
@@ -110,18 +113,32 @@ fn start<'a>(case: &'a Case, words: &Words, folder: &Path) -> Program<'a> {
     Program { case, child: Running(child), began: Instant::now(), record: Record::default() }
 }
 
+/// GET /v1/leaks.
+#[derive(Deserialize)]
+struct Leaks {
+    findings: Vec<Finding>,
+}
+
+#[derive(Deserialize)]
+struct Finding {
+    pid: u32,
+    resource: Resource,
+    state: String,
+    origins: Vec<Origin>,
+}
+
 /// By pid and count; those that are not quiet.
-fn verdicts(agent: &Agent) -> BTreeMap<(u32, Resource), Verdict> {
+type Findings = BTreeMap<(u32, Resource), (Verdict, Vec<Origin>)>;
+
+fn findings(agent: &Agent) -> Findings {
     let (status, body) = agent.get_control("/v1/leaks").unwrap();
     assert_eq!(status, 200, "{body}");
-    let document: Value = serde_json::from_str(&body).unwrap();
-    let verdict = |finding: &Value| {
-        let pid = u32::try_from(finding["pid"].as_u64().unwrap()).unwrap();
-        let resource = serde_json::from_value(finding["resource"].clone()).unwrap();
-        let verdict = if finding["state"] == "leaking" { Verdict::Leaking } else { Verdict::Suspect };
-        ((pid, resource), verdict)
+    let document: Leaks = serde_json::from_str(&body).unwrap();
+    let found = |finding: Finding| {
+        let verdict = if finding.state == "leaking" { Verdict::Leaking } else { Verdict::Suspect };
+        ((finding.pid, finding.resource), (verdict, finding.origins))
     };
-    document["findings"].as_array().unwrap().iter().map(verdict).collect()
+    document.findings.into_iter().map(found).collect()
 }
 
 impl Program<'_> {
@@ -130,7 +147,7 @@ impl Program<'_> {
         self.record.ended.is_none() && self.began.elapsed().as_secs_f64() < self.case.seconds + SLACK
     }
 
-    fn look(&mut self, verdicts: &BTreeMap<(u32, Resource), Verdict>) {
+    fn look(&mut self, findings: &Findings) {
         if self.record.ended.is_some() {
             return;
         }
@@ -139,13 +156,17 @@ impl Program<'_> {
             self.record.ended = Some((now, status));
             return;
         }
-        let of = |resource| verdicts.get(&(self.child.pid(), resource)).copied().unwrap_or(Verdict::Quiet);
+        let of = |resource| findings.get(&(self.child.pid(), resource));
+        let verdict = |resource| of(resource).map_or(Verdict::Quiet, |(verdict, _)| *verdict);
         let (own, other) = match self.case.resource {
             Resource::Fd => (Resource::Fd, Resource::Thread),
             Resource::Thread => (Resource::Thread, Resource::Fd),
         };
-        self.record.verdicts.push((now, of(own)));
-        if of(other) == Verdict::Leaking {
+        self.record.verdicts.push((now, verdict(own)));
+        if let Some((Verdict::Leaking, origins)) = of(own) {
+            self.record.origins.clone_from(origins);
+        }
+        if verdict(other) == Verdict::Leaking {
             self.record.other.get_or_insert(now);
         }
         // While it ends, /proc still shows it, with less and less.

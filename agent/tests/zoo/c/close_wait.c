@@ -9,7 +9,7 @@ static nfds_t used;
 
 NAMED void accept_client(int listener)
 {
-    int connection = check(accept4(listener, NULL, NULL, SOCK_CLOEXEC), "accept");
+    int connection = check(accept4(listener, NULL, NULL, SOCK_CLOEXEC), "accept"); // leak
     if (used < MOST) {
         polled[used++] = (struct pollfd){.fd = connection, .events = POLLIN};
     } else {

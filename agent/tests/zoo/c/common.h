@@ -56,7 +56,7 @@ static inline double uniform(void)
 
 static inline int open_file(const char *path)
 {
-    return check(open(path, O_RDONLY | O_CLOEXEC), path);
+    return check(open(path, O_RDONLY | O_CLOEXEC), path); // leak
 }
 
 // fork; the child ends with this process at the latest.
@@ -104,7 +104,7 @@ static inline int connected_socket(const struct sockaddr_in *address)
 static inline void start_thread(void *(*body)(void *), void *argument)
 {
     pthread_t thread;
-    int failed = pthread_create(&thread, NULL, body, argument);
+    int failed = pthread_create(&thread, NULL, body, argument); // leak
     if (failed != 0) {
         fprintf(stderr, "pthread_create: %s\n", strerror(failed));
         exit(1);

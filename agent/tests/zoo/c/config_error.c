@@ -13,7 +13,7 @@ static void save(const char *path, const char *text)
 NAMED int load_config(const char *path)
 {
     char line[80];
-    FILE *file = fopen(path, "re");
+    FILE *file = fopen(path, "re"); // leak
     if (file == NULL) {
         return -1;
     }

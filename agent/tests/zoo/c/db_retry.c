@@ -3,7 +3,7 @@
 
 NAMED int db_connect(const struct sockaddr_in *address)
 {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0); // leak
     if (fd < 0 || connect(fd, (const struct sockaddr *)address, sizeof *address) < 0) {
         return -1;
     }

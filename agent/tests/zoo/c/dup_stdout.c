@@ -3,7 +3,7 @@
 
 NAMED int redirect_stdout(const char *path)
 {
-    int saved = check(dup(STDOUT_FILENO), "dup");
+    int saved = check(dup(STDOUT_FILENO), "dup"); // leak
     int file = check(open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600), path);
     check(dup2(file, STDOUT_FILENO), "dup2");
     close(file);

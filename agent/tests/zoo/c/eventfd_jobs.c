@@ -18,7 +18,7 @@ static void *work(void *argument)
 
 NAMED void start_job(struct job *job)
 {
-    job->done = check(eventfd(0, EFD_CLOEXEC), "eventfd");
+    job->done = check(eventfd(0, EFD_CLOEXEC), "eventfd"); // leak
     start_thread(work, job);
 }
 

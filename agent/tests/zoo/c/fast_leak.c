@@ -4,7 +4,7 @@
 
 NAMED int open_asset(void)
 {
-    int fd = open("/etc/hostname", O_RDONLY | O_CLOEXEC);
+    int fd = open("/etc/hostname", O_RDONLY | O_CLOEXEC); // leak
     if (fd < 0 && errno != EMFILE) {
         check(fd, "open");
     }

@@ -4,7 +4,7 @@
 
 NAMED int watch_folder(const char *path)
 {
-    int fd = check(inotify_init1(IN_CLOEXEC | IN_NONBLOCK), "inotify_init1");
+    int fd = check(inotify_init1(IN_CLOEXEC | IN_NONBLOCK), "inotify_init1"); // leak
     check(inotify_add_watch(fd, path, IN_CLOSE_WRITE | IN_MOVED_TO), "inotify_add_watch");
     return fd;
 }

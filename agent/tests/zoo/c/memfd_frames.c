@@ -6,7 +6,7 @@
 
 NAMED int new_frame(void)
 {
-    int fd = check(memfd_create("frame", MFD_CLOEXEC), "memfd_create");
+    int fd = check(memfd_create("frame", MFD_CLOEXEC), "memfd_create"); // leak
     check(ftruncate(fd, BYTES), "ftruncate");
     return fd;
 }

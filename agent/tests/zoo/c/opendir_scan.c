@@ -4,7 +4,7 @@
 
 NAMED int find_file(const char *folder, const char *name)
 {
-    DIR *entries = opendir(folder);
+    DIR *entries = opendir(folder); // leak
     if (entries == NULL) {
         return 0;
     }

@@ -6,7 +6,7 @@
 
 NAMED int open_session(void)
 {
-    return check(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket");
+    return check(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"); // leak
 }
 
 NAMED void rush(void)

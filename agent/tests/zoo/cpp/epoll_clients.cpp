@@ -4,7 +4,7 @@
 
 class Poller {
 public:
-    NAMED Poller() : epoll(check(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")) {}
+    NAMED Poller() : epoll(check(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")) {} // leak
 
     void add(int fd)
     {

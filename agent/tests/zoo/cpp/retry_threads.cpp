@@ -19,7 +19,7 @@ NAMED void connect_with_retry()
 
 NAMED void open_session()
 {
-    std::thread(connect_with_retry).detach();
+    std::thread(connect_with_retry).detach(); // leak
 }
 
 NAMED void session_loop()

@@ -13,7 +13,7 @@ NAMED void run_task()
 {
     int ends[2];
     char answer[16];
-    check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), "socketpair");
+    check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), "socketpair"); // leak
     std::thread worker(work, ends[1]);
     check(static_cast<int>(read(ends[0], answer, sizeof answer)), "read");
     worker.join();

@@ -26,7 +26,7 @@ static std::vector<std::unique_ptr<Timeout>> timeouts;
 
 NAMED Timeout &arm_timeout(time_t seconds)
 {
-    int fd = check(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC), "timerfd_create");
+    int fd = check(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC), "timerfd_create"); // leak
     timeouts.push_back(std::make_unique<Timeout>(fd));
     timeouts.back()->set(seconds);
     return *timeouts.back();

@@ -35,7 +35,7 @@ fn work() -> Result<()> {
 
 #[inline(never)]
 fn archive(path: &str) -> io::Result<File> {
-    let mut file = File::open(path)?;
+    let mut file = File::open(path)?; // leak
     file.read_exact(&mut [0])?;
     Ok(file)
 }

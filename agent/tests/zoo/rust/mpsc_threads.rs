@@ -29,7 +29,7 @@ fn subscribe_all() -> io::Result<()> {
 #[inline(never)]
 fn subscribe() -> io::Result<Sender<String>> {
     let (sender, receiver) = mpsc::channel();
-    thread::Builder::new().name("subscriber".to_owned()).spawn(move || print_all(&receiver))?;
+    thread::Builder::new().name("subscriber".to_owned()).spawn(move || print_all(&receiver))?; // leak
     Ok(sender)
 }
 
