@@ -18,8 +18,12 @@ pub(crate) enum Request {
     Follow(Who),
     /// And no longer.
     Unfollow(Who),
-    /// Remember what a suspect holds, and follow its fds from now on.
+    /// Remember what a suspect holds.
     Remember(ProcKey, Resource),
+    /// Follow the fds or threads of a suspect, with the stacks of who makes them.
+    Watch(ProcKey, Resource),
+    /// And no longer.
+    Unwatch(ProcKey, Resource),
     /// Look up what of it is still held, now that the count has grown beyond this baseline.
     Confirm(ProcKey, Resource, u32),
     /// Look at the threads of a process, and where some of them are.

@@ -69,6 +69,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
     let (subscribers, followers, bell) = (Subscribers::default(), ask.clone(), ask.bell());
     let (stacks, inbox) = stacks::Queue::new();
+    let waker = stacks.clone();
     let said = inputs.clone();
     let mut supervisor = Supervisor::default();
 
@@ -100,6 +101,11 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let inbox = Arc::new(Mutex::new(inbox));
     supervisor.spawn("stacks", move |stop| {
         let (inbox, named) = (Arc::clone(&inbox), named.clone());
+        let (ending, to_end) = (stop.clone(), waker.clone());
+        tokio::spawn(async move {
+            ending.cancelled().await;
+            to_end.wake();
+        });
         on_thread("stacks", move || {
             let inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
             let give = |done| {

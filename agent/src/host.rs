@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use plumb_common::task::ProcKey;
 use tokio::sync::{mpsc::Receiver, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     ask::{Asker, Request},
     detail::Details,
-    detect::{Change, Detector, Finding, Saved},
+    detect::{Change, Detector, Finding, Resource, Saved},
     observe::{Input, Observation},
     origins::Origins,
     say::{Said, Saying},
@@ -17,6 +18,7 @@ use crate::{
     subscribe::Subscribers,
     table::Table,
     view::HostView,
+    watchlist::Watchlist,
 };
 
 /// Tells people of a leak.
@@ -29,6 +31,7 @@ pub(crate) type Keep = Box<dyn Fn(Vec<Saved>) + Send>;
 pub(crate) struct Host {
     table: Table,
     origins: Origins,
+    watchlist: Watchlist,
     details: Details,
     subscribers: Subscribers,
     detector: Detector,
@@ -60,6 +63,7 @@ impl Host {
         Self {
             table: Table::default(),
             origins: Origins::default(),
+            watchlist: Watchlist::default(),
             details: Details::default(),
             subscribers,
             detector,
@@ -146,6 +150,19 @@ impl Host {
         }
     }
 
+    fn watch(&mut self, key: ProcKey, resource: Resource) {
+        self.origins.watch(key, resource);
+        self.requests.ask(Request::Watch(key, resource));
+    }
+
+    fn unwatch(&mut self, key: ProcKey, resource: Resource) {
+        self.origins.unwatch(key, resource);
+        self.requests.ask(Request::Unwatch(key, resource));
+        for (key, resource) in self.watchlist.remove((key, resource)) {
+            self.watch(key, resource);
+        }
+    }
+
     fn findings(&self) -> Vec<Finding> {
         let mut findings = self.detector.findings();
         findings.iter_mut().for_each(|finding| self.details.fill(finding));
@@ -169,12 +186,15 @@ impl Host {
         for change in self.detector.observe(&rows, observation.pass.ended) {
             let request = match change {
                 Change::Suspect(key, resource) => {
-                    self.origins.watch(key, resource);
+                    let row = rows.iter().find(|row| row.key == key);
+                    if row.is_some_and(|row| self.watchlist.add((key, resource), &row.info.group)) {
+                        self.watch(key, resource);
+                    }
                     Request::Remember(key, resource)
                 }
                 Change::Grown(key, resource, baseline) => Request::Confirm(key, resource, baseline),
                 Change::Quiet(key, resource) => {
-                    self.origins.unwatch(key, resource);
+                    self.unwatch(key, resource);
                     Request::Forget(key, resource)
                 }
             };
@@ -209,6 +229,7 @@ impl Host {
             untracked: observation.pass.untracked,
             fd_drift: self.origins.drift(),
             origins: self.origins.held(),
+            watch_waiting: self.watchlist.waiting(),
             subscribers: (self.subscribers.count(), self.subscribers.missed()),
             lost_lately: 0,
             programs: Arc::clone(&observation.programs),

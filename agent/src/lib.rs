@@ -46,3 +46,4 @@ mod table;
 mod text;
 mod thread_type;
 mod view;
+mod watchlist;

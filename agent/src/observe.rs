@@ -277,20 +277,22 @@ impl Observer {
         match request {
             Request::Follow(who) => follow.add(kernel, who),
             Request::Unfollow(who) => follow.remove(kernel, who),
-            Request::Remember(key, resource) => {
+            Request::Watch(key, resource) => {
                 stacks.watch(key);
                 follow.suspect(kernel, (key, resource), true);
-                if let Err(error) = evidence.remember(kernel, key, resource) {
-                    tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
-                }
             }
-            Request::Forget(key, resource) => {
+            Request::Unwatch(key, resource) => {
                 follow.suspect(kernel, (key, resource), false);
                 if !follow.is_suspect(key) {
                     stacks.forget(key);
                 }
-                evidence.forget(key, resource);
             }
+            Request::Remember(key, resource) => {
+                if let Err(error) = evidence.remember(kernel, key, resource) {
+                    tracing::warn!(pid = key.tgid, %error, "what a suspect holds cannot be listed");
+                }
+            }
+            Request::Forget(key, resource) => evidence.forget(key, resource),
             Request::Threads(key, wanted) => match kernel.threads(key) {
                 Ok(threads) => stacks.census(key, census::Copied::take(key, &threads, &wanted)),
                 Err(error) => tracing::warn!(pid = key.tgid, %error, "threads cannot be listed"),

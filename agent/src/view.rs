@@ -43,6 +43,8 @@ pub(crate) struct HostView {
     pub fd_drift: FdDrift,
     /// Origins of fds held now.
     pub origins: usize,
+    /// Suspects that wait for a place among the watched.
+    pub watch_waiting: usize,
     /// Listeners, and events that they missed because they did not keep up.
     pub subscribers: (usize, u64),
     /// Events lost between the last two passes.

@@ -294,7 +294,7 @@ fn following(page: &mut Page, view: &HostView) -> fmt::Result {
         "plumb_watch_refused_processes",
         GAUGE,
         "Processes that are to be watched and find no room.",
-        [([], following.refused as f64)],
+        [([], (following.refused + view.watch_waiting) as f64)],
     )?;
     page.family("plumb_fd_origins", GAUGE, "Fds whose origin is remembered.", [([], view.origins as f64)])?;
     page.family("plumb_subscribers", GAUGE, "Readers of event streams.", [([], view.subscribers.0 as f64)])?;

@@ -9,7 +9,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+        mpsc::{Receiver, Sender, channel},
     },
     thread,
     time::{Duration, Instant},
@@ -32,8 +32,6 @@ const MAX_STACKS: usize = 4096;
 /// After some work the worker rests so many times as long, and so long at most.
 const REST: u32 = 9;
 const LONGEST_REST: Duration = Duration::from_secs(1);
-/// How soon it sees that it is to end.
-const TICK: Duration = Duration::from_millis(200);
 
 /// Which origin a stack belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +78,8 @@ enum Work {
     Forget(ProcKey),
     Unwind(Vec<Sample>),
     Census(ProcKey, census::Copied),
+    /// Whether it is to stop.
+    Look,
 }
 
 /// What comes out of it.
@@ -121,6 +121,13 @@ pub(crate) struct Inbox {
     shared: Arc<Shared>,
 }
 
+impl Inbox {
+    /// So many samples do not wait any more.
+    fn done(&self, samples: usize) {
+        self.shared.waiting.fetch_sub(samples, Ordering::Relaxed);
+    }
+}
+
 impl Queue {
     pub(crate) fn new() -> (Self, Inbox) {
         let (sender, work) = channel();
@@ -150,6 +157,11 @@ impl Queue {
         }
     }
 
+    /// Wakes the worker, so that it sees that it is to stop.
+    pub(crate) fn wake(&self) {
+        let _ = self.work.send(Work::Look);
+    }
+
     /// To name the stacks of threads.
     pub(crate) fn census(&self, process: ProcKey, threads: census::Copied) {
         let _ = self.work.send(Work::Census(process, threads));
@@ -168,12 +180,9 @@ impl Queue {
 /// Runs until it is stopped or nobody takes what it makes.
 pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &CancellationToken) {
     let mut names = Names::default();
-    while !stop.is_cancelled() {
-        let first = match inbox.work.recv_timeout(TICK) {
-            Ok(work) => work,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
+    while let Ok(first) = inbox.work.recv()
+        && !stop.is_cancelled()
+    {
         let began = Instant::now();
         // All that has come meanwhile at once: together it costs much less.
         let mut samples = Vec::new();
@@ -185,10 +194,12 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
                 }
                 Work::Watch(process) => {
                     // After an exec: what came before it belongs to the files of then.
+                    inbox.done(samples.len());
                     let before = names.of(std::mem::take(&mut samples));
                     names.watch(process);
                     Done::Named(before)
                 }
+                Work::Look => continue,
                 Work::Forget(process) => {
                     names.symboliser.forget(process);
                     continue;
@@ -202,12 +213,10 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
                 return;
             }
         }
-        // Only now: what waits is bounded together with what is being worked on.
-        let taken = samples.len();
-        if !give(Done::Named(names.of(samples))) {
+        inbox.done(samples.len());
+        if !samples.is_empty() && !give(Done::Named(names.of(samples))) {
             return;
         }
-        inbox.shared.waiting.fetch_sub(taken, Ordering::Relaxed);
         inbox.shared.too_many.store(names.too_many, Ordering::Relaxed);
         *inbox.shared.symboliser.lock().unwrap_or_else(PoisonError::into_inner) = names.symboliser.counters();
         thread::sleep((began.elapsed() * REST).min(LONGEST_REST));

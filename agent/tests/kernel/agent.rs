@@ -49,6 +49,7 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     assert_eq!(origin["syscall"], "openat", "{finding}");
     assert!((10..150).contains(&origin["live"].as_u64().unwrap()), "{finding}");
     assert_made_in(origin, "leak_fds", "let _leaked = File::open(path)");
+    assert_eq!(finding["origins"].as_array().unwrap().len(), 1, "each has a stack: {finding}");
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap();
     let exact = (limit - finding["live"].as_u64().unwrap()) as f64;
     let seconds = finding["seconds_to_exhaustion"].as_f64().unwrap();
