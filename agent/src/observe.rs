@@ -15,7 +15,7 @@ use crate::{
     admission::Admission,
     ask::{Bell, Request},
     clock,
-    decode::Event,
+    decode::{Event, Sample},
     detect::{Confirmation, Resource},
     evidence::Evidence,
     follow::{FdEvents, Follow, Following, Wanted},
@@ -100,6 +100,9 @@ struct Observer {
     admission: Admission,
     survivors: Survivors,
     stacks: Queue,
+    /// Stacks of events that have not been handed on. If they were unwound before, their names would come to an
+    /// origin that is not there yet.
+    held_back: Vec<Sample>,
     /// What the kernel's part of the last pass took.
     pass_cpu: Duration,
     failed: u64,
@@ -128,6 +131,7 @@ pub(crate) fn run(
         follow,
         survivors: Survivors::default(),
         stacks: stacks.clone(),
+        held_back: Vec::new(),
         pass_cpu: Duration::ZERO,
         failed: 0,
         failed_in_a_row: 0,
@@ -173,6 +177,7 @@ impl Observer {
                 if let Some(observation) = self.observation()? {
                     more |= observation.pass.after.len() == BATCH;
                     is_heard = is_heard && send(Input::Pass(Box::new(observation)));
+                    self.unwind_held_back();
                 }
                 next_pass = began + next_after(self.pass_cpu);
             } else {
@@ -190,9 +195,11 @@ impl Observer {
     fn drain(&mut self) -> Vec<Event> {
         let events = self.ring.drain(BATCH);
         let stacks = self.ring.drain_stacks();
-        self.stacks.unwind(self.survivors.of(&events, stacks));
+        self.held_back.extend(self.survivors.of(&events, stacks));
         let execs = events.iter().filter(|event| matches!(event, Event::Exec(_)));
         for process in execs.map(|event| event.header().process).filter(|key| self.follow.is_suspect(*key)) {
+            // With the files that it had.
+            self.stacks.unwind(std::mem::take(&mut self.held_back));
             self.stacks.watch(process);
         }
         self.follow.look(&events);
@@ -203,7 +210,14 @@ impl Observer {
     fn hand_on(&mut self, send: impl Fn(Input) -> bool) -> (bool, bool) {
         let events = self.drain();
         let more = events.len() == BATCH;
-        (more, events.is_empty() || send(Input::Events(Arc::new(events))))
+        let is_heard = events.is_empty() || send(Input::Events(Arc::new(events)));
+        self.unwind_held_back();
+        (more, is_heard)
+    }
+
+    /// Of events that have been handed on by now.
+    fn unwind_held_back(&mut self) {
+        self.stacks.unwind(std::mem::take(&mut self.held_back));
     }
 
     /// A pass with what goes with it; `None` for one that failed, which is counted and tried again.
