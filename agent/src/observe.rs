@@ -204,6 +204,8 @@ impl Observer {
         self.survived.extend(self.survivors.of(&events, stacks));
         let execs = events.iter().filter(|event| matches!(event, Event::Exec(_)));
         for process in execs.map(|event| event.header().process).filter(|key| self.follow.is_suspect(*key)) {
+            // What came before it, with the files that it had.
+            self.stacks.unwind(std::mem::take(&mut self.survived));
             self.stacks.watch(process);
         }
         self.follow.look(&events);

@@ -67,6 +67,7 @@ pub(crate) fn for_test() -> Result<()> {
         package("nginx-light", "/usr/sbin/nginx", "a real server that must raise no finding"),
         package("prometheus", "/usr/bin/promtool", "promtool checks the metrics page"),
         package("qemu-system-x86", "/usr/bin/qemu-system-x86_64", "runs the tests on other kernels"),
+        package("gcc", "/usr/bin/gcc", "builds programs whose stacks are sampled"),
         package("g++", "/usr/bin/g++", "builds programs whose stacks are sampled"),
         package("binutils", "/usr/bin/objcopy", "strips and spoils them"),
     ])?;

@@ -12,6 +12,10 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
+#[path = "../../agent/tests/support/variants.rs"]
+mod variants;
+
+use self::variants::C_PROGRAMS;
 use crate::{
     cargo,
     cmd::{self, run},
@@ -35,7 +39,7 @@ const ALONE: [&str; 5] = [
 const PATHS: &str = "every_path";
 const FD_PATHS: &str = "fd_paths";
 const MODEL: &str = "model::";
-const EXAMPLES: [&str; 3] = ["workload", FD_PATHS, "puppet"];
+const EXAMPLES: [&str; 4] = ["workload", FD_PATHS, "puppet", "calls"];
 /// Operations of the model test on an emulated kernel: half a minute.
 const EMULATED_OPS: u32 = 10_000;
 const SOAK: Duration = Duration::from_secs(30);
@@ -79,9 +83,7 @@ impl Arguments {
         if self.bless {
             guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
         }
-        let listing = cmd::output(
-            Command::new(workspace().join("target/release/examples").join(FD_PATHS)).arg("--list"),
-        )?;
+        let listing = cmd::output(Command::new(example(FD_PATHS)).arg("--list"))?;
         paths::settle(&listing, &on_kernels(&self.kernel, &guest)?, self.bless)
     }
 }
@@ -90,6 +92,10 @@ impl Arguments {
 /// what is shipped.
 pub(crate) fn build_kernel_tests() -> Result<PathBuf> {
     run(cargo("build").args(["--release", "--examples"]))?;
+    for (name, flags) in C_PROGRAMS {
+        let source = workspace().join("agent/tests/stacks/programs/calls.c");
+        run(Command::new("gcc").args(flags).arg(source).arg("-o").arg(example(name)))?;
+    }
     let built = cmd::output(cargo("test").args([
         "--release",
         "--package",
@@ -101,6 +107,11 @@ pub(crate) fn build_kernel_tests() -> Result<PathBuf> {
         "json",
     ]))?;
     executable(&built)
+}
+
+/// The path of a program that tests start.
+fn example(name: &str) -> PathBuf {
+    workspace().join("target/release/examples").join(name)
 }
 
 /// The path of the test binary in cargo's messages.
@@ -117,7 +128,8 @@ pub(crate) fn guest(tests: &Path) -> Guest {
     let skip = ALONE.iter().flat_map(|test| ["--skip", *test]);
     let together = ["/bin/tests", "--test-threads", "4"].into_iter().chain(skip).collect();
     let file = |host: PathBuf, guest: &str| (host, PathBuf::from(guest));
-    let examples = EXAMPLES.map(|name| file(release.join("examples").join(name), &format!("/bin/{name}")));
+    let names = EXAMPLES.into_iter().chain(C_PROGRAMS.map(|(name, _)| name));
+    let examples = names.map(|name| file(example(name), &format!("/bin/{name}")));
     let mut files = vec![
         file(tests.to_owned(), "/bin/tests"),
         file(release.join("plumb"), "/bin/plumb"),

@@ -16,7 +16,7 @@ use crate::{
 const CPU: usize = 0;
 /// Of each side of a pair.
 const BATCHES: u64 = 5;
-const OPERATIONS: [Operation; 6] = Operation::ALL;
+const OPERATIONS: [Operation; Operation::ALL.len()] = Operation::ALL;
 
 /// The pairs of each operation, or why there are none.
 struct Row {

@@ -88,7 +88,7 @@ const fn watch(words: &'static [&'static str], events: Events) -> Program {
 }
 
 /// plumb, and what any program on the same hooks costs.
-pub(crate) static OWN: [Subject; 7] = [
+pub(crate) static OWN: [Subject; 8] = [
     Subject { name: "nothing (control)", what: What::Nothing },
     Subject { name: "empty programs on clone, exec, rename, exit", what: What::Empty(SCHED) },
     Subject { name: "empty program on sys_exit", what: What::Empty(&["sys_exit"]) },
@@ -110,6 +110,16 @@ pub(crate) static OWN: [Subject; 7] = [
             agent!("watched"),
             watch(
                 &["{plumb}", "watch", "--pid", "{pid}", "-o", "jsonl"],
+                Events::Lines { containing: r#""pid":{pid},"#, each: 2 },
+            ),
+        ]),
+    },
+    Subject {
+        name: "plumb agent and `plumb watch --origins -o jsonl` of this process",
+        what: What::Programs(&[
+            agent!("watched"),
+            watch(
+                &["{plumb}", "watch", "--pid", "{pid}", "--origins", "-o", "jsonl"],
                 Events::Lines { containing: r#""pid":{pid},"#, each: 2 },
             ),
         ]),

@@ -1,6 +1,7 @@
 //! The worker that makes named stacks of copied ones, at no more than a tenth of a processor: unwinds, names, and
 //! hands on. Equal stacks are one in memory.
 
+mod matched;
 mod survivors;
 mod words;
 
@@ -18,7 +19,7 @@ use std::{
 use plumb_common::task::ProcKey;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::{survivors::Survivors, words::Function};
+pub(crate) use self::{matched::Matched, survivors::Survivors, words::Function};
 use crate::{
     census,
     decode::Sample,

@@ -10,6 +10,7 @@ mod follow;
 mod isolation;
 mod ledger;
 mod model;
+mod origins;
 mod paths;
 mod snapshot;
 mod stacks;

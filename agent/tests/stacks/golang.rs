@@ -31,7 +31,7 @@ fn go() -> PathBuf {
     found.find(|go| go.exists()).expect("`cargo xtask test` fetches Go into target/tools")
 }
 
-fn build(dir: &TempDir, files: &[&str], cgo: bool, arguments: &[&str]) -> String {
+pub(crate) fn build(dir: &TempDir, files: &[&str], cgo: bool, arguments: &[&str]) -> String {
     for file in files {
         fs::copy(source(file), dir.0.join(file)).unwrap();
     }
@@ -119,4 +119,29 @@ fn go_position_independent() {
 fn go_linked_with_c() {
     let dir = TempDir::new();
     check(&build(&dir, &["calls.go", "cgo.go"], true, &["-ldflags=-linkmode=external"]));
+}
+
+/// The scheduler makes a thread on a stack of its own, so no function of the program is in it.
+#[test]
+fn go_starts_a_thread() {
+    let dir = TempDir::new();
+    let program = build(&dir, &["threads.go"], false, &[]);
+    let mut symboliser = symboliser();
+    let (mut right, mut all, mut wrong) = (0, 0, String::new());
+    sampler::run(Command::new(program).arg("50"), &mut |process, sample| {
+        let stack = symboliser.unwind(process, std::slice::from_ref(&sample.raw)).remove(0);
+        let frames = symboliser.symbolise(&stack);
+        let mut names = frames.iter().flat_map(|frame| frame.lines.iter()).map(|line| line.function.as_str());
+        if names.next() != Some("runtime.clone") {
+            return;
+        }
+        all += 1;
+        if ["runtime.newosproc", "runtime.newm1"].iter().all(|name| names.any(|it| it == *name)) {
+            right += 1;
+        } else if wrong.is_empty() {
+            wrong = brief(&frames);
+        }
+    });
+    println!("{right} of {all}");
+    assert!(all >= 20 && right == all, "{right} of {all}: {wrong}");
 }

@@ -12,3 +12,4 @@ mod sampler;
 mod sources;
 #[path = "../support/mod.rs"]
 mod support;
+mod watched;

@@ -90,9 +90,14 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
-    /// The example `fd_paths`, which lies beside it.
+    /// The example `fd_paths`.
     pub(crate) fn fd_paths() -> PathBuf {
-        Self::program().with_file_name("fd_paths")
+        Self::example("fd_paths")
+    }
+
+    /// Another program, which lies beside it.
+    pub(crate) fn example(name: &str) -> PathBuf {
+        Self::program().with_file_name(name)
     }
 
     fn program() -> PathBuf {

@@ -17,7 +17,7 @@ use crate::{
     kernel::Kernel,
     line::{Counted, EventCounts, Line},
     origins::Origins,
-    stacks::{Made, Named, Names, Stack},
+    stacks::{Matched, Named, Names, Stack},
 };
 
 pub(super) struct Printer {
@@ -32,6 +32,7 @@ pub(super) struct Printer {
 #[derive(Default)]
 struct Watching {
     names: Names,
+    matched: Matched,
     origins: Origins,
     process: Option<ProcKey>,
 }
@@ -136,12 +137,11 @@ impl Watching {
                 self.names.watch(process);
             }
         }
-        let mut named = HashMap::new();
-        for Named { process, made, stack } in self.names.of(stacks) {
-            let Made { time, by, .. } = made;
+        let mut found = HashMap::new();
+        for Named { process, made, stack } in self.matched.of(events, self.names.of(stacks)) {
             self.origins.name(process, &made, &stack);
-            named.insert((by, time), stack);
+            found.insert((made.by, made.time), stack);
         }
-        named
+        found
     }
 }

@@ -36,6 +36,8 @@ const WITNESSES: usize = 16;
 
 const FLAG_TOP: u8 = 1;
 const FLAG_WRITES_SP: u8 = 2;
+/// Starts a thread.
+const CLONE: &[u8] = b"runtime.clone";
 const PCDATA_INLINED: u32 = 2;
 const FUNCDATA_INLINED: u32 = 3;
 const NONE: u32 = u32::MAX;
@@ -198,8 +200,9 @@ impl Go {
         if flags & FLAG_TOP != 0 {
             return Some(Step::End);
         }
-        // Such as systemstack and asmcgocall: the caller is on another stack.
-        if flags & FLAG_WRITES_SP != 0 {
+        // Such as systemstack and asmcgocall: the caller is on another stack. In clone it is the child that goes to
+        // another one.
+        if flags & FLAG_WRITES_SP != 0 && self.name(&function) != Some(CLONE) {
             return Some(Step::Stop);
         }
         let up = || {
@@ -225,13 +228,17 @@ impl Go {
                     address = function.entry.checked_add(parent.into())?;
                 }
                 None => {
-                    let name = string(self.names, function.word(1)?)?;
+                    let name = self.name(&function)?;
                     lines.push(RawLine { function: name.to_vec(), file, line, inlined: false });
                     break;
                 }
             }
         }
         Some(lines)
+    }
+
+    fn name(&self, function: &Function) -> Option<&'static [u8]> {
+        string(self.names, function.word(1)?)
     }
 
     fn source(&self, function: &Function, address: u64) -> Option<(Vec<u8>, u32)> {

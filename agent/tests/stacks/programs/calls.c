@@ -1,4 +1,5 @@
-/* Makes every kind of fd, and threads, each from a function of its own. `MARK name` names the line of the call. */
+/* Makes every kind of fd, and threads, each from a function of its own. `MARK name` names the line of the call.
+   With a second argument each round waits for a byte on stdin, and the end of that is its end. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -23,13 +24,13 @@ static volatile long sink;
 static void *idle(void *unused) { return unused; }
 
 OWN static int call_open(void) {
-    int fd = open("/etc/hostname", O_RDONLY); /* MARK open */
+    int fd = open("/dev/null", O_RDONLY); /* MARK open */
     sink += fd;
     return fd;
 }
 
 OWN static int call_fopen(void) {
-    FILE *file = fopen("/etc/hostname", "r"); /* MARK fopen */
+    FILE *file = fopen("/dev/null", "r"); /* MARK fopen */
     int fd = dup(fileno(file));
     fclose(file);
     return fd;
@@ -106,8 +107,12 @@ int main(int argc, char **argv) {
     sink += bind(listener, (struct sockaddr *)&address, sizeof address);
     sink += listen(listener, 16);
     sink += getsockname(listener, (struct sockaddr *)&address, &size);
-    for (int round = 0; round < rounds; round++)
+    for (int round = 0; round < rounds; round++) {
+        char order;
+        if (argc > 2 && read(0, &order, 1) != 1)
+            break;
         for (unsigned number = 0; number < sizeof calls / sizeof *calls; number++)
             once((int)number); /* MARK main */
+    }
     return 0;
 }

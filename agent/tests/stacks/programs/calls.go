@@ -1,4 +1,5 @@
-// Makes fds, each from a function of its own. `MARK name` names the line of the call.
+// Makes fds, each from a function of its own. `MARK name` names the line of the call. With a second argument each
+// round waits for a byte on stdin, and the end of that is its end.
 package main
 
 import (
@@ -101,7 +102,17 @@ func main() {
 	syscall.Listen(listener, 16)
 	name, _ := syscall.Getsockname(listener)
 	address = name.(*syscall.SockaddrInet4)
+	paced := len(os.Args) > 2
+	if paced {
+		// The first file makes fds of the runtime's own.
+		syscall.Close(callOpen())
+	}
 	for round := 0; round < rounds; round++ {
+		if paced {
+			if read, _ := syscall.Read(0, make([]byte, 1)); read != 1 {
+				break
+			}
+		}
 		for number := range calls {
 			once(number) // MARK main
 		}

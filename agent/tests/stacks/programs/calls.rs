@@ -1,9 +1,11 @@
 //! Makes fds and threads through the standard library, each from a function of its own. `MARK name` names the line
-//! of the call.
+//! of the call. With a second argument each round waits for a byte on stdin, and the end of that is its end.
+#![allow(clippy::undocumented_unsafe_blocks, clippy::unwrap_used, reason = "as plain as what is leaked")]
 
 use std::{
     fs::File,
     hint::black_box,
+    io::Read,
     net::{TcpListener, TcpStream},
     os::fd::{FromRawFd, OwnedFd},
     thread,
@@ -27,7 +29,7 @@ fn owned(fd: i32) -> OwnedFd {
 
 #[inline(never)]
 fn call_open() -> OwnedFd {
-    let file = File::open("/etc/hostname"); // MARK open
+    let file = File::open("/dev/null"); // MARK open
     black_box(file).unwrap().into()
 }
 
@@ -72,7 +74,7 @@ fn call_thread() {
 
 #[inline(never)]
 fn once(number: i64, listener: &TcpListener) {
-    let client = (number == 2).then(|| TcpStream::connect(listener.local_addr().unwrap()));
+    let client = (number == 2).then(|| TcpStream::connect(listener.local_addr().unwrap())); // MARK client
     phase(number);
     let fd = match number {
         0 => Some(call_open()),
@@ -94,7 +96,11 @@ fn once(number: i64, listener: &TcpListener) {
 fn main() {
     let rounds: u32 = std::env::args().nth(1).unwrap().parse().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let is_paced = std::env::args().len() > 2;
     for _ in 0..rounds {
+        if is_paced && std::io::stdin().read_exact(&mut [0]).is_err() {
+            break;
+        }
         for number in 0..8 {
             once(number, &listener);
         }
