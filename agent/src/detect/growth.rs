@@ -30,6 +30,10 @@ const STILL: f64 = 0.35;
 const REST: f64 = 0.3;
 /// At the limit, growth by one part in so many of it is enough.
 const FULL_PART: u64 = 16;
+/// What reaches its limit within so many seconds at its present rate is judged in this part of the time: whoever is to
+/// do something about it needs the rest.
+const SOON: f64 = 300.0;
+const SOON_PART: f64 = 0.55;
 /// Growth times seconds: a slow leak is watched for longer, in proportion to the root of its slowness.
 const EXPOSURE: f64 = 10_000.0;
 /// Without a new peak for this many seconds and windows, or this part of the time it took, a suspect has settled.
@@ -74,6 +78,15 @@ pub(super) struct Demand {
 }
 
 impl Demand {
+    /// What it takes when the count is so high after so much growth in so many seconds.
+    fn at(self, count: u32, grown: f64, seconds: f64) -> Self {
+        let left = self.limit.map(|limit| limit.saturating_sub(u64::from(count)) as f64);
+        if left.is_some_and(|left| left * seconds < SOON * grown) {
+            return Self { seconds: (f64::from(self.seconds) * SOON_PART) as u32, ..self };
+        }
+        self
+    }
+
     /// How many times over this growth in this time is enough; below 1 it is not.
     fn met_by(self, grown: f64, seconds: f64) -> f64 {
         let exposure = grown * seconds / EXPOSURE;
@@ -190,7 +203,8 @@ impl Growth {
             steadiness = self.steadiness();
         }
         let (grown, seconds) = self.grown();
-        let ease = demand.met_by(f64::from(grown), f64::from(seconds));
+        let (grown, seconds) = (f64::from(grown), f64::from(seconds));
+        let ease = demand.at(self.last().1, grown, seconds).met_by(grown, seconds);
         match steadiness {
             Some(found) if found.is_steady(ease) => Shape::Leak,
             _ => Shape::Open,
