@@ -11,6 +11,7 @@ const LEAST: f64 = 0.99;
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Origin {
     live: u32,
+    syscall: String,
     function: Option<Function>,
     stack: Vec<Function>,
 }
@@ -72,7 +73,9 @@ pub(crate) fn faults(case: &Case, leak: &Leak, origins: &[Origin]) -> Vec<String
     let mut faults = Vec::new();
     if all == 0 || f64::from(right) < f64::from(all) * LEAST {
         let other = origins.iter().find(|origin| !is_right(case, leak, origin));
-        let other = other.map(|origin| format!(", but {} of {}", origin.live, words_of_stack(&origin.stack)));
+        let other = other.map(|origin| {
+            format!(", but {} by {} of {}", origin.live, origin.syscall, words_of_stack(&origin.stack))
+        });
         faults.push(format!("{right} of {all} have the right origin{}", other.unwrap_or_default()));
     }
     let headline = origins.first().and_then(|origin| origin.function.as_ref());
@@ -148,7 +151,7 @@ pub(crate) mod tests {
         let mut stack = vec![native("open64", "/lib/libc.so.6"), own(&leak.stack[0], &file, line)];
         let source = case.source().file_name().unwrap().to_str().unwrap().to_owned();
         stack.extend(leak.stack[1..].iter().map(|function| own(function, &source, 1)));
-        vec![Origin { live, function: Some(stack[1].clone()), stack }]
+        vec![Origin { live, syscall: "openat".to_owned(), function: Some(stack[1].clone()), stack }]
     }
 
     #[test]
@@ -187,12 +190,13 @@ pub(crate) mod tests {
     #[test]
     fn one_in_a_hundred_may_be_without_a_stack() {
         with_leak("db_retry", |case, leak| {
-            let nothing = |live| Origin { live, function: None, stack: Vec::new() };
+            let nothing =
+                |live| Origin { live, syscall: "openat".to_owned(), function: None, stack: Vec::new() };
             let with = |live, without| [right(case, live), vec![nothing(without)]].concat();
             assert_eq!(faults(case, leak, &with(99, 1)), [""; 0]);
             assert_eq!(
                 faults(case, leak, &with(98, 2)),
-                ["98 of 100 have the right origin, but 2 of no stack"]
+                ["98 of 100 have the right origin, but 2 by openat of no stack"]
             );
             assert_eq!(faults(case, leak, &[]), ["0 of 0 have the right origin"]);
         });
@@ -210,7 +214,7 @@ pub(crate) mod tests {
             ];
             let origin = |function: usize, frames: usize| {
                 let function = Some(stack[function].clone());
-                [Origin { live: 9, function, stack: stack[..frames].to_vec() }]
+                [Origin { live: 9, syscall: "socket".to_owned(), function, stack: stack[..frames].to_vec() }]
             };
             assert_eq!(faults(case, leak, &origin(1, 4)), [""; 0]);
             assert_eq!(faults(case, leak, &origin(0, 4)), ["the origin is said to be __socket in libc.so.6"]);

@@ -80,7 +80,16 @@ pub(crate) fn all(cases: &[Case], programs: &[Words]) -> Vec<Record> {
             program.look(&findings);
         }
     }
+    println!("{}", missing_stacks(&agent));
     running.into_iter().map(|program| program.finish(&dir.0)).collect()
+}
+
+/// What the agent counts of stacks that it could not have, as in /metrics.
+fn missing_stacks(agent: &Agent) -> String {
+    let page = agent.get("/metrics").unwrap().1;
+    let is_it = |line: &&str| line.starts_with("plumb_stacks_") || line.starts_with("plumb_symboliser_");
+    let lines = page.lines().filter(is_it).filter(|line| !line.ends_with(" 0"));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Whoever started this may have left files open, such as the pipe of make's job server. The programs get none of
