@@ -16,6 +16,9 @@ const RISES: usize = 3;
 const GROWTH: f64 = 8.0;
 const ROOTS: f64 = 1.0;
 
+/// A saw must grow by so many times as much.
+const SAW: f64 = 3.0;
+
 /// A count in 16 bits: exact below 4,096, then to one part in 2,048. A host has many processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Count(u16);
@@ -146,7 +149,8 @@ impl Floors {
         let rises = steps().filter(|step| *step > 0.0).count();
         let falls = steps().any(|step| -step > (growth / 8.0).max(1.0));
         let still = steps().next_back().is_some_and(|step| step > 0.0);
-        (rises >= RISES && still && !falls).then(|| {
+        let is_saw = scale == 0 && is_rising_saw(floors, f64::from(1 + wary));
+        ((rises >= RISES && still && !falls) || is_saw).then(|| {
             let back = |index: usize| (known - index) as u32;
             let point = |(index, floor): (usize, &Option<u32>)| {
                 Some((start(self.last, SCALES[scale], back(index)), (*floor)?))
@@ -154,6 +158,26 @@ impl Floors {
             floors.iter().enumerate().filter_map(point).collect()
         })
     }
+}
+
+/// Whether these floors belong to a saw that rises by far: windows that are shorter than its period hold its flanks as
+/// well as its troughs, so only what no later window lies below counts.
+fn is_rising_saw(floors: &[Option<u32>], wary: f64) -> bool {
+    let mut lowest = u32::MAX;
+    let mut troughs: Vec<u32> = floors
+        .iter()
+        .rev()
+        .map(|floor| {
+            lowest = lowest.min(floor.unwrap_or(0));
+            lowest
+        })
+        .collect();
+    troughs.reverse();
+    // Of the last window it is not known yet.
+    let (Some(first), Some(last)) = (troughs.first(), troughs.iter().rev().nth(1)) else { return false };
+    let rises = troughs.windows(2).filter(|pair| pair[1] > pair[0]).count();
+    let growth = f64::from(last - first);
+    rises >= RISES && growth >= SAW * GROWTH && growth >= SAW * ROOTS * wary * f64::from(*first).sqrt()
 }
 
 /// Whether a floor lies at the limit.
@@ -190,6 +214,27 @@ mod tests {
         assert_eq!(first(&floors((0..720).map(per(50)))), Some(2));
         assert_eq!(first(&floors((0..7_000).map(per(600)))), None);
         assert_eq!(first(&floors((0..11_000).map(per(600)))), Some(4));
+    }
+
+    #[test]
+    fn a_saw_is_seen_within_28_seconds_wherever_its_troughs_lie() {
+        // 60 within 3 s, 50 given back within 3 s.
+        let saw = |second: f64| {
+            let (tooth, within) = ((second / 6.0).floor(), second % 6.0);
+            20.0 + tooth * 10.0
+                + if within < 3.0 { within * 20.0 } else { 60.0 - (within - 3.0) * 50.0 / 3.0 }
+        };
+        for phase in 0..10 {
+            let mut floors = Floors::default();
+            // It begins anywhere in a window, after some time of rest.
+            let seen = (1_000 + phase..1_100).find(|second| {
+                let live = f64::from(*second) - f64::from(1_000 + phase) - 3.0;
+                floors.observe(*second, if live < 0.0 { 3 } else { saw(live) as u32 });
+                floors.rising(0, 0).is_some()
+            });
+            let seconds = seen.unwrap() - 1_003 - phase;
+            assert!(seconds <= 28, "{seconds} s at phase {phase}");
+        }
     }
 
     #[test]
