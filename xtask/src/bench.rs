@@ -9,6 +9,9 @@ use crate::{cargo, cmd::run, setup};
 pub(crate) struct Arguments {
     /// Only these parts
     parts: Vec<Part>,
+    /// In a comparison only the subjects whose names contain this, and the control
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Measure too little to be quoted, to see that everything runs
     #[arg(long)]
     quick: bool,
@@ -50,6 +53,7 @@ impl Arguments {
         run(cargo("build").args(["--release", "--examples"]))?;
         let mut bench = cargo("bench");
         bench.args(["--package", "plumb", "--bench", "host", "--"]).args(parts);
+        bench.args(self.only.map(|only| format!("--only={only}")));
         if self.quick {
             bench.arg("--quick");
         }

@@ -27,7 +27,7 @@ static FLOOR: &[u8] = aya::include_bytes_aligned!(env!("PLUMB_EBPF_FLOOR_OBJECT"
 const PATIENCE: Duration = Duration::from_secs(20);
 /// A tool's first work on the processes that are there already is over by then; so are the kernel's
 /// deferred steps of attaching and detaching.
-const SETTLE: Duration = Duration::from_millis(300);
+const SETTLE: Duration = Duration::from_secs(1);
 const SETTLE_EMPTY: Duration = Duration::from_millis(50);
 
 /// A subject that can be attached again and again.

@@ -1,7 +1,8 @@
 //! What plumb costs, in one run: against /proc, against nothing, against the floor that any program on the
 //! same hooks costs, and against its peers. Prints Markdown; progress goes to stderr.
 //!
-//! Arguments: the parts to run (all without any), and --quick for a look at the instrument itself.
+//! Arguments: the parts to run (all without any), --quick for a look at the instrument itself, and --only=TEXT for
+//! those subjects of a comparison whose names contain it.
 
 mod agent;
 mod attach;
@@ -61,22 +62,26 @@ const QUICK: Effort = Effort {
 struct Part {
     name: &'static str,
     seconds: [u64; 2],
-    run: fn(Effort) -> Result<()>,
+    run: fn(Effort, Option<&str>) -> Result<()>,
 }
 
 static PARTS: [Part; 5] = [
-    Part { name: "snapshot", seconds: [20, 5], run: snapshot::run },
-    Part { name: "overhead", seconds: [180, 40], run: |effort| overhead::run(&subjects::OWN, effort) },
+    Part { name: "snapshot", seconds: [20, 5], run: |effort, _| snapshot::run(effort) },
+    Part {
+        name: "overhead",
+        seconds: [600, 60],
+        run: |effort, only| overhead::run(&subjects::OWN, effort, only),
+    },
     Part {
         name: "peers",
-        seconds: [300, 60],
-        run: |effort| {
+        seconds: [900, 90],
+        run: |effort, only| {
             mount_tracefs()?;
-            overhead::run(&subjects::PEERS, effort)
+            overhead::run(&subjects::PEERS, effort, only)
         },
     },
-    Part { name: "rate", seconds: [125, 15], run: rate::run },
-    Part { name: "agent", seconds: [120, 60], run: agent::run },
+    Part { name: "rate", seconds: [125, 15], run: |effort, _| rate::run(effort) },
+    Part { name: "agent", seconds: [120, 60], run: |effort, _| agent::run(effort) },
 ];
 
 fn main() -> Result<()> {
@@ -88,11 +93,13 @@ fn main() -> Result<()> {
     }
     let mut quick = false;
     let mut chosen = Vec::new();
+    let mut only = None;
     for argument in &arguments {
         match argument.as_str() {
             // From cargo.
             "--bench" => {}
             "--quick" => quick = true,
+            text if text.starts_with("--only=") => only = text.strip_prefix("--only="),
             name => match PARTS.iter().find(|part| part.name == name) {
                 Some(part) => chosen.push(part),
                 None => bail!("no part {name}: {}", PARTS.each_ref().map(|part| part.name).join(", ")),
@@ -117,7 +124,7 @@ fn main() -> Result<()> {
     for part in chosen {
         println!("\n## {}", part.name);
         let start = Instant::now();
-        (part.run)(if quick { QUICK } else { FULL })?;
+        (part.run)(if quick { QUICK } else { FULL }, only)?;
         eprintln!("bench: {} took {} s", part.name, start.elapsed().as_secs());
     }
     Ok(())

@@ -34,11 +34,15 @@ struct Load {
     resident: u64,
 }
 
-pub(crate) fn run(subjects: &'static [Subject], effort: Effort) -> Result<()> {
+/// `only` chooses among the subjects by a part of the name; the control stays.
+pub(crate) fn run(subjects: &'static [Subject], effort: Effort, only: Option<&str>) -> Result<()> {
     let mut worker = Worker::start(CPU)?;
     let sizes = batch_sizes(&mut worker, effort.side)?;
     let mut rows = Vec::new();
-    for subject in subjects {
+    let is_chosen = |subject: &&Subject| {
+        matches!(subject.what, What::Nothing) || only.is_none_or(|only| subject.name.contains(only))
+    };
+    for subject in subjects.iter().filter(is_chosen) {
         eprintln!("bench: {}", subject.name);
         let pairs = pairs(subject, &mut worker, sizes, effort.pairs);
         let load = if pairs.is_ok() { load(subject, &mut worker, effort.load) } else { Ok(None) };

@@ -67,6 +67,8 @@ macro_rules! agent {
                 "{dir}",
                 "--state-dir",
                 "{dir}/state",
+                "--state-dir",
+                "{dir}/state",
                 "--log-format",
                 "json",
             ],
