@@ -206,7 +206,7 @@ pub(crate) mod tests {
     fn an_interpreter_has_its_own_functions() {
         with_leak("sockets_list", |case, leak| {
             const PYTHON: &str = "/usr/bin/python3.11";
-            let stack = vec![
+            let stack = [
                 native("__socket", "/lib/libc.so.6"),
                 native("_PyObject_MakeTpCall", PYTHON),
                 native("_PyEval_EvalFrameDefault", PYTHON),
