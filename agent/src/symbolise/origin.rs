@@ -210,7 +210,8 @@ mod tests {
         const LIBC: &str = "/usr/lib/x86_64-linux-gnu/libc.so.6";
         const APP: &str = "/srv/app";
         type Frames<'a> = &'a [(&'a str, &'a [(&'a str, &'a str)])];
-        let cases: [(&str, Frames<'_>, Option<(usize, usize)>); 17] = [
+        type Case<'a> = (&'a str, Frames<'a>, Option<(usize, usize)>);
+        let cases: [Case<'_>; 17] = [
             (
                 "C",
                 &[(LIBC, &[("open", "")]), (APP, &[("leak", "a.c")]), (APP, &[("main", "a.c")])],

@@ -122,7 +122,7 @@ fn bomb(bytes: &mut Vec<u8>, section: &Section, claimed: u64, real: usize) {
     compressed.extend(1u64.to_le_bytes());
     let script = format!("import sys, zlib; sys.stdout.buffer.write(zlib.compress(bytes({real}), 9))");
     compressed.extend(Command::new("/usr/bin/python3").args(["-c", &script]).output().unwrap().stdout);
-    while bytes.len() % 8 != 0 {
+    while !bytes.len().is_multiple_of(8) {
         bytes.push(0);
     }
     let at = bytes.len() as u64;

@@ -58,6 +58,7 @@ pub(crate) fn run(command: &mut Command, take: Take<'_>) {
     assert!(status.success(), "{status:?}");
 }
 
+#[expect(clippy::zombie_processes, reason = "it is waited for with its threads")]
 pub(crate) fn run_to_any_end(command: &mut Command, take: Take<'_>) -> ExitStatus {
     // SAFETY: only async-signal-safe calls between fork and exec.
     unsafe {

@@ -51,7 +51,7 @@ impl Printer {
         if self.sums.is_some() || self.format != Format::Table {
             return Ok(true);
         }
-        Ok(output::data(&format!("{:<24} {:>7} {:>7} {:<15} EVENT\n", "TIME", "PID", "TID", "COMM"))?)
+        output::data(&format!("{:<24} {:>7} {:>7} {:<15} EVENT\n", "TIME", "PID", "TID", "COMM"))
     }
 
     /// Whether somebody still reads.
@@ -69,7 +69,7 @@ impl Printer {
             page += &if self.format == Format::Table { line.text() } else { line.json() };
             page.push('\n');
         }
-        Ok(output::data(&page)?)
+        output::data(&page)
     }
 
     pub(super) fn end(

@@ -1,7 +1,5 @@
 //! From addresses to functions and lines: Go's tables, debug information, then symbols.
 
-use std::borrow::Cow;
-
 use addr2line::{Context, demangle_auto};
 use gimli::{Dwarf, EndianSlice, LittleEndian};
 use object::{
@@ -77,7 +75,7 @@ fn by_debug(debug: &Debug, address: u64) -> Option<Vec<RawLine>> {
         let file = frame.location.as_ref().and_then(|location| location.file);
         lines.push(RawLine {
             function: bounded(&function.unwrap_or_default()),
-            file: bounded(&Cow::Borrowed(file.unwrap_or_default())),
+            file: bounded(file.unwrap_or_default()),
             line: frame.location.as_ref().and_then(|location| location.line).unwrap_or(0),
             inlined: true,
         });
@@ -130,6 +128,6 @@ fn is_better(name: &[u8], other: &[u8]) -> bool {
     rank(name) < rank(other)
 }
 
-fn bounded(text: &Cow<'_, str>) -> Vec<u8> {
+fn bounded(text: &str) -> Vec<u8> {
     text.as_bytes()[..text.len().min(MAX_NAME)].to_vec()
 }
