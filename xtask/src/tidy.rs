@@ -61,7 +61,7 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/decode.rs",
         "agent/src/table",
         "agent/src/detect",
-        "agent/src/origins.rs",
+        "agent/src/origins",
         "agent/src/group.rs",
         "agent/src/symbolise/origin.rs",
         "agent/src/text.rs",
@@ -70,8 +70,10 @@ fn the_core_does_no_io_and_reads_no_clock() {
     let impure = ["tokio", "fs", "Instant", "SystemTime", "clock", "thread", "env"];
     for (path, text) in sources("agent/src") {
         if pure.iter().any(|pure| path.starts_with(pure)) {
+            // Tests may name what they want.
+            let code = text.split("#[cfg(test)]").next().unwrap_or_default();
             for word in impure {
-                let imports = mentions(&text, word).into_iter().filter(|line| {
+                let imports = mentions(code, word).into_iter().filter(|line| {
                     line.trim_start().starts_with("use ") || line.contains(&format!("{word}::"))
                 });
                 assert_eq!(imports.collect::<Vec<_>>(), [""; 0], "{} in {}", word, path.display());

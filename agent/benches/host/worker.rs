@@ -26,10 +26,10 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
-    OpenClose,
     /// A few at a time, with pauses that are not counted: what is done for each is done for all of them, and not
-    /// given up because there are too many.
+    /// given up because there are too many. The first, since others leave the rings full.
     OpenCloseInBursts,
+    OpenClose,
     DupClose,
     Getppid,
     Thread,
@@ -39,8 +39,8 @@ pub(crate) enum Operation {
 
 impl Operation {
     pub(crate) const ALL: [Self; 7] = [
-        Self::OpenClose,
         Self::OpenCloseInBursts,
+        Self::OpenClose,
         Self::DupClose,
         Self::Getppid,
         Self::Thread,

@@ -34,8 +34,7 @@ fn watch(name: &str, program: &Path, round: &[Made], own: Own<'_>) {
 
 fn watch_c(name: &str) {
     let dir = TempDir::new();
-    let own = if name == "calls-bare" { Own::Program(name) } else { Own::Source("calls.c") };
-    watch(name, &c_program(name, &dir), &round_of_c("main"), own);
+    watch(name, &c_program(name, &dir), &round_of_c("main"), Own::Source("calls.c"));
 }
 
 #[test]
@@ -44,18 +43,8 @@ fn the_line_of_each_call_in_c_without_frame_pointers() {
 }
 
 #[test]
-fn the_line_of_each_call_in_c_with_frame_pointers() {
-    watch_c("calls-keep");
-}
-
-#[test]
 fn the_line_of_each_call_in_static_c() {
     watch_c("calls-static");
-}
-
-#[test]
-fn the_function_of_each_call_in_c_without_debug_information() {
-    watch_c("calls-bare");
 }
 
 #[test]

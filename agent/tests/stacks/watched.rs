@@ -1,4 +1,4 @@
-//! The programs that need more than a C compiler, below `plumb watch --origins`. C and Rust are among the kernel
+//! The programs that no virtual machine takes along, below `plumb watch --origins`. The others are among the kernel
 //! tests.
 
 #[path = "../support/watched.rs"]
@@ -13,6 +13,30 @@ fn watch(what: &str, command: impl Fn() -> Command, round: &[Made], own: Own<'_>
     assert!(WAYS.map(|via| check(what, &mut command(), via, round, own))[1]);
 }
 
+fn watch_c(flags: &[&str], own: Own<'_>) {
+    let dir = TempDir::new();
+    let program = dir.join("program");
+    crate::sources::compile("gcc", flags, &source("calls.c"), &program);
+    watch(&flags.join(" "), || paced(&program), &round_of_c("main"), own);
+}
+
+/// It waits for its orders.
+fn paced(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.args(["1000000", "paced"]);
+    command
+}
+
+#[test]
+fn the_line_of_each_call_in_c_with_frame_pointers() {
+    watch_c(&["-g", "-O2", "-fno-omit-frame-pointer"], Own::Source("calls.c"));
+}
+
+#[test]
+fn the_function_of_each_call_in_c_without_debug_information() {
+    watch_c(&["-O2"], Own::Program("program"));
+}
+
 #[test]
 fn the_line_of_each_call_in_cpp_through_a_shared_library() {
     let dir = TempDir::new();
@@ -24,12 +48,7 @@ fn the_line_of_each_call_in_cpp_through_a_shared_library() {
     compiler.args(["-g", "-O2"]).arg(source("calls_main.cpp")).args([&library, &search, "-o", &program]);
     let output = compiler.output().unwrap();
     assert!(output.status.success(), "{output:?}");
-    let start = || {
-        let mut command = Command::new(&program);
-        command.args(["1000000", "paced"]);
-        command
-    };
-    watch("C++", start, &round_of_c("calls_main"), Own::Source("calls.c"));
+    watch("C++", || paced(&program), &round_of_c("calls_main"), Own::Source("calls.c"));
 }
 
 fn watch_go(what: &str, flags: &[&str]) {
@@ -52,12 +71,7 @@ fn watch_go(what: &str, flags: &[&str]) {
     ];
     let dir = TempDir::new();
     let program = golang::build(&dir, &["calls.go"], false, flags);
-    let start = || {
-        let mut command = Command::new(&program);
-        command.args(["1000000", "paced"]);
-        command
-    };
-    watch(what, start, &round, Own::Source("calls.go"));
+    watch(what, || paced(&program), &round, Own::Source("calls.go"));
 }
 
 #[test]
