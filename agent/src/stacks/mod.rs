@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
     thread,
@@ -28,6 +28,8 @@ use crate::{
 
 /// Samples on their way to the worker at most; at 16 KiB each.
 const MAX_WAITING: usize = 512;
+/// And of one process: a fast leak must not push out the stacks of others.
+const MAX_WAITING_OF_ONE: usize = MAX_WAITING / 2;
 /// Different stacks kept at a time: a process that makes them up as it goes must not fill the agent's memory.
 const MAX_STACKS: usize = 4096;
 /// After some work the worker rests so many times as long, and so long at most.
@@ -100,9 +102,40 @@ pub(crate) struct Losses {
     pub symboliser: Counters,
 }
 
+/// How many samples are on their way to the worker, in all and of each process.
+#[derive(Debug, Default)]
+struct Waiting {
+    all: usize,
+    of: HashMap<ProcKey, usize>,
+}
+
+impl Waiting {
+    /// Whether there is room for one more.
+    fn enter(&mut self, process: ProcKey) -> bool {
+        let of_process = self.of.entry(process).or_default();
+        let has_room = self.all < MAX_WAITING && *of_process < MAX_WAITING_OF_ONE;
+        self.all += usize::from(has_room);
+        *of_process += usize::from(has_room);
+        if *of_process == 0 {
+            self.of.remove(&process);
+        }
+        has_room
+    }
+
+    fn leave(&mut self, process: ProcKey) {
+        self.all -= 1;
+        if let Some(of_process) = self.of.get_mut(&process) {
+            *of_process -= 1;
+            if *of_process == 0 {
+                self.of.remove(&process);
+            }
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Shared {
-    waiting: AtomicUsize,
+    waiting: Mutex<Waiting>,
     not_unwound: AtomicU64,
     too_many: AtomicU64,
     symboliser: Mutex<Counters>,
@@ -123,9 +156,10 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// So many samples do not wait any more.
-    fn done(&self, samples: usize) {
-        self.shared.waiting.fetch_sub(samples, Ordering::Relaxed);
+    /// These samples do not wait any more.
+    fn done(&self, samples: &[Sample]) {
+        let mut waiting = self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        samples.iter().for_each(|sample| waiting.leave(sample.head.header.process));
     }
 }
 
@@ -147,13 +181,12 @@ impl Queue {
 
     /// Those for which there is no room are counted.
     pub(crate) fn unwind(&self, mut samples: Vec<Sample>) {
-        let room = MAX_WAITING.saturating_sub(self.shared.waiting.load(Ordering::Relaxed));
-        if samples.len() > room {
-            self.shared.not_unwound.fetch_add((samples.len() - room) as u64, Ordering::Relaxed);
-            samples.truncate(room);
-        }
+        let all = samples.len();
+        let mut waiting = self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        samples.retain(|sample| waiting.enter(sample.head.header.process));
+        drop(waiting);
+        self.shared.not_unwound.fetch_add((all - samples.len()) as u64, Ordering::Relaxed);
         if !samples.is_empty() {
-            self.shared.waiting.fetch_add(samples.len(), Ordering::Relaxed);
             let _ = self.work.send(Work::Unwind(samples));
         }
     }
@@ -195,7 +228,7 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
                 }
                 Work::Watch(process) => {
                     // After an exec: what came before it belongs to the files of then.
-                    inbox.done(samples.len());
+                    inbox.done(&samples);
                     let before = names.of(std::mem::take(&mut samples));
                     names.watch(process);
                     Done::Named(before)
@@ -214,7 +247,7 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
                 return;
             }
         }
-        inbox.done(samples.len());
+        inbox.done(&samples);
         if !samples.is_empty() && !give(Done::Named(names.of(samples))) {
             return;
         }
@@ -280,5 +313,23 @@ impl Names {
         let stack = Arc::new(Stack::new(self.symboliser.symbolise(&walked), walked.complete));
         self.known.insert(walked, Arc::downgrade(&stack));
         Some(stack)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_process_leaves_room_to_others_until_it_is_served() {
+        let (fast, slow) = (ProcKey::new(1, 1), ProcKey::new(2, 1));
+        let mut waiting = Waiting::default();
+        assert_eq!((0..1_000).filter(|_| waiting.enter(fast)).count(), MAX_WAITING_OF_ONE);
+        assert!(waiting.enter(slow));
+        waiting.leave(fast);
+        assert!(waiting.enter(fast) && !waiting.enter(fast));
+        (0..MAX_WAITING_OF_ONE).for_each(|_| waiting.leave(fast));
+        waiting.leave(slow);
+        assert_eq!((waiting.all, waiting.of.len()), (0, 0));
     }
 }
