@@ -247,7 +247,7 @@ impl Symboliser {
                     walks.iter_mut().for_each(|walk| walk.frames.truncate(MAX_FRAMES));
                     return Some(walks);
                 }
-                Err(Failed::Stale) => {}
+                Err(Failed::Stale) if !left.is_zero() => {}
                 Err(Failed::Died(Some(module)) | Failed::Late(Some(module))) => {
                     self.books.table.blame(module, Trust::Sealed);
                     self.books.processes.get_mut(&process)?.harm += 1;

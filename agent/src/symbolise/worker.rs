@@ -42,7 +42,7 @@ pub(super) trait Library {
 pub(super) enum Failed {
     /// There is no worker, or it answers nonsense.
     NoWorker,
-    /// It had parsed other files before; with a new worker it may work.
+    /// It had parsed other files before, or was given no time; with a new worker it may work.
     Stale,
     /// It died of this module.
     Died(Option<u32>),
@@ -66,6 +66,17 @@ struct Running {
     /// Where it says what it parses.
     marks: OwnedFd,
     modules: u32,
+}
+
+impl Running {
+    /// Processor time of the worker since it began; `None` when that cannot be read.
+    fn cpu(&self) -> Option<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        let mut ticks = fields.split_ascii_whitespace().skip(11).take(2).map(str::parse::<u64>);
+        let ticks = ticks.next()?.ok()? + ticks.next()?.ok()?;
+        Some(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
+    }
 }
 
 impl Worker {
@@ -98,8 +109,14 @@ impl Worker {
         };
         let late = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
         let guilty = running.guilty(late);
+        // It was given no processor: that is no file's fault.
+        let starved = late && running.cpu().is_some_and(|cpu| cpu < time / 2);
         self.end();
         match error.kind() {
+            _ if starved => {
+                counters.timeouts += 1;
+                Err(Failed::Stale)
+            }
             _ if late => {
                 counters.timeouts += 1;
                 Err(Failed::Late(guilty))

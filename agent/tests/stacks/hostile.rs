@@ -268,8 +268,8 @@ fn every_hostile_file_is_survived_and_others_keep_their_names() {
     // The expression of the frame jumps to itself.
     let text = fs::read_to_string(source("calls.c")).unwrap();
     let looped = text.replace(
-        "int fd = open(\"/etc/hostname\", O_RDONLY);",
-        "__asm__ volatile(\".cfi_escape 0x0f,0x03,0x2f,0xfd,0xff\"); int fd = open(\"/etc/hostname\", O_RDONLY);",
+        "int fd = open(\"/dev/null\", O_RDONLY);",
+        "__asm__ volatile(\".cfi_escape 0x0f,0x03,0x2f,0xfd,0xff\"); int fd = open(\"/dev/null\", O_RDONLY);",
     );
     assert_ne!(looped, text);
     let changed = dir.0.join("calls.c");
@@ -283,7 +283,7 @@ fn every_hostile_file_is_survived_and_others_keep_their_names() {
     let counters = symboliser.counters();
     println!("{counters:?}");
     // The rows and the entries did it.
-    assert!(counters.crashes >= 1 && counters.timeouts == 1 && counters.not_started == 0, "{counters:?}");
+    assert!(counters.crashes >= 1 && counters.timeouts >= 1 && counters.not_started == 0, "{counters:?}");
 }
 
 #[test]
