@@ -23,6 +23,12 @@ fn assert_made_in(origin: &Value, function: &str, words: &str) {
     let line = 1 + source.lines().position(|line| line.contains(words)).unwrap();
     let found = &origin["function"];
     let name = found["function"].as_str().unwrap_or_else(|| panic!("no function: {origin}"));
+    // An emulated processor may take longer for debug information than the worker has: then there are symbols, and
+    // the function is the one it was inlined into.
+    if std::env::var_os("PLUMB_OWN_KERNEL").is_some() && found["file"].is_null() {
+        assert!(name.ends_with(function) || name.ends_with("workload::main"), "{origin}");
+        return;
+    }
     assert!(name.ends_with(function) && found["file"].as_str().unwrap().ends_with("workload.rs"), "{origin}");
     assert_eq!(found["line"], line, "{origin}");
 }
