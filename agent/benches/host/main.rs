@@ -6,6 +6,7 @@
 
 mod agent;
 mod attach;
+mod calm;
 mod crowd;
 mod overhead;
 mod rate;
@@ -29,7 +30,7 @@ use anyhow::{Context, Result, bail, ensure};
 struct Effort {
     /// Of each comparison.
     pairs: usize,
-    /// How long one side of a pair takes without anything attached.
+    /// How much of one side of a pair is measured, when nothing disturbs it.
     side: Duration,
     /// How long the load lasts in which events and CPU time are counted.
     load: Duration,

@@ -2,20 +2,20 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::{
     Effort,
     attach::{Running, Toggle},
     stats::{Median, Pair, added, ratio},
     subjects::{Subject, What},
-    worker::{Operation, Worker},
+    worker::{BURST, Operation, Worker},
 };
 
 /// The CPU of the operations; what is measured may run on any.
 const CPU: usize = 0;
-/// Of each side of a pair.
-const BATCHES: u64 = 5;
+/// What a side of a pair is measured in: the shorter, the fewer are disturbed.
+const SLICE: Duration = Duration::from_micros(500);
 const OPERATIONS: [Operation; Operation::ALL.len()] = Operation::ALL;
 
 /// The pairs of each operation, or why there are none.
@@ -37,14 +37,20 @@ struct Load {
 /// `only` chooses among the subjects by a part of the name; the control stays.
 pub(crate) fn run(subjects: &'static [Subject], effort: Effort, only: Option<&str>) -> Result<()> {
     let mut worker = Worker::start(CPU)?;
-    let sizes = batch_sizes(&mut worker, effort.side)?;
+    let sizes = slice_sizes(&mut worker)?;
     let mut rows = Vec::new();
     let is_chosen = |subject: &&Subject| {
         matches!(subject.what, What::Nothing) || only.is_none_or(|only| subject.name.contains(only))
     };
+    if let Some(only) = only
+        && !subjects.iter().any(|subject| subject.name.contains(only))
+    {
+        let names: Vec<&str> = subjects.iter().map(|subject| subject.name).collect();
+        bail!("no subject contains {only:?}: {}", names.join("; "));
+    }
     for subject in subjects.iter().filter(is_chosen) {
         eprintln!("bench: {}", subject.name);
-        let pairs = pairs(subject, &mut worker, sizes, effort.pairs);
+        let pairs = pairs(subject, &mut worker, sizes, effort);
         let load = if pairs.is_ok() { load(subject, &mut worker, effort.load) } else { Ok(None) };
         rows.push(Row { subject, pairs, load });
     }
@@ -52,13 +58,16 @@ pub(crate) fn run(subjects: &'static [Subject], effort: Effort, only: Option<&st
     Ok(())
 }
 
-/// How many of each operation take about so long.
-fn batch_sizes(worker: &mut Worker, side: Duration) -> Result<[u64; OPERATIONS.len()]> {
+/// How many of each operation fit into a slice.
+fn slice_sizes(worker: &mut Worker) -> Result<[u64; OPERATIONS.len()]> {
     let mut sizes = [0; OPERATIONS.len()];
     for (size, operation) in sizes.iter_mut().zip(OPERATIONS) {
-        worker.begin(operation, side * 2)?;
+        worker.begin(operation, SLICE * 100)?;
         let (done, took) = worker.finish()?;
-        *size = ((done as f64 * side.as_secs_f64() / took.as_secs_f64()) as u64).max(4);
+        *size = match operation {
+            Operation::OpenCloseInBursts => BURST as u64,
+            _ => ((done as f64 * SLICE.as_secs_f64() / took.as_secs_f64()) as u64).max(1),
+        };
     }
     Ok(sizes)
 }
@@ -69,18 +78,21 @@ fn pairs(
     subject: &'static Subject,
     worker: &mut Worker,
     sizes: [u64; OPERATIONS.len()],
-    count: usize,
+    effort: Effort,
 ) -> Result<[Vec<Pair>; OPERATIONS.len()]> {
     let mut toggle = Toggle::new(subject)?;
     let mut pairs = OPERATIONS.map(|_| Vec::new());
-    for index in 0..count {
+    let slices = (effort.side.as_nanos() / SLICE.as_nanos()) as usize;
+    for index in 0..effort.pairs {
         let mut sides = [[0.0; OPERATIONS.len()]; 2];
         for with in if index % 2 == 0 { [false, true] } else { [true, false] } {
             toggle.set(with, worker)?;
             for (side, (operation, size)) in
                 sides[usize::from(with)].iter_mut().zip(OPERATIONS.into_iter().zip(sizes))
             {
-                *side = side_of_pair(worker, operation, size)?;
+                // Pauses take most of the time of bursts.
+                let wanted = if operation == Operation::OpenCloseInBursts { slices / 4 } else { slices };
+                *side = worker.calmest(operation, size, wanted)?;
             }
         }
         let [without, with] = sides;
@@ -90,14 +102,6 @@ fn pairs(
     }
     toggle.set(false, worker)?;
     Ok(pairs)
-}
-
-/// Nanoseconds per operation: the median of a few batches, after one to warm up. Something else that runs for
-/// a moment meanwhile spoils one batch, not the side.
-fn side_of_pair(worker: &mut Worker, operation: Operation, size: u64) -> Result<f64> {
-    worker.batch(operation, size.div_ceil(BATCHES))?;
-    let batches = (0..BATCHES).map(|_| worker.batch(operation, size.div_ceil(BATCHES)));
-    Ok(Median::of(batches.collect::<Result<_>>()?).median)
 }
 
 fn load(subject: &'static Subject, another: &mut Worker, time: Duration) -> Result<Option<Load>> {

@@ -67,8 +67,6 @@ macro_rules! agent {
                 "{dir}",
                 "--state-dir",
                 "{dir}/state",
-                "--state-dir",
-                "{dir}/state",
                 "--log-format",
                 "json",
             ],

@@ -14,13 +14,13 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use crate::usage::die_with_parent;
+use crate::{calm::Calm, stats::Median, usage::die_with_parent};
 
 /// The first argument of a worker.
 pub(crate) const ROLE: &str = "worker";
 
 /// The stacks of so many opens have room in their ring, and are read within the pause.
-const BURST: usize = 20;
+pub(crate) const BURST: usize = 20;
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// What is measured.
@@ -92,6 +92,13 @@ impl Worker {
         Ok(took.as_secs_f64() * 1e9 / count as f64)
     }
 
+    /// Nanoseconds per operation in slices of `size` operations: the median of the `wanted` calmest.
+    pub(crate) fn calmest(&mut self, operation: Operation, size: u64, wanted: usize) -> Result<f64> {
+        writeln!(self.orders, "calm {wanted} {} {size}", operation.name())?;
+        let (count, took) = self.answer()?;
+        Ok(took.as_secs_f64() * 1e9 / count as f64)
+    }
+
     /// Starts operations for a time; `finish` waits for them.
     pub(crate) fn begin(&mut self, operation: Operation, time: Duration) -> Result<()> {
         Ok(writeln!(self.orders, "time {} {}", operation.name(), time.as_millis())?)
@@ -123,25 +130,35 @@ pub(crate) fn run(cpu: &str) -> Result<()> {
     cpus.set(cpu.parse()?);
     sched_setaffinity(None, &cpus)?;
     let hands = Hands::new()?;
+    let mut calm = Calm::default();
     println!("0 0");
     for line in io::stdin().lock().lines() {
         let line = line?;
         let (mode, rest) = line.split_once(' ').context("no mode")?;
+        let (wanted, rest) = match mode {
+            "calm" => rest.split_once(' ').context("no number of slices")?,
+            _ => ("0", rest),
+        };
         let (name, number) = rest.rsplit_once(' ').context("no number")?;
         let operation = Operation::ALL.into_iter().find(|operation| operation.name() == name);
         let operation = operation.with_context(|| format!("no operation {name}"))?;
         let number: u64 = number.parse()?;
-        let (done, took) = if mode == "count" {
-            (number, hands.times(operation, number)?)
-        } else {
-            let start = Instant::now();
-            let end = start + Duration::from_millis(number);
-            let mut done = 0;
-            while Instant::now() < end {
-                hands.times(operation, 64)?;
-                done += 64;
+        let (done, took) = match mode {
+            "count" => (number, hands.times(operation, number)?),
+            "calm" => {
+                let slices = calm.slices(wanted.parse()?, || hands.times(operation, number))?;
+                (number, Duration::from_secs_f64(Median::of(slices).median))
             }
-            (done, start.elapsed())
+            _ => {
+                let start = Instant::now();
+                let end = start + Duration::from_millis(number);
+                let mut done = 0;
+                while Instant::now() < end {
+                    hands.times(operation, 64)?;
+                    done += 64;
+                }
+                (done, start.elapsed())
+            }
         };
         println!("{done} {}", took.as_nanos());
     }
