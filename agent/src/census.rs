@@ -77,7 +77,9 @@ impl Copied {
                 }),
             }
         });
-        Self { types: types(threads), blocked: blocked.collect() }
+        let mut types = types(threads.iter());
+        types.truncate(MAX_TYPES);
+        Self { types, blocked: blocked.collect() }
     }
 }
 
@@ -108,9 +110,17 @@ fn above(memory: &File, sp: u64) -> Vec<u8> {
     stack
 }
 
-fn types(threads: &[ThreadRecord]) -> Vec<ThreadType> {
+/// How many threads of each type began before `old`, nanoseconds since boot.
+#[must_use]
+pub(crate) fn older_than(old: u64, threads: &[ThreadRecord]) -> Vec<(String, u32)> {
+    let older = threads.iter().filter(|thread| thread.start_boottime < old);
+    types(older).into_iter().map(|kind| (kind.name, kind.count)).collect()
+}
+
+/// The most frequent first.
+fn types<'a>(threads: impl Iterator<Item = &'a ThreadRecord>) -> Vec<ThreadType> {
     let mut starts: BTreeMap<String, Vec<u64>> = BTreeMap::new();
-    for thread in threads.iter().filter(|thread| thread.exit_state == 0) {
+    for thread in threads.filter(|thread| thread.exit_state == 0) {
         let name = text::terminated(&thread.comm);
         starts.entry(thread_type(&name).to_owned()).or_default().push(thread.start_boottime);
     }
@@ -123,7 +133,6 @@ fn types(threads: &[ThreadRecord]) -> Vec<ThreadType> {
         })
         .collect();
     types.sort_by(|a, b| b.count.cmp(&a.count).then(a.name.cmp(&b.name)));
-    types.truncate(MAX_TYPES);
     types
 }
 
@@ -145,9 +154,10 @@ mod tests {
         let threads =
             [thread(1, "main", 1), thread(2, "io-1", 9), thread(3, "io-2", 5), thread(4, "io-12", 7)];
         let expected = [("io", 3, [5, 7, 9]), ("main", 1, [1, 1, 1])];
-        let found = types(&threads);
+        let found = types(threads.iter());
         let found: Vec<_> = found.iter().map(|kind| (kind.name.as_str(), kind.count, kind.started)).collect();
         assert_eq!(found, expected);
+        assert_eq!(older_than(7, &threads), [("io".to_owned(), 1), ("main".to_owned(), 1)]);
     }
 
     #[test]

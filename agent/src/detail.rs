@@ -52,7 +52,7 @@ impl Details {
             let (mut detail, mut looked) = known.remove(&at).unwrap_or_default();
             if finding.state != State::Resolved {
                 detail.history.push(now, finding.live);
-                detail.origins = origins.by_origin(finding.key, finding.resource);
+                detail.origins = origins.by_origin(finding.key, finding.resource, now);
                 let is_due = looked == 0 || now.saturating_sub(looked) >= LOOK_AGAIN;
                 let threads = newest(&detail.origins);
                 if finding.resource == Resource::Thread

@@ -191,6 +191,8 @@ pub(crate) struct Leak {
     pub threads: Option<LeakThreads>,
     /// What was there before the process was watched; of the rest the origins say where it came from.
     pub before_watching: u32,
+    /// Made in the last seconds: their stacks are still looked up.
+    pub naming: u32,
     /// Where what has been made since and is still there came from, the most frequent first.
     pub origins: Vec<Origin>,
 }
@@ -387,6 +389,7 @@ impl Leak {
             history: Course::new(&finding.detail.history, calendar),
             threads: finding.detail.threads.as_deref().map(|threads| LeakThreads::new(threads, calendar)),
             before_watching: finding.detail.origins.before,
+            naming: finding.detail.origins.naming,
             origins: (finding.detail.origins.groups.iter().take(MAX_ORIGINS))
                 .map(|group| Origin::new(group, calendar))
                 .collect(),

@@ -2,7 +2,7 @@
 //! opens and closes again is in one list only.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{HashMap, VecDeque},
     io,
     path::Path,
 };
@@ -16,7 +16,6 @@ use crate::{
     files::OpenFile,
     kernel::Kernel,
     pids, text,
-    thread_type::thread_type,
 };
 use plumb_common::{
     file::FdRecord,
@@ -155,17 +154,6 @@ fn list(
         }
     }
     Ok(held)
-}
-
-/// How many threads of each type began before `old`, nanoseconds since boot.
-#[must_use]
-pub(crate) fn by_type(threads: &[ThreadRecord], old: u64) -> Vec<(String, u32)> {
-    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
-    for thread in threads.iter().filter(|thread| thread.start_boottime < old && thread.exit_state == 0) {
-        let name = text::terminated(&thread.comm);
-        *counts.entry(thread_type(&name).to_owned()).or_default() += 1;
-    }
-    counts.into_iter().collect()
 }
 
 /// Counts equal ones, the most frequent first.

@@ -135,7 +135,7 @@ impl Host {
             }
             Input::Pass(observation) => self.pass(&observation),
             Input::Confirmed(key, resource, mut found) => {
-                found.functions = self.origins.by_origin(key, resource).functions();
+                found.functions = self.origins.by_origin(key, resource, self.time).functions();
                 self.detector.confirm(key, resource, *found, self.time);
                 self.tell();
             }

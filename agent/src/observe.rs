@@ -17,7 +17,7 @@ use crate::{
     census, clock,
     decode::{Event, Sample},
     detect::{Confirmation, Resource},
-    evidence::{self, Evidence},
+    evidence::Evidence,
     follow::{FdEvents, Follow, Following, Wanted},
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
@@ -302,7 +302,7 @@ impl Observer {
             Request::Census(key, old) => {
                 // A process that has ended meanwhile has no threads.
                 let threads = kernel.threads(key).unwrap_or_default();
-                return Some(Input::Census(key, evidence::by_type(&threads, old)));
+                return Some(Input::Census(key, census::older_than(old, &threads)));
             }
             Request::Confirm(key, resource, baseline) => {
                 // Without a list the trend has to speak for itself.

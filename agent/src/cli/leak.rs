@@ -99,7 +99,11 @@ fn chart(live: &[u32]) -> Vec<String> {
 
 fn origins(leak: &Leak) -> Vec<String> {
     let known: u32 = leak.origins.iter().map(|origin| origin.live).sum();
-    let mut lines = vec![format!("{known} made since it is watched, {} before that", leak.before_watching)];
+    let mut counts = format!("{known} made since it is watched, {} before that", leak.before_watching);
+    if leak.naming > 0 {
+        counts += &format!(", {} in the last seconds", leak.naming);
+    }
+    let mut lines = vec![counts];
     for origin in leak.origins.iter().take(MAX_ORIGINS) {
         let examples: Vec<String> = origin.examples.iter().map(u32::to_string).collect();
         lines.push(format!("{:>6}  {}  {}", origin.live, origin.syscall, origin.words()));

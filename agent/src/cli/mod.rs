@@ -23,10 +23,12 @@ const EXAMPLES: &str = "\
 Examples:
   plumb agent                     follow every process and report leaks, in the foreground
   plumb leaks                     what leaks now
+  plumb leaks ID                  from where, since when, and what to do about it
   plumb leaks ack ID              say that a leak is known
   plumb ps                        every process with its fds, limit and threads
-  plumb fds --pid 4242            what a process has open
+  plumb fds --pid 42              what a process has open
   plumb watch --comm nginx        fd, thread and process events as they happen
+  plumb watch --origins --pid 42  with the lines of code that make fds and threads
   plumb doctor                    what this kernel lets plumb see";
 
 const EXIT_CODES: &str = "\

@@ -5,7 +5,7 @@ use super::{
     cohorts::{Age, CLASSES, Holdings, age_of},
     finding::{Finding, State, Why},
     floors::{Floors, Point, SCALES},
-    growth::{Demand, Growth, Shape},
+    growth::{Demand, Growth, Rise, Shape},
 };
 
 pub(super) const SECOND: u64 = 1_000_000_000;
@@ -53,6 +53,8 @@ pub(super) struct Case {
     looked: u64,
     /// Since when it has not risen, as a leak.
     settled: u64,
+    /// What this count has risen by before and given back, all of it.
+    precedent: Rise,
     /// How many the cgroups of the process allow, as of the last look.
     pub cgroup_limit: Option<u64>,
     /// People have been told.
@@ -76,10 +78,11 @@ pub(super) enum Step {
 }
 
 impl Case {
-    pub(super) fn new(finding: Finding, now: u64) -> Self {
+    pub(super) fn new(finding: Finding, precedent: Rise, now: u64) -> Self {
         let growths = Vec::new();
         Self {
             growths,
+            precedent,
             finding,
             suspected: now,
             asked: now,
@@ -122,6 +125,13 @@ impl Case {
     /// Whether its growth at this scale is known.
     pub(super) fn has(&self, scale: usize) -> bool {
         self.growths.iter().any(|(known, _)| *known == scale)
+    }
+
+    /// What a leak rose by, if all of it was given back.
+    pub(super) fn given_back(&self) -> Option<Rise> {
+        let (_, growth) = self.growths.first().filter(|_| self.is_leaking())?;
+        let rise = growth.rise();
+        rise.is_given_back(growth.began().1, self.finding.live).then_some(rise)
     }
 
     /// Takes the floors of the windows that are complete: of the first `closed` scales. What has ended is
@@ -225,7 +235,11 @@ impl Case {
                 growth.clone().shape(demand) == Shape::Leak || self.arrive(holdings, growth, age, demand)
             }
         };
-        let Some(index) = self.growths.iter().position(|(_, growth)| proven(growth)) else { return };
+        // What is like a rise that was given back may be given back again; what is at its limit does harm now.
+        let is_known =
+            |growth: &Growth| self.precedent.covers(growth.rise()) && !growth.is_full(demand.limit);
+        let is_leak = |(_, growth): &(usize, Growth)| !is_known(growth) && proven(growth);
+        let Some(index) = self.growths.iter().position(is_leak) else { return };
         self.tell(index);
         self.growths.swap(0, index);
         self.growths.truncate(1);

@@ -26,6 +26,8 @@ const LEAST_POINTS: usize = 10;
 const LEAST_ARRIVALS: usize = 7;
 /// Part of its share that the last quarter of the time must have grown by.
 const STILL: f64 = 0.35;
+/// A rise is like one that was given back up to so many times its height and length.
+const ALIKE: f64 = 1.5;
 /// Longest part of the time that may pass without a rise.
 const REST: f64 = 0.3;
 /// At the limit, growth by one part in so many of it is enough.
@@ -64,6 +66,31 @@ pub(super) enum Shape {
     GivenBack,
     /// It has stopped rising.
     Settled,
+}
+
+/// A rise of a floor, from its beginning to its peak.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Rise {
+    height: u32,
+    seconds: u32,
+}
+
+impl Rise {
+    /// Whether another rise is much like this one so far.
+    pub(super) fn covers(self, other: Self) -> bool {
+        let within = |other: u32, own: u32| f64::from(other) <= f64::from(own) * ALIKE;
+        within(other.height, self.height) && within(other.seconds, self.seconds)
+    }
+
+    /// Whether a count of `live` is back where it began, at `base`.
+    pub(super) fn is_given_back(self, base: u32, live: u32) -> bool {
+        live.saturating_sub(base) <= self.height / 4
+    }
+
+    /// What covers both.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { height: self.height.max(other.height), seconds: self.seconds.max(other.seconds) }
+    }
 }
 
 /// What it takes to be like a leak.
@@ -169,6 +196,12 @@ impl Growth {
         let middle = slopes.len() / 2;
         let (_, median, _) = slopes.select_nth_unstable_by(middle, f64::total_cmp);
         *median
+    }
+
+    /// From where it began to its peak.
+    pub(super) fn rise(&self) -> Rise {
+        let (first, peak) = (self.first(), self.peak);
+        Rise { height: peak.1.saturating_sub(first.1), seconds: peak.0.saturating_sub(first.0) }
     }
 
     /// Whether the last floors lie at the limit: no count grows beyond that.

@@ -20,7 +20,9 @@
 //!
 //! What nobody can decide in time: a fill towards a cap that has hardly slowed down yet, and clients that come
 //! steadily to stay for tens of minutes, grow and are held exactly as a leak. From one per second on they are
-//! called leaks after two minutes, and resolved when they stop. `sim` says how often.
+//! called leaks after two minutes, and resolved when they stop. So is a batch that collects steadily for minutes, such
+//! as a checkpoint of a database with many tables, but once: what was called a leak and then given back, all of it, is
+//! expected to be given back again until it lasts half as long again or rises half as high again. `sim` says how often.
 
 mod case;
 pub(crate) mod cohorts;
@@ -41,7 +43,7 @@ use plumb_common::task::ProcKey;
 use self::{
     case::{Case, SECOND, Step},
     floors::{Count, Floors},
-    growth::Demand,
+    growth::{Demand, Rise},
     settings::Thresholds,
 };
 pub(crate) use self::{
@@ -84,6 +86,8 @@ pub(crate) struct Detector {
     settings: Settings,
     /// What people said about findings.
     marks: HashMap<(ProcKey, Resource, Rule), Mark>,
+    /// What counts were called a leak for and then gave back.
+    precedents: HashMap<(ProcKey, Resource), Rise>,
     /// When threads were last asked for by type.
     census: u64,
     /// What an agent before this one had found, until the first pass.
@@ -122,6 +126,7 @@ impl Detector {
             resolved: Vec::new(),
             settings,
             marks: HashMap::default(),
+            precedents: HashMap::default(),
             census: 0,
             pending: HashMap::default(),
         }
@@ -142,6 +147,7 @@ impl Detector {
                 // Another program now: nothing that was learned holds.
                 *history = fresh();
                 for resource in Resource::ALL {
+                    self.precedents.remove(&(row.key, resource));
                     if let Some(case) = self.cases.remove(&(row.key, resource)) {
                         end(case, Why::Exec, now, &mut self.resolved, &mut changes);
                     }
@@ -169,9 +175,10 @@ impl Detector {
                 let at = (row.key, resource);
                 let case = if track.is_open { self.cases.remove(&at) } else { None };
                 let was_open = case.is_some();
-                let Some(mut case) = track.suspicion(case, closed, row, resource, (live, limit), now) else {
-                    continue;
-                };
+                let precedent = || self.precedents.get(&at).copied().unwrap_or_default();
+                let suspect = || Finding::suspect(Rule::Trend, resource, row, (live, limit), now);
+                let new = || Case::new(suspect(), precedent(), now);
+                let Some(mut case) = track.suspicion(case, closed, limit, new) else { continue };
                 let limit = limit.into_iter().chain(case.cgroup_limit).min();
                 (case.finding.live, case.finding.limit) = (live, limit);
                 let (step, change) = case.windows(closed, &mut track.floors, demand(thresholds, limit), now);
@@ -182,6 +189,10 @@ impl Detector {
                 match step {
                     Step::Ends(why) => {
                         track.end(why);
+                        if let Some(rise) = case.given_back().filter(|_| why == Why::GivenBack) {
+                            let known = self.precedents.entry(at).or_default();
+                            *known = known.and(rise);
+                        }
                         end(case, why, now, &mut self.resolved, &mut changes);
                     }
                     Step::Stays => {
@@ -201,6 +212,7 @@ impl Detector {
         }
         self.plain.retain(|(key, ..), _| self.histories.contains_key(key));
         self.marks.retain(|(key, ..), _| self.histories.contains_key(key));
+        self.precedents.retain(|(key, _), _| self.histories.contains_key(key));
         let is_visible =
             |finding: &Finding| finding.resolved.is_some_and(|end| now.saturating_sub(end.at) < VISIBLE);
         self.resolved.retain(is_visible);
@@ -278,15 +290,13 @@ impl Detector {
 }
 
 impl Track {
-    /// The case against it, or a new one, with all scales at which the floor has begun to rise.
+    /// The case against it, or a `new` one, with all scales at which the floor has begun to rise.
     fn suspicion(
         &self,
         mut case: Option<Case>,
         closed: usize,
-        row: &Row,
-        resource: Resource,
-        (live, limit): (u32, Option<u64>),
-        now: u64,
+        limit: Option<u64>,
+        new: impl Fn() -> Case,
     ) -> Option<Case> {
         if case.as_ref().is_some_and(Case::is_leaking) {
             return case;
@@ -297,8 +307,7 @@ impl Track {
             }
             let at_limit = || if scale == 0 { self.floors.full(limit) } else { None };
             if let Some(points) = self.floors.rising(scale, self.wary).or_else(at_limit) {
-                let new = || Case::new(Finding::suspect(Rule::Trend, resource, row, (live, limit), now), now);
-                case.get_or_insert_with(new).add(scale, points);
+                case.get_or_insert_with(&new).add(scale, points);
             }
         }
         case

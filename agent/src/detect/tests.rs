@@ -142,6 +142,18 @@ fn what_stops_growing_or_is_given_back_before_is_quiet_again_and_was_never_told(
 }
 
 #[test]
+fn a_batch_that_gave_all_of_it_back_is_called_a_leak_once_and_a_leak_after_it_is_found() {
+    // 2 a second for 270 s, then a rest of 30 s.
+    let batches = (0..3_000).map(|second: u32| 5 + if second % 300 < 270 { second % 300 * 2 } else { 0 });
+    let play = Play::new().counts(batches.clone());
+    assert_eq!(play.leaking.len(), 1, "{:?}", play.leaking);
+    let play = Play::new().counts(batches.chain((0..600).map(|second| 5 + second)));
+    assert_eq!(play.leaking.len(), 2, "{:?}", play.leaking);
+    let after = play.leaking[1] - 3_000;
+    assert!((270..=270 * 3 / 2 + 60).contains(&after), "{after} s");
+}
+
+#[test]
 fn what_is_replaced_is_no_leak() {
     let mut play = Play::new();
     for second in 0..600u64 {
@@ -171,7 +183,8 @@ fn a_leak_that_rests_goes_on_being_one_and_after_ten_minutes_has_settled() {
 
 #[test]
 fn a_leak_that_begins_again_is_told_again_and_listed_once() {
-    let again = (0..200).map(|second| 8 + second);
+    // For longer than the first, which was given back.
+    let again = (0..400).map(|second| 8 + second);
     let play = Play::new().counts(leak().chain(std::iter::repeat_n(8, 100)).chain(again));
     assert_eq!((play.leaking.len(), play.states()), (2, vec![State::Leaking]));
 }

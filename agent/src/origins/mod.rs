@@ -73,12 +73,16 @@ pub(crate) struct Group {
 
 /// Examples per group.
 const MAX_EXAMPLES: usize = 3;
+/// How long a stack is on its way at most, in nanoseconds: it waits for the worker, is unwound and gets its names.
+const NAMING: u64 = 5_000_000_000;
 
 /// Everything of one kind that a watched process has, by where it came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ByOrigin {
     /// What was there before the process was watched.
     pub before: u32,
+    /// What was made a moment ago: its stack is still on its way.
+    pub naming: u32,
     /// The rest, the largest group first.
     pub groups: Vec<Group>,
 }
@@ -94,13 +98,20 @@ impl ByOrigin {
         self.groups.iter().filter_map(function).collect()
     }
 
-    /// Of numbers, when each was made, by which call and where.
-    fn count<'a>(made: impl Iterator<Item = (u32, u64, &'static str, &'a Option<Arc<Stack>>)>) -> Self {
+    /// Of numbers, when each was made, by which call and where; `now` in nanoseconds since boot.
+    fn count<'a>(
+        made: impl Iterator<Item = (u32, u64, &'static str, &'a Option<Arc<Stack>>)>,
+        now: u64,
+    ) -> Self {
         let mut counted = Self::default();
         let mut groups: HashMap<(*const Stack, &'static str), Group> = HashMap::new();
         for (number, since, how, stack) in made {
             if since == 0 {
                 counted.before += 1;
+                continue;
+            }
+            if stack.is_none() && now < since.saturating_add(NAMING) {
+                counted.naming += 1;
                 continue;
             }
             // One way has one stack, so its address will do.
@@ -116,9 +127,11 @@ impl ByOrigin {
             group.live += 1;
             group.oldest = group.oldest.min(since);
             group.newest = group.newest.max(since);
-            group.examples.push((since, number));
-            group.examples.sort_unstable_by(|a, b| b.cmp(a));
-            group.examples.truncate(MAX_EXAMPLES);
+            let older = group.examples.partition_point(|example| *example > (since, number));
+            if older < MAX_EXAMPLES {
+                group.examples.truncate(MAX_EXAMPLES - 1);
+                group.examples.insert(older, (since, number));
+            }
         }
         counted.groups = groups.into_values().collect();
         counted.groups.sort_by(|a, b| b.live.cmp(&a.live).then(a.oldest.cmp(&b.oldest)));
@@ -179,13 +192,13 @@ impl Origins {
         self.held
     }
 
-    /// What a process has, by where it came from; empty when that is not watched.
+    /// What a process has at `now` (nanoseconds since boot), by where it came from; empty when that is not watched.
     #[must_use]
-    pub(crate) fn by_origin(&self, process: ProcKey, resource: Resource) -> ByOrigin {
+    pub(crate) fn by_origin(&self, process: ProcKey, resource: Resource, now: u64) -> ByOrigin {
         let Some(process) = self.processes.get(&process) else { return ByOrigin::default() };
         match (resource, &process.fds, &process.threads) {
-            (Resource::Fd, Some(fds), _) => ByOrigin::count(fds.origins()),
-            (Resource::Thread, _, Some(threads)) => ByOrigin::count(threads.origins()),
+            (Resource::Fd, Some(fds), _) => ByOrigin::count(fds.origins(), now),
+            (Resource::Thread, _, Some(threads)) => ByOrigin::count(threads.origins(), now),
             _ => ByOrigin::default(),
         }
     }

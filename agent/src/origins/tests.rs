@@ -49,7 +49,7 @@ fn an_event_makes_an_origin_and_what_was_open_before_has_none() {
     assert_eq!(of(&origins, 3), Some((11, 2 * SECOND, 8)));
     assert_eq!(of(&origins, 0).unwrap().0, 13);
     assert_eq!(origins.held(), 2);
-    let ByOrigin { before, groups } = origins.by_origin(PROCESS, Resource::Fd);
+    let ByOrigin { before, groups, .. } = origins.by_origin(PROCESS, Resource::Fd, u64::MAX);
     assert_eq!((before, groups.len()), (0, 1), "what was open at 0 has been replaced");
     let newest: Vec<u32> = groups[0].examples.iter().map(|(_, fd)| *fd).collect();
     assert_eq!((groups[0].how, groups[0].live, &newest[..]), ("open", 2, &[0, 3][..]));
@@ -171,9 +171,12 @@ fn a_stack_is_put_to_what_it_made_and_to_nothing_that_came_later() {
     origins.name(PROCESS, &made(3, 2 * SECOND), &first);
     origins.name(PROCESS, &made(4, 2 * SECOND), &second);
     origins.name(PROCESS, &made(0, 0), &second);
-    let ByOrigin { before, groups } = origins.by_origin(PROCESS, Resource::Fd);
+    let ByOrigin { before, groups, .. } = origins.by_origin(PROCESS, Resource::Fd, u64::MAX);
     let stacks: Vec<_> = groups.iter().map(|group| (group.live, group.stack.clone())).collect();
     assert_eq!((before, stacks), (1, vec![(1, Some(first)), (1, None)]));
+    // The second may still get its stack.
+    let soon = origins.by_origin(PROCESS, Resource::Fd, 4 * SECOND);
+    assert_eq!((soon.before, soon.naming, soon.groups.len()), (1, 1, 1));
 }
 
 #[test]
@@ -204,7 +207,7 @@ fn threads_have_origins_from_clone_to_exit_and_listings_correct_them() {
     // 22 came unseen; 23 is newer than the listing.
     origins.apply(&clone(23, 4 * SECOND - 1));
     origins.merge(PROCESS, &threads(4 * SECOND, &[(7, 1), (20, 2 * SECOND), (22, 3 * SECOND)]));
-    let ByOrigin { before, groups } = origins.by_origin(PROCESS, Resource::Thread);
+    let ByOrigin { before, groups, .. } = origins.by_origin(PROCESS, Resource::Thread, u64::MAX);
     assert_eq!((before, groups[0].how, groups[0].live), (1, "clone", 3));
     let newest: Vec<u32> = groups[0].examples.iter().map(|(_, tid)| *tid).collect();
     assert_eq!(newest, [23, 22, 20]);

@@ -226,18 +226,17 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
                     samples.extend(more);
                     continue;
                 }
-                Work::Watch(process) => {
-                    // After an exec: what came before it belongs to the files of then.
+                Work::Watch(process) | Work::Forget(process) => {
+                    // What came before belongs to the files of then.
                     inbox.done(&samples);
                     let before = names.of(std::mem::take(&mut samples));
-                    names.watch(process);
+                    match work {
+                        Work::Watch(_) => names.watch(process),
+                        _ => names.symboliser.forget(process),
+                    }
                     Done::Named(before)
                 }
                 Work::Look => continue,
-                Work::Forget(process) => {
-                    names.symboliser.forget(process);
-                    continue;
-                }
                 Work::Census(process, threads) => {
                     let named = threads.map(|stacks| names.each(process, stacks));
                     Done::Census(process, Box::new(named))

@@ -185,8 +185,16 @@ impl Symboliser {
         self.books.look(process);
     }
 
+    /// Nothing more will be asked about this process: files that only it uses are closed.
     pub fn forget(&mut self, process: ProcKey) {
-        self.books.processes.remove(&process);
+        if self.books.processes.remove(&process).is_some() {
+            let mappings = self.books.processes.values().flat_map(|known| &known.mappings);
+            let used = mappings.filter_map(|mapping| match mapping.content {
+                Content::File(module) => Some(module),
+                Content::Anonymous | Content::Sealed => None,
+            });
+            self.books.table.close_others(&used.collect());
+        }
     }
 
     /// Walks stacks, which were taken of one process.

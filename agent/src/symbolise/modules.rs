@@ -2,12 +2,12 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use foldhash::{HashMap, HashMapExt};
+use foldhash::{HashMap, HashMapExt, HashSet};
 
 use super::process::FileKey;
 
 /// Files held open at most.
-const MAX_OPEN: usize = 256;
+const MAX_OPEN: usize = 128;
 /// Files remembered at most.
 const MAX_KNOWN: usize = 8192;
 
@@ -107,6 +107,13 @@ impl Table {
         }
     }
 
+    /// Closes the files of all modules but these.
+    pub(super) fn close_others(&mut self, used: &HashSet<u32>) {
+        for module in self.modules.iter_mut().filter(|(id, _)| !used.contains(id)).map(|(_, module)| module) {
+            module.file = None;
+        }
+    }
+
     /// Trusts a module less.
     pub(super) fn blame(&mut self, id: u32, to: Trust) {
         if let Some(module) = self.modules.get_mut(&id)
@@ -141,6 +148,9 @@ mod tests {
         assert_eq!(open_files, MAX_OPEN);
         assert_eq!(table.modules.len(), 300);
         assert_eq!(table.add(key(0), &path, None), first, "the same file is the same module");
+        table.close_others(&HashSet::from_iter([first]));
+        assert!(table.file(first).is_some());
+        assert_eq!(table.modules.values().filter(|module| module.file.is_some()).count(), 1);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{MemfdFlags, ftruncate, memfd_create},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
@@ -27,6 +28,8 @@ use super::{
 const MAX_MODULES: u32 = 512;
 /// Time it has to start.
 const START: Duration = Duration::from_secs(5);
+/// A killed one is mostly gone within a millisecond. One that the kernel keeps is waited for later.
+const DEATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// A worker that did not start is not tried again before this.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -160,6 +163,8 @@ impl Worker {
         let Some(mut running) = self.running.take() else { return };
         // It has not been waited for, so the pidfd is its.
         let _ = pidfd_send_signal(&running.pidfd, Signal::KILL);
+        let pidfd = &mut [PollFd::new(&running.pidfd, PollFlags::IN)];
+        let _ = poll(pidfd, Some(&DEATH));
         if !matches!(running.child.try_wait(), Ok(Some(_))) {
             self.dying.push(running.child);
         }

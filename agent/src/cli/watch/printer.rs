@@ -86,7 +86,8 @@ impl Printer {
         }
         if let Some(Watching { origins, process: Some(process), .. }) = &self.watching {
             let made = |resource| {
-                let groups = origins.by_origin(*process, resource).groups;
+                // All stacks have been looked at.
+                let groups = origins.by_origin(*process, resource, u64::MAX).groups;
                 groups.iter().map(|group| Origin::new(group, self.calendar)).collect()
             };
             self.print(&WatchedOrigins::new(process.tgid, made(Resource::Fd), made(Resource::Thread)))?;

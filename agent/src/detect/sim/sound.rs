@@ -299,6 +299,23 @@ pub(super) static SOUND: &[Family] = &[
         },
     },
     Family {
+        name: "paced batch of 2 to 10 min, again and again",
+        kind: Kind::Undecidable,
+        make: |world| {
+            starts(world);
+            let (size, takes) = (world.random.log(100.0, 2_000.0), world.random.within(2.0, 10.0) * MINUTE);
+            let every = takes * world.random.within(1.1, 3.0);
+            plan(6.0, move |world, second| {
+                let since = second as f64 % every;
+                let size = size * world.random.within(0.95, 1.05);
+                let part = if since < takes { since / takes } else { 0.0 };
+                // What it has, it keeps until its end.
+                let now = if part > 0.0 { world.size("batch") } else { 0 };
+                world.resize("batch", now.max((size * part) as usize));
+            })
+        },
+    },
+    Family {
         name: "clients come steadily to stay for tens of minutes",
         kind: Kind::Undecidable,
         make: |world| {

@@ -89,6 +89,9 @@ fn filter() -> Result<SeccompFilter, seccompiler::BackendError> {
         libc::SYS_rt_sigreturn,
         libc::SYS_exit,
         libc::SYS_exit_group,
+        // To abort when there is no more memory, which is no reason for a line in the kernel's log.
+        libc::SYS_getpid,
+        libc::SYS_gettid,
     ];
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = free.map(|number| (number, Vec::new())).into();
     for number in [libc::SYS_mmap, libc::SYS_mprotect] {
@@ -96,5 +99,8 @@ fn filter() -> Result<SeccompFilter, seccompiler::BackendError> {
         let never = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;
         rules.insert(number, vec![SeccompRule::new(vec![never])?]);
     }
+    let abort = u64::from(libc::SIGABRT.cast_unsigned());
+    let only = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, abort)?;
+    rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![only])?]);
     SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
 }
