@@ -116,6 +116,22 @@ pub(crate) fn place() -> Option<Place> {
     place_in(user_registers(kernel::current())?)
 }
 
+/// Bytes of the running task's stack from `sp` up, as far as that is known; else `u64::MAX`. The first thread's ends where
+/// the kernel put the arguments. The C library puts the control block of any other, to which fs points, at the
+/// upper end of its stack. What lies elsewhere, such as a stack of Go, has neither above it.
+#[inline(always)]
+pub(crate) fn stack_left(sp: u64) -> u64 {
+    let task = kernel::current();
+    let start = kernel::read::<u64>(task, offsets::TASK_MM)
+        .and_then(|mm| kernel::read::<u64>(mm, offsets::MM_START_STACK));
+    let base = kernel::read::<u64>(task, offsets::TASK_FSBASE);
+    let left = |end: Option<u64>| match end {
+        Some(end) if end > sp => end - sp,
+        _ => u64::MAX,
+    };
+    left(start).min(left(base))
+}
+
 /// Where a task that is not running entered the kernel.
 ///
 /// # Safety

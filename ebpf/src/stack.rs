@@ -64,7 +64,7 @@ fn copy(header: &Header, made: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
-    if is_readable(place.sp + SHALLOW as u64) {
+    if regs::stack_left(place.sp) > SHALLOW as u64 && is_readable(place.sp + SHALLOW as u64) {
         emit::send_stack::<Record<DEEP>>(|to| fill(to, header, &place, made));
     } else {
         emit::send_stack::<Record<SHALLOW>>(|to| fill(to, header, &place, made));

@@ -5,7 +5,7 @@
 //! in long ones, and load that swings for minutes hides a leak from all windows shorter than its swing.
 
 /// Lengths of the windows in seconds.
-pub(super) const SCALES: [u32; 6] = [5, 25, 120, 480, 1_800, 7_200];
+pub(super) const SCALES: [u32; 6] = [5, 25, 100, 400, 1_600, 6_400];
 /// Complete windows remembered per scale.
 const KEPT: usize = 5;
 /// Complete windows that it takes to see a rise, and how many of their differences must be rises.
