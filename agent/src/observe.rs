@@ -233,12 +233,14 @@ impl Observer {
         match pass {
             Ok(pass) => {
                 self.failed_in_a_row = 0;
+                let mut stack_losses = self.stacks.losses();
+                stack_losses.not_unwound += self.survivors.lost();
                 Ok(Some(Observation {
                     pass,
                     counts: self.kernel.counts().context("the ledger cannot be read")?,
                     ledger: self.ring.ledger(),
                     stack_ledger: self.ring.stack_ledger(),
-                    stack_losses: self.stacks.losses(),
+                    stack_losses,
                     not_run: self.kernel.not_run(),
                     following: self.follow.state(&self.kernel),
                     failed: self.failed,

@@ -24,7 +24,8 @@ pub const RING_FULL: u32 = 2;
 pub const FORGED: u32 = 3;
 /// Lost: kernel or user memory could not be read.
 pub const FAULT: u32 = 4;
-/// Lost: the ring was filling up, and the cgroup had used its share of it; of stacks, the process had its number.
+/// Lost: the ring was filling up, and the cgroup had used its share of it; of stacks, the process had its number or
+/// more than a few.
 pub const QUOTA: u32 = 5;
 
 /// The outcomes that are losses.

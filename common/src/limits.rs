@@ -30,5 +30,8 @@ pub const STACK_BYTES: [usize; 2] = [4 << 10, 16 << 10];
 /// can does not use up the ring and the processor of the agent.
 pub const STACKS_PER_SECOND: u32 = 1000;
 
+/// Beyond so many the ring must be half empty for more: the other half is for those that take few.
+pub const FEW_STACKS: u32 = 16;
+
 /// Cgroups whose use of a filling ring is told apart; beyond it the least recently seen is forgotten.
 pub const MAX_SHARES: u32 = 1024;

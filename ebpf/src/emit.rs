@@ -87,6 +87,12 @@ fn wake_up(used: u64, size: u64, bytes: u64) -> u64 {
     if used / eighth == (used + HEADER + bytes) / eighth { NO_WAKEUP } else { FORCE_WAKEUP }
 }
 
+/// Whether the ring of stacks is half empty.
+#[inline(always)]
+pub(crate) fn has_room_for_stacks() -> bool {
+    maps::STACKS.query(AVAILABLE) < maps::STACKS.query(SIZE) / 2
+}
+
 /// Makes room for a record of the ring of stacks, has it filled and sends it; or counts why not.
 #[inline(always)]
 pub(crate) fn send_stack<T: 'static>(fill: impl FnOnce(*mut T)) {

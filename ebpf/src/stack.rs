@@ -5,7 +5,7 @@ use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use plumb_common::{
     counts,
     event::{Header, KIND_STACK, Stack, Watch},
-    limits::{STACK_BYTES, STACKS_PER_SECOND},
+    limits::{FEW_STACKS, STACK_BYTES, STACKS_PER_SECOND},
 };
 
 use crate::{
@@ -53,10 +53,12 @@ fn is_within_budget(watch: &mut Watch, header: &Header) -> bool {
         (watch.second, watch.taken) = (second, 0);
     }
     watch.taken += 1;
-    if watch.taken > STACKS_PER_SECOND {
+    let is_granted =
+        watch.taken <= FEW_STACKS || (watch.taken <= STACKS_PER_SECOND && emit::has_room_for_stacks());
+    if !is_granted {
         emit::count(counts::STACK, counts::QUOTA);
     }
-    watch.taken <= STACKS_PER_SECOND
+    is_granted
 }
 
 #[inline(never)]

@@ -19,15 +19,25 @@ const PATIENCE: u64 = 5_000_000_000;
 #[derive(Debug, Default)]
 pub(crate) struct Survivors {
     waiting: HashMap<(u32, u64), Sample>,
+    /// Those for which there was no room.
+    lost: u64,
 }
 
 impl Survivors {
+    /// Stacks that found no room so far.
+    #[must_use]
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost
+    }
+
     /// Takes a batch of events and the stacks that were sent before them; returns the stacks of what the batch
     /// made and did not end.
     pub(crate) fn of(&mut self, events: &[Event], stacks: Vec<Sample>) -> Vec<Sample> {
         for stack in stacks {
             if self.waiting.len() < MAX_WAITING {
                 self.waiting.insert((stack.head.header.tid, stack.head.header.time), stack);
+            } else {
+                self.lost += 1;
             }
         }
         if self.waiting.is_empty() {
