@@ -163,7 +163,7 @@ impl Floors {
 /// as well as its troughs, but any two neighbours hold a trough.
 fn is_rising_saw(floors: &[Option<u32>], wary: f64) -> bool {
     let troughs = || floors.windows(2).map(|pair| pair[0].min(pair[1]).unwrap_or(0));
-    let (Some(first), Some(last)) = (troughs().next(), troughs().last()) else { return false };
+    let (Some(first), Some(last)) = (troughs().next(), troughs().next_back()) else { return false };
     let steps = || troughs().zip(troughs().skip(1));
     let growth = f64::from(last.saturating_sub(first));
     steps().all(|(before, then)| then >= before)
