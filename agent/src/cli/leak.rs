@@ -53,11 +53,11 @@ fn title(leak: &Leak) -> String {
 
 fn facts(leak: &Leak) -> Vec<String> {
     let limit = leak.limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string());
-    let end = leak.seconds_to_exhaustion.map_or_else(|| "-".to_owned(), report::rough);
+    let end = leak.seconds_to_exhaustion.map(|seconds| format!(", reached in {}", report::rough(seconds)));
     let mut facts = vec![
         ("live", format!("{}, {} before {}", leak.live, leak.baseline, leak.first_seen)),
         ("growth", format!("{:+.1} per minute", leak.growth_per_minute)),
-        ("limit", format!("{limit}, reached in {end}")),
+        ("limit", limit + end.as_deref().unwrap_or_default()),
         ("rule", leak.rule.word().to_owned()),
     ];
     if let Some(since) = &leak.leaking_since {

@@ -159,10 +159,9 @@ fn list(arguments: &Arguments) -> Outcome {
         ("PER MIN", true),
         ("FULL IN", true),
         ("GROUP", false),
-        ("MOSTLY", false),
-        ("FROM", false),
     ];
-    arguments.output.print(&document, &document.findings, &columns, |leak| {
+    let notes = ["MOSTLY", "FROM"];
+    arguments.output.print_with_notes(&document, &document.findings, &columns, &notes, |leak| {
         vec![
             leak.id.clone(),
             state(leak),

@@ -51,6 +51,19 @@ impl Output {
         columns: &[Column],
         row: impl Fn(&I) -> Vec<String>,
     ) -> Result<(), Failure> {
+        self.print_with_notes(document, items, columns, &[], row)
+    }
+
+    /// As `print`, with long texts at the end of each row: on a terminal they are lines of their own below it, after
+    /// these headings.
+    pub(super) fn print_with_notes<D: Serialize, I: Serialize>(
+        &self,
+        document: &D,
+        items: &[I],
+        columns: &[Column],
+        notes: &[&'static str],
+        row: impl Fn(&I) -> Vec<String>,
+    ) -> Result<(), Failure> {
         let text = match self.format {
             Format::Json => json(document)? + "\n",
             Format::Jsonl => {
@@ -61,7 +74,14 @@ impl Output {
                 };
                 items.iter().map(line).collect::<Result<_, Failure>>()?
             }
-            Format::Table => table(columns, items.iter().map(row)),
+            Format::Table => {
+                let rows = items.iter().map(row).collect();
+                if io::stdout().is_terminal() {
+                    on_terminal(columns, notes, rows)
+                } else {
+                    in_pipe(columns, notes, rows)
+                }
+            }
         };
         data(&text).map(|_| ())
     }
@@ -100,12 +120,35 @@ pub(super) fn message(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
-fn table(columns: &[Column], rows: impl Iterator<Item = Vec<String>>) -> String {
+/// Every row is one line.
+fn in_pipe(columns: &[Column], notes: &[&'static str], rows: Vec<Vec<String>>) -> String {
+    let columns = [columns, &notes.iter().map(|heading| (*heading, false)).collect::<Vec<_>>()].concat();
+    text(table(&columns, rows, ContentArrangement::Disabled))
+}
+
+/// Wrapped to the width of the terminal, or with notes below.
+fn on_terminal(columns: &[Column], notes: &[&'static str], mut rows: Vec<Vec<String>>) -> String {
+    if notes.is_empty() {
+        return text(table(columns, rows, ContentArrangement::Dynamic));
+    }
+    let below: Vec<Vec<String>> = rows.iter_mut().map(|row| row.split_off(columns.len())).collect();
+    let mut lines = table(columns, rows, ContentArrangement::Disabled).into_iter();
+    let mut all: Vec<String> = lines.next().into_iter().collect();
+    for (line, below) in lines.zip(below) {
+        all.push(line);
+        let note = |(heading, note): (&&str, String)| format!("    {:<8}{note}", heading.to_lowercase());
+        all.extend(notes.iter().zip(below).filter(|(_, note)| note != "-").map(note));
+    }
+    text(all)
+}
+
+fn text(lines: Vec<String>) -> String {
+    lines.into_iter().flat_map(|line| [line, "\n".to_owned()]).collect()
+}
+
+fn table(columns: &[Column], rows: Vec<Vec<String>>, arrangement: ContentArrangement) -> Vec<String> {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    // Wrapped to the terminal; in a pipe every row stays one line.
-    let arrangement =
-        if io::stdout().is_terminal() { ContentArrangement::Dynamic } else { ContentArrangement::Disabled };
     table.set_content_arrangement(arrangement);
     table.set_header(columns.iter().map(|(heading, _)| *heading));
     for row in rows {
@@ -117,10 +160,7 @@ fn table(columns: &[Column], rows: impl Iterator<Item = Vec<String>>) -> String 
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    let mut text: String =
-        table.lines().flat_map(|line| [line.trim_end().to_owned(), "\n".to_owned()]).collect();
-    text.shrink_to_fit();
-    text
+    table.lines().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// Bytes with a binary unit, three figures: `12.3M`.
@@ -142,6 +182,14 @@ pub(super) fn bytes(value: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn notes_are_columns_in_a_pipe_and_lines_on_a_terminal() {
+        let rows = || vec![["fd-1", "7", "pipe", "-"].map(str::to_owned).to_vec()];
+        let (columns, notes) = ([("ID", false), ("LIVE", true)], ["MOSTLY", "FROM"]);
+        assert_eq!(in_pipe(&columns, &notes, rows()), "ID    LIVE  MOSTLY  FROM\nfd-1     7  pipe    -\n");
+        assert_eq!(on_terminal(&columns, &notes, rows()), "ID    LIVE\nfd-1     7\n    mostly  pipe\n");
+    }
 
     #[test]
     fn sizes_have_three_figures() {

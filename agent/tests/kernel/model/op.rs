@@ -208,6 +208,26 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Op>, String> {
     lines.filter(|line| !line.is_empty()).map(str::parse).collect()
 }
 
+/// The same operations with one number smaller, in every way; of large numbers with the smallest.
+pub(crate) fn with_smaller_numbers(ops: &[Op]) -> Vec<Vec<Op>> {
+    const MOST: u32 = 16;
+    let mut all = Vec::new();
+    for (at, op) in ops.iter().enumerate() {
+        let line = op.to_string();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        for (index, word) in words.iter().enumerate() {
+            for less in 0..word.parse::<u32>().unwrap_or(0).min(MOST) {
+                let (mut words, less) = (words.clone(), less.to_string());
+                words[index] = &less;
+                let mut ops = ops.to_vec();
+                ops[at] = words.join(" ").parse().unwrap();
+                all.push(ops);
+            }
+        }
+    }
+    all
+}
+
 /// Mostly a number that is in use; some that make the table grow.
 fn fd() -> impl Strategy<Value = u32> {
     prop_oneof![16 => 5..16u32, 6 => 0..40u32, 1 => 60..68u32, 1 => 250..260u32, 1 => 500..1000u32]
@@ -264,4 +284,13 @@ proptest! {
     fn a_script_is_read_as_it_was_written(ops in scripts(50)) {
         prop_assert_eq!(parse(&script(&ops)), Ok(ops));
     }
+}
+
+#[test]
+fn each_number_is_made_smaller() {
+    let ops = parse("0 file 0\n1 dup2 2 1\n").unwrap();
+    let smaller: Vec<String> =
+        with_smaller_numbers(&ops).iter().map(|ops| script(ops).replace('\n', ";")).collect();
+    let expected = ["0 dup2 2 1", "1 dup2 0 1", "1 dup2 1 1", "1 dup2 2 0"];
+    assert_eq!(smaller, expected.map(|second| format!("0 file 0;{second};")));
 }

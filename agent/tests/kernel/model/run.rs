@@ -193,19 +193,24 @@ impl Random {
     }
 }
 
-/// Leaves out each operation without which it fails all the same: what proptest kept for the sake of others
-/// that it then made simpler.
+/// Leaves out each operation without which it fails all the same, and makes numbers smaller where that helps: what
+/// proptest kept for the sake of others that it then made simpler.
 fn without_the_needless(mut failure: Failure, host: &mut Host) -> Failure {
     let end = Instant::now() + SHRINKING;
-    let mut at = failure.ops.len();
-    while at > 0 && Instant::now() < end {
-        at -= 1;
-        let mut fewer = failure.ops.clone();
-        fewer.remove(at);
-        if let Err(mismatch) = host.case(&fewer) {
-            failure = Failure { ops: fewer, why: mismatch.0 };
-            at = failure.ops.len();
+    let mut fails = |ops: Vec<Op>| {
+        let mismatch = if Instant::now() < end { host.case(&ops).err() } else { None };
+        mismatch.map(|mismatch| Failure { ops, why: mismatch.0 })
+    };
+    loop {
+        let fewer = (0..failure.ops.len()).rev().map(|at| {
+            let mut ops = failure.ops.clone();
+            ops.remove(at);
+            ops
+        });
+        let simpler = fewer.chain(op::with_smaller_numbers(&failure.ops)).find_map(&mut fails);
+        match simpler {
+            Some(simpler) => failure = simpler,
+            None => return failure,
         }
     }
-    failure
 }
