@@ -87,7 +87,7 @@ mod tests {
         let text = r#"{"id":"fd-7-1","state":"leaking","rule":"trend","resource":"fd","pid":7,"comm":"a","group":"a",
             "live":900,"baseline":5,"limit":1024,"growth_per_minute":60.0,"seconds_to_exhaustion":124.0,
             "first_seen":"","leaking_since":null,"resolved":null,"ignored":null,"acknowledged":null,
-            "silenced_until":null,"exe":null,"examples":[],"before_watching":0,"naming":0,"origins":[],"history":null,"threads":null}"#;
+            "silenced_until":null,"exe":null,"examples":[],"before_watching":0,"since_watching":0,"naming":0,"places":0,"origins":[],"history":null,"threads":null}"#;
         let mut leak: Leak = serde_json::from_str(text).unwrap();
         leak.examples = whats.iter().map(example).collect();
         leak

@@ -191,8 +191,15 @@ pub(crate) struct Leak {
     pub threads: Option<LeakThreads>,
     /// What was there before the process was watched; of the rest the origins say where it came from.
     pub before_watching: u32,
-    /// Made in the last seconds: their stacks are still looked up.
+    /// Made since then and still there, whatever their origin.
+    #[serde(default)]
+    pub since_watching: u32,
+    /// Of these made in the last seconds: their stacks are still looked up.
+    #[serde(default)]
     pub naming: u32,
+    /// How many origins there are; the most frequent of them follow.
+    #[serde(default)]
+    pub places: u32,
     /// Where what has been made since and is still there came from, the most frequent first.
     pub origins: Vec<Origin>,
 }
@@ -389,7 +396,9 @@ impl Leak {
             history: Course::new(&finding.detail.history, calendar),
             threads: finding.detail.threads.as_deref().map(|threads| LeakThreads::new(threads, calendar)),
             before_watching: finding.detail.origins.before,
+            since_watching: finding.detail.origins.since_watching(),
             naming: finding.detail.origins.naming,
+            places: finding.detail.origins.groups.len() as u32,
             origins: (finding.detail.origins.groups.iter().take(MAX_ORIGINS))
                 .map(|group| Origin::new(group, calendar))
                 .collect(),

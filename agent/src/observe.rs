@@ -108,6 +108,8 @@ struct Observer {
     survivors: Survivors,
     /// Stacks of what has been drained and not handed on.
     survived: Vec<Sample>,
+    /// Suspects that run another program since.
+    execs: Vec<ProcKey>,
     stacks: Queue,
     /// What the kernel's part of the last pass took.
     pass_cpu: Duration,
@@ -137,6 +139,7 @@ pub(crate) fn run(
         follow,
         survivors: Survivors::default(),
         survived: Vec::new(),
+        execs: Vec::new(),
         stacks: stacks.clone(),
         pass_cpu: Duration::ZERO,
         failed: 0,
@@ -202,12 +205,10 @@ impl Observer {
         let events = self.ring.drain(BATCH);
         let stacks = self.ring.drain_stacks();
         self.survived.extend(self.survivors.of(&events, stacks));
+        self.stacks.lost(self.survivors.take_lost());
         let execs = events.iter().filter(|event| matches!(event, Event::Exec(_)));
-        for process in execs.map(|event| event.header().process).filter(|key| self.follow.is_suspect(*key)) {
-            // What came before it, with the files that it had.
-            self.stacks.unwind(std::mem::take(&mut self.survived));
-            self.stacks.watch(process);
-        }
+        let execs = execs.map(|event| event.header().process).filter(|key| self.follow.is_suspect(*key));
+        self.execs.extend(execs);
         self.follow.look(&events);
         events
     }
@@ -224,6 +225,8 @@ impl Observer {
     /// Has the stacks named of what events made that have been handed on: before that nobody knows what they are of.
     fn name_stacks(&mut self) {
         self.stacks.unwind(std::mem::take(&mut self.survived));
+        // What came before an exec belongs to the files of then.
+        self.execs.drain(..).for_each(|process| self.stacks.watch(process));
     }
 
     /// A pass with what goes with it; `None` for one that failed, which is counted and tried again.
@@ -233,14 +236,12 @@ impl Observer {
         match pass {
             Ok(pass) => {
                 self.failed_in_a_row = 0;
-                let mut stack_losses = self.stacks.losses();
-                stack_losses.not_unwound += self.survivors.lost();
                 Ok(Some(Observation {
                     pass,
                     counts: self.kernel.counts().context("the ledger cannot be read")?,
                     ledger: self.ring.ledger(),
                     stack_ledger: self.ring.stack_ledger(),
-                    stack_losses,
+                    stack_losses: self.stacks.losses(),
                     not_run: self.kernel.not_run(),
                     following: self.follow.state(&self.kernel),
                     failed: self.failed,

@@ -118,7 +118,8 @@ pub(crate) fn place() -> Option<Place> {
 
 /// Bytes of the running task's stack from `sp` up, as far as that is known; else `u64::MAX`. The first thread's ends where
 /// the kernel put the arguments. The C library puts the control block of any other, to which fs points, at the
-/// upper end of its stack. What lies elsewhere, such as a stack of Go, has neither above it.
+/// upper end of its stack. What lies elsewhere, such as a stack of Go, lies far below either, or so near that less than a
+/// shallow copy reaches up to it.
 #[inline(always)]
 pub(crate) fn stack_left(sp: u64) -> u64 {
     let task = kernel::current();

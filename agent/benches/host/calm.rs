@@ -2,7 +2,8 @@
 //!
 //! A CPU of a virtual machine is often one of two threads of a core, and what runs on the other slows it by a third, for
 //! a millisecond or for a minute, without any trace in /proc/stat. A calculation that enters no kernel sees this
-//! as well as the operations do, and nothing that is attached to the kernel can slow it: it tells which slices to believe.
+//! as well as the operations do, and no program in the kernel can slow it: it tells which slices to believe. A reader that
+//! takes the CPU meanwhile spoils a slice as well: its time is measured apart.
 
 use std::{
     hint,

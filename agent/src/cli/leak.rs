@@ -98,10 +98,10 @@ fn chart(live: &[u32]) -> Vec<String> {
 }
 
 fn origins(leak: &Leak) -> Vec<String> {
-    let known: u32 = leak.origins.iter().map(|origin| origin.live).sum();
-    let mut counts = format!("{known} made since it is watched, {} before that", leak.before_watching);
-    if leak.naming > 0 {
-        counts += &format!(", {} in the last seconds", leak.naming);
+    let mut counts =
+        format!("{} made since it is watched, {} before that", leak.since_watching, leak.before_watching);
+    if leak.naming > 0 && leak.resolved.is_none() {
+        counts += &format!("; {} of the last seconds are looked up just now", leak.naming);
     }
     let mut lines = vec![counts];
     for origin in leak.origins.iter().take(MAX_ORIGINS) {
@@ -125,9 +125,10 @@ fn origins(leak: &Leak) -> Vec<String> {
             lines.push("          (the rest of the stack could not be had)".to_owned());
         }
     }
-    let more = leak.origins.len().saturating_sub(MAX_ORIGINS);
+    let more = (leak.places as usize).saturating_sub(MAX_ORIGINS);
     if more > 0 {
-        lines.push(format!("and {more} more places: -o json has them"));
+        let rest = leak.origins.len().saturating_sub(MAX_ORIGINS);
+        lines.push(format!("and {more} more places: -o json has {rest} of them"));
     }
     lines
 }

@@ -5,7 +5,7 @@ use super::{
     cohorts::{Age, CLASSES, Holdings, age_of},
     finding::{Finding, State, Why},
     floors::{Floors, Point, SCALES},
-    growth::{Demand, Growth, Rise, Shape},
+    growth::{Demand, Growth, Precedents, Rise, Shape},
 };
 
 pub(super) const SECOND: u64 = 1_000_000_000;
@@ -53,8 +53,7 @@ pub(super) struct Case {
     looked: u64,
     /// Since when it has not risen, as a leak.
     settled: u64,
-    /// What this count has risen by before and given back, all of it.
-    precedent: Rise,
+    precedents: Precedents,
     /// How many the cgroups of the process allow, as of the last look.
     pub cgroup_limit: Option<u64>,
     /// People have been told.
@@ -78,11 +77,11 @@ pub(super) enum Step {
 }
 
 impl Case {
-    pub(super) fn new(finding: Finding, precedent: Rise, now: u64) -> Self {
+    pub(super) fn new(finding: Finding, precedents: Precedents, now: u64) -> Self {
         let growths = Vec::new();
         Self {
             growths,
-            precedent,
+            precedents,
             finding,
             suspected: now,
             asked: now,
@@ -106,7 +105,8 @@ impl Case {
     /// Goes on as the leak it was.
     pub(super) fn take_up(&mut self, window: u32, points: Vec<Point>, since: u64) {
         if let Some(growth) = Growth::new(window, points) {
-            let scale = SCALES.iter().position(|length| *length == window).unwrap_or(0);
+            // Another version may have had other scales.
+            let scale = SCALES.iter().rposition(|length| *length <= window).unwrap_or(0);
             self.growths = vec![(scale, growth)];
             self.tell(0);
             self.finding.state = State::Leaking;
@@ -127,11 +127,10 @@ impl Case {
         self.growths.iter().any(|(known, _)| *known == scale)
     }
 
-    /// What a leak rose by, if all of it was given back.
-    pub(super) fn given_back(&self) -> Option<Rise> {
+    /// Where a leak began, and what it rose by.
+    pub(super) fn rise(&self) -> Option<(u32, Rise)> {
         let (_, growth) = self.growths.first().filter(|_| self.is_leaking())?;
-        let rise = growth.rise();
-        rise.is_given_back(growth.began().1, self.finding.live).then_some(rise)
+        Some((growth.began().1, growth.rise()))
     }
 
     /// Takes the floors of the windows that are complete: of the first `closed` scales. What has ended is
@@ -235,9 +234,9 @@ impl Case {
                 growth.clone().shape(demand) == Shape::Leak || self.arrive(holdings, growth, age, demand)
             }
         };
-        // What is like a rise that was given back may be given back again; what is at its limit does harm now.
+        // What is like a rise that was given back may be given back again, if there is time to wait for it.
         let is_known =
-            |growth: &Growth| self.precedent.covers(growth.rise()) && !growth.is_full(demand.limit);
+            |growth: &Growth| self.precedents.cover(growth.rise()) && !growth.is_near(demand.limit);
         let is_leak = |(_, growth): &(usize, Growth)| !is_known(growth) && proven(growth);
         let Some(index) = self.growths.iter().position(is_leak) else { return };
         self.tell(index);

@@ -26,8 +26,11 @@ const LEAST_POINTS: usize = 10;
 const LEAST_ARRIVALS: usize = 7;
 /// Part of its share that the last quarter of the time must have grown by.
 const STILL: f64 = 0.35;
-/// A rise is like one that was given back up to so many times its height and length.
+/// A rise is like one that was given back up to so many times its height and length; so many are known of a count.
 const ALIKE: f64 = 1.5;
+const MAX_PRECEDENTS: usize = 3;
+/// Above this part of the limit nobody waits for it to be given back.
+const NEAR: f64 = 0.8;
 /// Longest part of the time that may pass without a rise.
 const REST: f64 = 0.3;
 /// At the limit, growth by one part in so many of it is enough.
@@ -77,19 +80,42 @@ pub(super) struct Rise {
 
 impl Rise {
     /// Whether another rise is much like this one so far.
-    pub(super) fn covers(self, other: Self) -> bool {
+    fn covers(self, other: Self) -> bool {
         let within = |other: u32, own: u32| f64::from(other) <= f64::from(own) * ALIKE;
         within(other.height, self.height) && within(other.seconds, self.seconds)
     }
+}
 
-    /// Whether a count of `live` is back where it began, at `base`.
-    pub(super) fn is_given_back(self, base: u32, live: u32) -> bool {
-        live.saturating_sub(base) <= self.height / 4
+/// What one count was called a leak for and then gave back, all of it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Precedents {
+    rises: Vec<Rise>,
+    /// Where one began that has been given back by half.
+    pending: Option<(u32, Rise)>,
+}
+
+impl Precedents {
+    /// Whether a rise is much like one of them so far.
+    pub(super) fn cover(&self, rise: Rise) -> bool {
+        self.rises.iter().any(|known| known.covers(rise))
     }
 
-    /// What covers both.
-    pub(super) fn and(self, other: Self) -> Self {
-        Self { height: self.height.max(other.height), seconds: self.seconds.max(other.seconds) }
+    /// A rise from `base` is being given back.
+    pub(super) fn expect(&mut self, base: u32, rise: Rise) {
+        self.pending = Some((base, rise));
+    }
+
+    /// Learns, as soon as the count is back where it began.
+    pub(super) fn reading(&mut self, live: u32) {
+        if let Some((base, rise)) = self.pending
+            && live.saturating_sub(base) <= rise.height / 4
+        {
+            self.pending = None;
+            self.rises.retain(|known| !rise.covers(*known));
+            self.rises.push(rise);
+            let old = self.rises.len().saturating_sub(MAX_PRECEDENTS);
+            self.rises.drain(..old);
+        }
     }
 }
 
@@ -202,6 +228,11 @@ impl Growth {
     pub(super) fn rise(&self) -> Rise {
         let (first, peak) = (self.first(), self.peak);
         Rise { height: peak.1.saturating_sub(first.1), seconds: peak.0.saturating_sub(first.0) }
+    }
+
+    /// Whether it is so near the limit that there is no time to wait.
+    pub(super) fn is_near(&self, limit: Option<u64>) -> bool {
+        limit.is_some_and(|limit| f64::from(self.last().1) >= limit as f64 * NEAR)
     }
 
     /// Whether the last floors lie at the limit: no count grows beyond that.

@@ -22,7 +22,8 @@
 //! steadily to stay for tens of minutes, grow and are held exactly as a leak. From one per second on they are
 //! called leaks after two minutes, and resolved when they stop. So is a batch that collects steadily for minutes, such
 //! as a checkpoint of a database with many tables, but once: what was called a leak and then given back, all of it, is
-//! expected to be given back again until it lasts half as long again or rises half as high again. `sim` says how often.
+//! expected to be given back again until it lasts half as long again, rises half as high again or comes near its limit;
+//! an agent that is started anew has to see it once more. `sim` says how often.
 
 mod case;
 pub(crate) mod cohorts;
@@ -43,7 +44,7 @@ use plumb_common::task::ProcKey;
 use self::{
     case::{Case, SECOND, Step},
     floors::{Count, Floors},
-    growth::{Demand, Rise},
+    growth::{Demand, Precedents},
     settings::Thresholds,
 };
 pub(crate) use self::{
@@ -87,7 +88,7 @@ pub(crate) struct Detector {
     /// What people said about findings.
     marks: HashMap<(ProcKey, Resource, Rule), Mark>,
     /// What counts were called a leak for and then gave back.
-    precedents: HashMap<(ProcKey, Resource), Rise>,
+    precedents: HashMap<(ProcKey, Resource), Precedents>,
     /// When threads were last asked for by type.
     census: u64,
     /// What an agent before this one had found, until the first pass.
@@ -148,6 +149,7 @@ impl Detector {
                 *history = fresh();
                 for resource in Resource::ALL {
                     self.precedents.remove(&(row.key, resource));
+                    self.marks.retain(|(key, of, _), _| (*key, *of) != (row.key, resource));
                     if let Some(case) = self.cases.remove(&(row.key, resource)) {
                         end(case, Why::Exec, now, &mut self.resolved, &mut changes);
                     }
@@ -175,9 +177,12 @@ impl Detector {
                 let at = (row.key, resource);
                 let case = if track.is_open { self.cases.remove(&at) } else { None };
                 let was_open = case.is_some();
-                let precedent = || self.precedents.get(&at).copied().unwrap_or_default();
+                if let Some(precedents) = self.precedents.get_mut(&at) {
+                    precedents.reading(live);
+                }
+                let precedents = || self.precedents.get(&at).cloned().unwrap_or_default();
                 let suspect = || Finding::suspect(Rule::Trend, resource, row, (live, limit), now);
-                let new = || Case::new(suspect(), precedent(), now);
+                let new = || Case::new(suspect(), precedents(), now);
                 let Some(mut case) = track.suspicion(case, closed, limit, new) else { continue };
                 let limit = limit.into_iter().chain(case.cgroup_limit).min();
                 (case.finding.live, case.finding.limit) = (live, limit);
@@ -189,9 +194,8 @@ impl Detector {
                 match step {
                     Step::Ends(why) => {
                         track.end(why);
-                        if let Some(rise) = case.given_back().filter(|_| why == Why::GivenBack) {
-                            let known = self.precedents.entry(at).or_default();
-                            *known = known.and(rise);
+                        if let Some((base, rise)) = case.rise().filter(|_| why == Why::GivenBack) {
+                            self.precedents.entry(at).or_default().expect(base, rise);
                         }
                         end(case, why, now, &mut self.resolved, &mut changes);
                     }

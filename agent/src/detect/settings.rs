@@ -171,6 +171,9 @@ impl TryFrom<WrittenIgnore> for Ignore {
         if reason.trim().is_empty() {
             return Err("the reason of an [[ignore]] is empty: say why it is no leak".to_owned());
         }
+        if reason.chars().any(char::is_control) {
+            return Err("the reason of an [[ignore]] is one line of plain text".to_owned());
+        }
         if [&group, &comm, &kind, &path, &thread_type, &function].iter().all(|given| given.is_none()) {
             return Err("an [[ignore]] without group, comm, kind, path, thread_type or function would ignore everything"
                 .to_owned());

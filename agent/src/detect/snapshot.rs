@@ -9,7 +9,7 @@ use super::{
     case::{Case, SECOND},
     finding::{Example, Finding, Mark, Resource, Rule, State},
     floors::Point,
-    growth::{MAX_POINTS, Rise},
+    growth::{MAX_POINTS, Precedents},
     usage,
 };
 use crate::table::Row;
@@ -169,7 +169,7 @@ impl Detector {
         let mut finding = Finding::suspect(Rule::Trend, saved.resource, row, (live, limit), now);
         finding.ignored = saved.ignored.map(Into::into);
         finding.examples = saved.examples;
-        let mut case = Case::new(finding, Rise::default(), now);
+        let mut case = Case::new(finding, Precedents::default(), now);
         if saved.state == State::Leaking {
             case.take_up(saved.window, saved.points, saved.leaking_since.unwrap_or(now));
             case.told = saved.told;

@@ -88,6 +88,12 @@ pub(crate) struct ByOrigin {
 }
 
 impl ByOrigin {
+    /// How many have come since the process is watched.
+    #[must_use]
+    pub(crate) fn since_watching(&self) -> u32 {
+        self.naming + self.groups.iter().map(|group| group.live).sum::<u32>()
+    }
+
     /// How many the program's own functions made, by the name of the function.
     #[must_use]
     pub(crate) fn functions(&self) -> Vec<(String, u32)> {

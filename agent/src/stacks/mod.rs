@@ -1,5 +1,6 @@
-//! The worker that makes named stacks of copied ones, at no more than a tenth of a processor: unwinds, names, and
-//! hands on. Equal stacks are one in memory.
+//! The worker that makes named stacks of copied ones: unwinds, names, and hands on. It rests nine times as long as
+//! it works, but not for more than a second: only large programs that it meets for the first time take it longer.
+//! Equal stacks are one in memory.
 
 mod matched;
 mod survivors;
@@ -95,7 +96,7 @@ pub(crate) enum Done {
 /// What did not go well, for metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Losses {
-    /// Samples that were not unwound because the worker did not keep up.
+    /// Samples that were not unwound: the worker did not keep up, or their events did not come.
     pub not_unwound: u64,
     /// Stacks not kept because there were too many different ones.
     pub too_many: u64,
@@ -189,6 +190,11 @@ impl Queue {
         if !samples.is_empty() {
             let _ = self.work.send(Work::Unwind(samples));
         }
+    }
+
+    /// So many were given up before they came here.
+    pub(crate) fn lost(&self, count: u64) {
+        self.shared.not_unwound.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Wakes the worker, so that it sees that it is to stop.

@@ -24,21 +24,35 @@ pub(crate) struct Survivors {
 }
 
 impl Survivors {
-    /// Stacks that found no room so far.
-    #[must_use]
-    pub(crate) fn lost(&self) -> u64 {
-        self.lost
+    /// How many found no room since this was asked last.
+    pub(crate) fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
+    }
+
+    /// With too many waiting, each process keeps its newest, as many as any other: whose events are lost must not
+    /// push out others.
+    fn make_room(&mut self) {
+        if self.waiting.len() <= MAX_WAITING {
+            return;
+        }
+        let mut of: HashMap<ProcKey, Vec<(u64, u32)>> = HashMap::new();
+        for ((tid, time), stack) in &self.waiting {
+            of.entry(stack.head.header.process).or_default().push((*time, *tid));
+        }
+        let share = (MAX_WAITING / of.len()).max(1);
+        for mut stacks in of.into_values() {
+            stacks.sort_unstable();
+            let old = stacks.len().saturating_sub(share);
+            self.lost += old as u64;
+            stacks.drain(..old).for_each(|(time, tid)| drop(self.waiting.remove(&(tid, time))));
+        }
     }
 
     /// Takes a batch of events and the stacks that were sent before them; returns the stacks of what the batch
     /// made and did not end.
     pub(crate) fn of(&mut self, events: &[Event], stacks: Vec<Sample>) -> Vec<Sample> {
         for stack in stacks {
-            if self.waiting.len() < MAX_WAITING {
-                self.waiting.insert((stack.head.header.tid, stack.head.header.time), stack);
-            } else {
-                self.lost += 1;
-            }
+            self.waiting.insert((stack.head.header.tid, stack.head.header.time), stack);
         }
         if self.waiting.is_empty() {
             return Vec::new();
@@ -73,6 +87,7 @@ impl Survivors {
         if let Some(newest) = events.last().map(|event| event.header().time) {
             self.waiting.retain(|(_, time), _| time.saturating_add(PATIENCE) > newest);
         }
+        self.make_room();
         fds.into_values().chain(threads.into_values()).collect()
     }
 }
@@ -122,6 +137,21 @@ mod tests {
         assert_eq!(made(&survivors.of(&[late], Vec::new())), [(3, 10)]);
         assert_eq!(survivors.of(&[closed(9, 9, 11 + PATIENCE)], Vec::new()), []);
         assert_eq!(survivors.of(&[other], Vec::new()), [], "it was given up");
+    }
+
+    #[test]
+    fn one_whose_events_are_lost_pushes_nobody_out() {
+        let mut survivors = Survivors::default();
+        let of = |tgid, time| {
+            let (event, mut stack) = opened(3, time);
+            stack.head.header.process = ProcKey::new(tgid, 1);
+            (event, stack)
+        };
+        let (late, slow) = of(7, 1);
+        let storm = (2..2 * MAX_WAITING as u64).map(|time| of(9, time).1);
+        assert_eq!(survivors.of(&[], std::iter::once(slow).chain(storm).collect()), []);
+        assert_eq!(survivors.take_lost(), 2 * MAX_WAITING as u64 - 2 - MAX_WAITING as u64 / 2);
+        assert_eq!(made(&survivors.of(&[late], Vec::new())), [(3, 1)]);
     }
 
     #[test]

@@ -99,8 +99,10 @@ fn filter() -> Result<SeccompFilter, seccompiler::BackendError> {
         let never = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;
         rules.insert(number, vec![SeccompRule::new(vec![never])?]);
     }
-    let abort = u64::from(libc::SIGABRT.cast_unsigned());
-    let only = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, abort)?;
-    rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![only])?]);
+    let is = |argument: u8, value: u32| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value.into())
+    };
+    let abort = vec![is(0, std::process::id())?, is(2, libc::SIGABRT.cast_unsigned())?];
+    rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(abort)?]);
     SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
 }
