@@ -17,6 +17,9 @@ use crate::support::{Agent, Running, TempDir, Workload, plumb};
 /// From the first leaked fd or thread to the finding.
 const VERDICT: Duration = Duration::from_secs(150);
 
+/// How often the kernel did not run a program, since it had interrupted it on the same CPU.
+const NOT_RUN: &str = r#"plumb_events_lost_total{source="any",cause="not_run"}"#;
+
 /// That an origin is the function of the workload and the line with these words.
 fn assert_made_in(origin: &Value, function: &str, words: &str) {
     let source = include_str!("../../examples/workload.rs");
@@ -55,7 +58,11 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     assert_eq!(origin["syscall"], "openat", "{finding}");
     assert!((10..150).contains(&origin["live"].as_u64().unwrap()), "{finding}");
     assert_made_in(origin, "leak_fds", "let _leaked = File::open(path)");
-    assert_eq!(finding["origins"].as_array().unwrap().len(), 1, "each has a stack: {finding}");
+    // Each has a stack, but for those whose event a preemptible kernel has skipped: a listing found them.
+    let others = &finding["origins"].as_array().unwrap()[1..];
+    assert!(others.iter().all(|origin| origin["syscall"] == "other"), "{finding}");
+    let others: u64 = others.iter().map(|origin| origin["live"].as_u64().unwrap()).sum();
+    assert!(others as f64 <= agent.metric(NOT_RUN), "{finding}");
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap();
     let exact = (limit - finding["live"].as_u64().unwrap()) as f64;
     let seconds = finding["seconds_to_exhaustion"].as_f64().unwrap();
@@ -165,8 +172,8 @@ fn the_table_follows_events_without_drift() {
         line.unwrap_or_else(|| panic!("{name} is not in\n{page}")).parse().unwrap()
     };
     assert!(number("plumb_events_seen_total{source=\"clone\"}") >= 210, "{page}");
-    // A preemptible kernel skips a program that it has interrupted on the same CPU, and says how often.
-    let skipped = number("plumb_events_lost_total{source=\"any\",cause=\"not_run\"}");
+    // What a preemptible kernel has skipped a pass finds.
+    let skipped = number(NOT_RUN);
     let drift = ["clone_missed", "exit_missed", "threads"];
     let drift = drift.map(|cause| number(&format!("plumb_drift_total{{cause=\"{cause}\"}}")));
     assert!(drift.iter().sum::<u64>() <= skipped, "{page}");

@@ -175,6 +175,9 @@ fn an_agent_that_starts_in_a_fork_storm_knows_every_process_that_stays() {
         assert_eq!(table["schema"], "plumb/v1");
         let compared = assert_is_proc(&before, &table);
         assert!(compared >= 5, "start {start}: only {compared} compared");
+        if (start + 1) % 50 == 0 {
+            eprintln!("{} starts", start + 1);
+        }
     }
     if own_kernel {
         fs::write(pid_max, usual).unwrap();
