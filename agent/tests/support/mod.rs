@@ -223,9 +223,9 @@ impl Agent {
         line.unwrap_or_else(|| panic!("{series} is not in\n{page}")).parse().unwrap()
     }
 
-    /// Waits until a series has the value.
+    /// Waits until a series has the value: on an emulated machine beside others a pass may take seconds.
     pub(crate) fn wait_metric(&self, series: &str, wanted: impl Fn(f64) -> bool) -> f64 {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + Duration::from_secs(90);
         loop {
             let value = self.metric(series);
             if wanted(value) {
