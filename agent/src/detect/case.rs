@@ -53,6 +53,7 @@ pub(super) struct Case {
     looked: u64,
     /// Since when it has not risen, as a leak.
     settled: u64,
+    /// What this count has given back before; as of suspicion.
     precedents: Precedents,
     /// How many the cgroups of the process allow, as of the last look.
     pub cgroup_limit: Option<u64>,

@@ -73,7 +73,8 @@ pub(crate) struct Group {
 
 /// Examples per group.
 const MAX_EXAMPLES: usize = 3;
-/// How long a stack is on its way at most, in nanoseconds: it waits for the worker, is unwound and gets its names.
+/// How long a stack is mostly on its way, in nanoseconds: it waits for the worker, is unwound and gets its names. What
+/// has none after that is told as having none.
 const NAMING: u64 = 5_000_000_000;
 
 /// Everything of one kind that a watched process has, by where it came from.
