@@ -3,7 +3,7 @@
 use bytemuck::Pod;
 use plumb_common::event::{
     CLONE_THREAD, Clone as CloneEvent, Exec, Exit, FD_OPENED, FD_REPLACED, FdChange, Header, KIND_CLONE,
-    KIND_EXEC, KIND_EXIT, KIND_FD, KIND_RENAME, KIND_STACK, Rename, Stack,
+    KIND_EXEC, KIND_EXIT, KIND_FD, KIND_RENAME, KIND_STACK, KIND_TABLE, Rename, Stack,
 };
 
 /// One event of the kernel.
@@ -74,16 +74,22 @@ pub fn event(bytes: &[u8]) -> Result<Event, Rejected> {
     }
 }
 
-/// Reads one record of the ring of stacks.
-pub fn sample(record: &[u8]) -> Result<Sample, Rejected> {
+/// Reads the head of one record of the ring of stacks.
+pub fn sample_head(record: &[u8]) -> Result<Stack, Rejected> {
     let short = Rejected::TooShort(record.len());
     let head: Stack = bytemuck::pod_read_unaligned(record.get(..size_of::<Stack>()).ok_or(short)?);
-    if head.header.kind != KIND_STACK {
+    if !matches!(head.header.kind, KIND_STACK | KIND_TABLE) {
         return Err(Rejected::UnknownKind(head.header.kind));
     }
+    Ok(head)
+}
+
+/// Reads one record of the ring of stacks.
+pub fn sample(record: &[u8]) -> Result<Sample, Rejected> {
+    let head = sample_head(record)?;
     let bytes = record[size_of::<Stack>()..].get(..head.len as usize);
     let expected = size_of::<Stack>().saturating_add(head.len as usize);
-    let wrong = Rejected::WrongLength { kind: KIND_STACK, expected, found: record.len() };
+    let wrong = Rejected::WrongLength { kind: head.header.kind, expected, found: record.len() };
     Ok(Sample { head, bytes: bytes.ok_or(wrong)?.to_vec() })
 }
 
@@ -116,7 +122,7 @@ mod tests {
             let mut record = bytemuck::bytes_of(&head).to_vec();
             record.extend((0..room).map(|byte| byte as u8));
             let bytes: Vec<u8> = (0..len as u8).collect();
-            let whole = kind == KIND_STACK && len as usize <= room;
+            let whole = matches!(kind, KIND_STACK | KIND_TABLE) && len as usize <= room;
             prop_assert_eq!(sample(&record).ok(), whole.then_some(Sample { head, bytes }));
         }
 

@@ -4,14 +4,32 @@ use std::fmt;
 
 /// The exit codes that `plumb --help` promises. 2, wrong usage, is clap's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub(crate) enum Exit {
-    Ok = 0,
-    Error = 1,
-    MissingPrivilege = 4,
-    KernelCannot = 5,
-    AgentUnreachable = 6,
-    Interrupted = 130,
+    Ok,
+    Error,
+    Findings,
+    MissingPrivilege,
+    KernelCannot,
+    AgentUnreachable,
+    Interrupted,
+    /// That of the command that was run.
+    Command(u8),
+}
+
+impl Exit {
+    #[must_use]
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::Error => 1,
+            Self::Findings => 3,
+            Self::MissingPrivilege => 4,
+            Self::KernelCannot => 5,
+            Self::AgentUnreachable => 6,
+            Self::Interrupted => 130,
+            Self::Command(code) => code,
+        }
+    }
 }
 
 /// An error for the person at the keyboard, printed as one line.

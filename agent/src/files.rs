@@ -52,10 +52,13 @@ impl OpenFile {
     /// Puts an event's file into words, as `describe`.
     #[must_use]
     pub(crate) fn of_event(event: &FdChange) -> Self {
-        let mut record = FdRecord::zeroed();
-        (record.tgid, record.fd) = (event.header.process.tgid, event.fd);
-        (record.mode, record.name) = (event.mode, event.name);
-        Self::describe(&record)
+        Self::describe(&record_of(event))
+    }
+
+    /// As `of_event`, without asking /proc: of a path there is only the last part.
+    #[must_use]
+    pub(crate) fn of_name(event: &FdChange) -> Self {
+        Self::from_parts(&record_of(event), None)
     }
 
     fn from_parts(record: &FdRecord, link: Option<&[u8]>) -> Self {
@@ -70,6 +73,13 @@ impl OpenFile {
         };
         Self { fd: record.fd, kind, target }
     }
+}
+
+fn record_of(event: &FdChange) -> FdRecord {
+    let mut record = FdRecord::zeroed();
+    (record.tgid, record.fd) = (event.header.process.tgid, event.fd);
+    (record.mode, record.name) = (event.mode, event.name);
+    record
 }
 
 /// Files that an io_uring keeps for itself: direct descriptors and registered files, as its fdinfo lists them.

@@ -13,6 +13,7 @@ mod api;
 mod ask;
 mod canary;
 mod census;
+mod check;
 pub mod cli;
 mod clock;
 mod config;

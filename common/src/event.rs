@@ -14,6 +14,8 @@ pub const KIND_EXIT: u32 = 4;
 pub const KIND_FD: u32 = 5;
 /// In the ring of stacks only.
 pub const KIND_STACK: u32 = 6;
+/// In the ring of stacks only: which fds are open at an exec or at the end of a process.
+pub const KIND_TABLE: u32 = 7;
 
 /// In `Clone::flags` (linux/sched.h): the new task joins its creator's thread group.
 pub const CLONE_THREAD: u64 = 0x0001_0000;
@@ -44,8 +46,8 @@ pub struct Clone {
     /// `CLONE_*` of sched.h.
     pub flags: u64,
     pub child_tid: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Where trees are followed: 1 when there was no room to follow the new process.
+    pub left_out: u32,
 }
 
 /// A process runs a new image; close-on-exec has happened.
@@ -75,6 +77,10 @@ pub struct Exit {
     pub code: u32,
     /// 1 when no thread of the process is left. Two threads that exit at once may both say so.
     pub group_dead: u32,
+    /// 1 when the whole process is ending (`SIGNAL_GROUP_EXIT` of `signal->flags`), not this thread by itself.
+    pub group_exit: u32,
+    /// 1 when this thread asked for it by exit_group(2).
+    pub called: u32,
 }
 
 /// A new fd, verified against its slot.
@@ -86,6 +92,13 @@ pub const FD_REPLACED: u32 = 2;
 pub const FD_CLOSED: u32 = 3;
 /// `fd` to `fd_last` will be closed at the next exec.
 pub const FD_CLOSE_ON_EXEC: u32 = 4;
+/// close(2) of `fd`, where nothing was open. Only where trees are followed.
+pub const FD_BAD_CLOSE: u32 = 5;
+
+/// In `FdChange::marks`: the removal of an fd whose slot another thread had filled again before the event.
+pub const MARK_REUSED: u32 = 1;
+/// In `FdChange::marks`: the new fd has close-on-exec.
+pub const MARK_CLOEXEC: u32 = 1 << 1;
 
 /// In `FdChange::fd` of a removal: the hook was told the file, not the number.
 pub const FD_UNKNOWN: u32 = u32::MAX;
@@ -98,7 +111,7 @@ pub struct FdChange {
     /// Address of the `files_struct` the change was made in.
     pub files: u64,
     /// Address of the `struct file` found in the slot; for a removal that of the file, 0 if only its number
-    /// is known. A removal that says `reused` carries the file that is in the slot since.
+    /// is known. A removal with `MARK_REUSED` carries the file that is in the slot since.
     pub file: u64,
     pub fd: u32,
     /// Last fd of a range, else equal to `fd`.
@@ -109,14 +122,18 @@ pub struct FdChange {
     pub how: u32,
     /// As in `file::FdRecord`; 0 without a file.
     pub mode: u32,
-    /// 1 for the removal of an fd whose slot another thread had filled again before the event.
-    pub reused: u32,
+    /// `MARK_*` bits.
+    pub marks: u32,
     /// As in `file::FdRecord`; empty without a file.
     pub name: [u8; NAME_LEN],
 }
 
 /// The user stack of a thread at the call that made an fd or a thread. It is in its ring before that event is
 /// in the other. `len` bytes of the stack follow, from `sp` up; whatever else the record holds means nothing.
+///
+/// As `KIND_TABLE` the `open_fds` bitmap of a process instead, beside the event of its exec, where close-on-exec has
+/// happened, or of the end of its last thread: `len` bytes of it follow, `made` is the number of slots of the table, and
+/// registers are 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Stack {

@@ -20,11 +20,26 @@ pub const BITMAP_CALLS: u32 = 256;
 /// Processes whose fd events the agent can follow at a time.
 pub const MAX_WATCHED: u32 = 1024;
 
+/// As `MAX_WATCHED`, of the processes of a tree.
+pub const MAX_TREE: u32 = 16_384;
+
+/// Sizes of the rings where a tree is followed. With a stack for each new fd, and nobody's left out, the larger one
+/// has room for what one core opens and closes in 60 ms.
+pub const TREE_RING_BYTES: u32 = 8 << 20;
+pub const TREE_STACK_RING_BYTES: u32 = 64 << 20;
+
 /// Default size of the ring of stacks in bytes; as for the events, its pages count twice.
 pub const STACK_RING_BYTES: u32 = 1 << 20;
 
 /// Bytes of a user stack that a record has room for: the smaller one when that much is not there.
 pub const STACK_BYTES: [usize; 2] = [4 << 10, 16 << 10];
+
+/// Bytes kept of the user stack of whoever closes an fd, where trees are followed: the next few callers.
+pub const CLOSE_STACK_BYTES: usize = 1 << 10;
+
+/// Fds of one received message, and messages of one call, that are followed.
+pub const MESSAGE_FDS: usize = 16;
+pub const MESSAGES: usize = 4;
 
 /// Stacks taken of one watched process per second (2^30 ns) at most, so that one that opens fds as fast as it
 /// can does not use up the ring and the processor of the agent.

@@ -27,6 +27,11 @@ pub const SECCOMP: u32 = 10;
 /// `SYS_ACCEPT` or `SYS_ACCEPT4`.
 pub const SOCKETCALL: u32 = 11;
 
+/// The second argument is a `struct user_msghdr`: what it brought as `SCM_RIGHTS`.
+pub const MESSAGE: u32 = 12;
+/// As `MESSAGE` for each of an array of `struct mmsghdr`.
+pub const MESSAGES: u32 = 13;
+
 /// In an event: the hook fired outside the calls of `TABLE`.
 pub const OTHER: u32 = u32::MAX;
 
@@ -49,7 +54,7 @@ const fn call(name: &'static str, nr: u32, nr_compat: u32, shape: u32) -> Syscal
 /// No such call through that entry.
 pub const NONE: u32 = u32::MAX;
 
-pub const TABLE: [Syscall; 45] = [
+pub const TABLE: [Syscall; 47] = [
     call("open", 2, 5, RETURNS),
     call("openat", 257, 295, RETURNS),
     call("openat2", 437, 437, RETURNS),
@@ -70,6 +75,9 @@ pub const TABLE: [Syscall; 45] = [
     call("accept", 43, NONE, RETURNS),
     call("accept4", 288, 364, RETURNS),
     call("socketcall", NONE, 102, SOCKETCALL),
+    // Natively only: the 32-bit layout of the message is another.
+    call("recvmsg", 47, NONE, MESSAGE),
+    call("recvmmsg", 299, NONE, MESSAGES),
     call("epoll_create", 213, 254, RETURNS),
     call("epoll_create1", 291, 329, RETURNS),
     call("eventfd", 284, 323, RETURNS),

@@ -136,7 +136,8 @@ pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
     let ids = bpf_get_current_pid_tgid();
     let tgid = (ids >> 32) as u32;
     // Asked before anything is read: on a busy host most events are nobody's.
-    let watched = if source == counts::FD { watched(tgid, ids as u32) } else { Watched::Everybody };
+    let is_chosen = source == counts::FD || maps::tree();
+    let watched = if is_chosen { watched(tgid, ids as u32) } else { Watched::Everybody };
     if let Watched::No = watched {
         count(source, counts::FILTERED);
         return None;
@@ -179,7 +180,8 @@ pub(crate) unsafe fn about(
         count(source, counts::FAULT);
         return None;
     };
-    if !wanted(process.tgid, leader) {
+    let is_outside = maps::tree() && !follows(process);
+    if is_outside || !wanted(process.tgid, leader) {
         count(source, counts::FILTERED);
         return None;
     }
@@ -209,6 +211,14 @@ fn watched(tgid: u32, tid: u32) -> Watched {
         Some(watch) => Watched::Since(watch.start_boottime),
         None => Watched::No,
     }
+}
+
+/// Whether a process is watched.
+#[inline(always)]
+fn follows(process: ProcKey) -> bool {
+    // SAFETY: as in `watched`.
+    let watch = unsafe { maps::WATCHED.get(process.tgid) };
+    watch.is_some_and(|watch| watch.start_boottime == process.start_boottime)
 }
 
 #[inline(always)]

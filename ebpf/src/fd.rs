@@ -7,11 +7,11 @@
 
 use plumb_common::{
     counts,
-    event::{FdChange, Header, KIND_FD},
+    event::{FD_BAD_CLOSE, FD_CLOSED, FdChange, Header, KIND_FD, MARK_CLOEXEC, MARK_REUSED},
     offsets, syscalls,
 };
 
-use crate::{emit, kernel, regs, stack};
+use crate::{emit, kernel, maps, regs, stack};
 
 /// Whether the running task came through the 32-bit entry.
 #[inline(always)]
@@ -53,8 +53,19 @@ pub(crate) fn added(header: Header, added: &Added) {
         let event = unsafe { begin(event, header) };
         (event.files, event.file) = (added.files, added.file);
         (event.fd, event.fd_last, event.change, event.how) = (added.fd, added.fd, added.change, added.how);
+        let goes = maps::tree() && is_closed_on_exec(added.files, added.fd);
+        event.marks = if goes { MARK_CLOEXEC } else { 0 };
         describe(added.file, event);
     });
+}
+
+/// Whether an fd goes at the next exec.
+#[inline(always)]
+fn is_closed_on_exec(files: u64, fd: u32) -> bool {
+    let bitmap = kernel::read::<u64>(files, offsets::FILES_FDT)
+        .and_then(|fdt| kernel::read::<u64>(fdt, offsets::FDT_CLOSE_ON_EXEC));
+    let word = bitmap.and_then(|bitmap| kernel::read_at::<u64>(bitmap + u64::from(fd / 64) * 8));
+    word.is_some_and(|word| word >> (fd % 64) & 1 == 1)
 }
 
 /// Slots of the running task's table that have been emptied or marked.
@@ -72,13 +83,16 @@ pub(crate) struct Removed {
 
 #[inline(always)]
 pub(crate) fn removed(header: Header, removed: &Removed) {
+    if matches!(removed.change, FD_CLOSED | FD_BAD_CLOSE) && removed.fd == removed.fd_last {
+        stack::take_short(&header, removed.fd);
+    }
     emit::send_filled::<FdChange>(counts::FD, |event| {
         // SAFETY: the record has been reserved.
         let event = unsafe { begin(event, header) };
         (event.files, event.file) = (removed.files, removed.file);
         (event.fd, event.fd_last, event.change, event.how) =
             (removed.fd, removed.fd_last, removed.change, removed.how);
-        event.reused = u32::from(removed.reused);
+        event.marks = if removed.reused { MARK_REUSED } else { 0 };
         if removed.file != 0 {
             describe(removed.file, event);
         }

@@ -4,14 +4,15 @@
 use aya_ebpf::{helpers::bpf_probe_read_user, macros::btf_tracepoint, programs::BtfTracePointContext};
 use plumb_common::{
     counts,
-    event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED},
+    event::{FD_BAD_CLOSE, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED},
+    limits::{MESSAGE_FDS, MESSAGES},
     offsets, syscalls,
 };
 
 use crate::{
     emit,
     fd::{Added, Removed, added, call, header, is_compat, removed},
-    kernel,
+    kernel, maps,
     regs::{self, PtRegs},
 };
 
@@ -92,6 +93,9 @@ fn followed(regs: *const PtRegs, ret: i64, number: u64) {
         syscalls::PAIR_IN_FOURTH if ret == 0 => pair(task, fourth, how),
         // Whatever else close reports, the fd is gone.
         syscalls::CLOSES if ret != -EBADF => emptied(task, [first as u32; 2], FD_CLOSED, how),
+        syscalls::CLOSES if maps::tree() => emptied(task, [first as u32; 2], FD_BAD_CLOSE, how),
+        syscalls::MESSAGE if ret >= 0 => _ = plumb_message(task, second, u64::from(how)),
+        syscalls::MESSAGES if ret > 0 => messages(task, second, ret as u64, how),
         syscalls::CLOSES_RANGE if ret == 0 => {
             let change = if third & CLOSE_RANGE_CLOEXEC == 0 { FD_CLOSED } else { FD_CLOSE_ON_EXEC };
             emptied(task, [first as u32, second as u32], change, how);
@@ -113,6 +117,82 @@ fn pair(task: u64, address: u64, how: u32) {
         }
         Err(_) => pair_unread(),
     }
+}
+
+/// `struct user_msghdr` (linux/socket.h) and `struct mmsghdr`, in bytes; where the former has its control data.
+const MESSAGE_SIZE: u64 = 64;
+const CONTROL: u64 = 32;
+/// `struct cmsghdr` with what says that fds follow.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ControlHead {
+    len: u64,
+    level: u32,
+    kind: u32,
+}
+const SOL_SOCKET: u32 = 1;
+const SCM_RIGHTS: u32 = 1;
+/// Pieces of control data of one message that are looked at: credentials or a time stamp may come first.
+const PIECES: usize = 4;
+
+fn messages(task: u64, address: u64, received: u64, how: u32) {
+    for index in 0..MESSAGES as u64 {
+        if index >= received {
+            break;
+        }
+        plumb_message(task, address + index * MESSAGE_SIZE, u64::from(how));
+    }
+}
+
+/// The fds that came with a message, of which the kernel has written how much control data there is. The process may
+/// rewrite its memory: each number is verified against the table like any other.
+///
+/// Global: verified once, for any arguments.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn plumb_message(task: u64, message: u64, how: u64) -> u64 {
+    // SAFETY: the helper checks the user address.
+    let Ok([mut at, len]) = (unsafe { bpf_probe_read_user((message + CONTROL) as *const [u64; 2]) }) else {
+        return 0;
+    };
+    let end = at.saturating_add(len);
+    for _ in 0..PIECES {
+        if at.saturating_add(size_of::<ControlHead>() as u64) > end {
+            break;
+        }
+        // SAFETY: as above.
+        let Ok(head) = (unsafe { bpf_probe_read_user(at as *const ControlHead) }) else { break };
+        if head.level == SOL_SOCKET && head.kind == SCM_RIGHTS {
+            return plumb_received(task, at + size_of::<ControlHead>() as u64, head.len, how);
+        }
+        // Each piece begins at a multiple of eight.
+        at += (head.len.max(1) + 7) & !7;
+    }
+    0
+}
+
+/// The fds of one piece of control data of `len` bytes with its head.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn plumb_received(task: u64, at: u64, len: u64, how: u64) -> u64 {
+    let count = len.saturating_sub(size_of::<ControlHead>() as u64) / 4;
+    for index in 0..MESSAGE_FDS as u64 {
+        if index >= count {
+            break;
+        }
+        // SAFETY: as above.
+        let Ok(fd) = (unsafe { bpf_probe_read_user((at + index * 4) as *const u32) }) else { break };
+        plumb_filled(task, u64::from(fd), how);
+    }
+    count
+}
+
+/// As `filled`, and global.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn plumb_filled(task: u64, fd: u64, how: u64) -> u64 {
+    filled(task, fd as u32, FD_OPENED, how as u32);
+    0
 }
 
 /// Two fds were made, and the memory that says which cannot be read.

@@ -77,6 +77,11 @@ static WATCHED_ONLY: u32 = 0;
 #[unsafe(no_mangle)]
 static ALL_STACKS: u32 = 0;
 
+/// 1: whatever a watched process forks is watched too, nobody else's events are sent, and stacks are taken without
+/// a budget.
+#[unsafe(no_mangle)]
+static TREE: u32 = 0;
+
 /// 1: the kernel has `bpf_task_pt_regs` (since 5.15).
 #[unsafe(no_mangle)]
 static HAS_TASK_PT_REGS: u32 = 0;
@@ -113,6 +118,12 @@ pub(crate) fn watched_only() -> bool {
 pub(crate) fn all_stacks() -> bool {
     // SAFETY: as above.
     unsafe { core::ptr::read_volatile(&raw const ALL_STACKS) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn tree() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const TREE) != 0 }
 }
 
 #[inline(always)]

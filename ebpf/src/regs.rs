@@ -102,6 +102,16 @@ fn user_registers(task: u64) -> Option<u64> {
     Some(kernel::read::<u64>(task, offsets::TASK_STACK)? + STACK_SIZE - size_of::<PtRegs>() as u64)
 }
 
+/// `__NR_exit_group`.
+const EXIT_GROUP: u64 = 231;
+
+/// Whether the running task is in exit_group(2), through the 64-bit entry.
+#[inline(always)]
+pub(crate) fn is_exiting_group() -> bool {
+    let task = kernel::current();
+    matches!(current_call(task, false), Some((EXIT_GROUP, _)))
+}
+
 /// Where a thread is in user space.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {

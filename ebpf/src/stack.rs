@@ -1,15 +1,16 @@
 //! User stacks: registers and a copy of what lies above the stack pointer, to be unwound in user space. Walking
 //! frame pointers here would name the wrong line: the C library's wrappers keep none.
 
-use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_probe_read_user};
 use plumb_common::{
     counts,
-    event::{Header, KIND_STACK, Stack, Watch},
-    limits::{FEW_STACKS, STACK_BYTES, STACKS_PER_SECOND},
+    event::{Header, KIND_STACK, KIND_TABLE, Stack, Watch},
+    limits::{CLOSE_STACK_BYTES, FEW_STACKS, STACK_BYTES, STACKS_PER_SECOND},
+    offsets,
 };
 
 use crate::{
-    emit, maps,
+    emit, kernel, maps,
     regs::{self, Place},
 };
 
@@ -43,7 +44,7 @@ fn is_asked(header: &Header) -> bool {
     let watch = unsafe { &mut *watch };
     watch.stacks != 0
         && watch.start_boottime == header.process.start_boottime
-        && is_within_budget(watch, header)
+        && (maps::tree() || is_within_budget(watch, header))
 }
 
 #[inline(always)]
@@ -59,6 +60,57 @@ fn is_within_budget(watch: &mut Watch, header: &Header) -> bool {
         emit::count(counts::STACK, counts::QUOTA);
     }
     is_granted
+}
+
+/// As `take`, of whoever closes an fd: only the next few callers, and only where trees are followed.
+#[inline(always)]
+pub(crate) fn take_short(header: &Header, closed: u32) {
+    if maps::tree() && is_asked(header) {
+        copy_short(header, closed);
+    }
+}
+
+#[inline(never)]
+fn copy_short(header: &Header, closed: u32) {
+    let Some(place) = regs::place() else {
+        return emit::count(counts::STACK, counts::FILTERED);
+    };
+    emit::send_stack::<Record<CLOSE_STACK_BYTES>>(|to| fill(to, header, &place, closed));
+}
+
+/// Sends which fds of the running process are open, as far as the record has room: 131,072 of them.
+#[inline(never)]
+pub(crate) fn table(header: &Header) {
+    let files = kernel::read::<u64>(kernel::current(), offsets::TASK_FILES).unwrap_or(0);
+    let fdt = kernel::read::<u64>(files, offsets::FILES_FDT).unwrap_or(0);
+    let slots = kernel::read::<u32>(fdt, offsets::FDT_MAX_FDS);
+    let bitmap = kernel::read::<u64>(fdt, offsets::FDT_OPEN_FDS);
+    let (Some(slots), Some(bitmap)) = (slots, bitmap) else {
+        return emit::count(counts::STACK, counts::FAULT);
+    };
+    if slots as usize <= CLOSE_STACK_BYTES * 8 {
+        emit::send_stack::<Record<CLOSE_STACK_BYTES>>(|to| fill_table(to, header, slots, bitmap));
+    } else {
+        emit::send_stack::<Record<DEEP>>(|to| fill_table(to, header, slots, bitmap));
+    }
+}
+
+#[inline(always)]
+fn fill_table<const BYTES: usize>(to: *mut Record<BYTES>, header: &Header, slots: u32, bitmap: u64) {
+    // SAFETY: the record has been reserved, and that many bytes fit into it.
+    unsafe {
+        let head = &raw mut (*to).head;
+        head.write_bytes(0, 1);
+        (&raw mut (*head).header).write(*header);
+        (&raw mut (*head).header.kind).write(KIND_TABLE);
+        (&raw mut (*head).made).write(slots);
+        // A table has slots by the 64. Read again, so that the compiler does not conclude the bound from what the caller has
+        // compared: the verifier does not.
+        let slots = core::ptr::read_volatile(&raw const (*head).made);
+        let len = u64::from(slots / 8).min(BYTES as u64);
+        let status = bpf_probe_read_kernel((&raw mut (*to).bytes).cast(), len as u32, bitmap as *const _);
+        (&raw mut (*head).len).write(if status == 0 { len as u32 } else { 0 });
+    }
 }
 
 #[inline(never)]

@@ -1,6 +1,7 @@
 //! The command line: data on stdout, messages on stderr, one exit code per kind of outcome.
 
 mod agent;
+mod check;
 mod doctor;
 mod fds;
 mod leak;
@@ -59,6 +60,8 @@ enum Command {
     Leaks(leaks::Arguments),
     /// Print process, thread and fd events as they happen
     Watch(watch::Arguments),
+    /// Run a command and say what it leaks: for tests
+    Check(check::Arguments),
     /// Say what this kernel lets plumb see, and what to do about the rest
     Doctor(doctor::Arguments),
     /// Reads foreign files for the agent, which starts it
@@ -76,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Threads(arguments) => threads::run(&arguments),
         Command::Leaks(arguments) => leaks::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::SymboliseWorker => symbolise_worker(),
     };
@@ -83,7 +87,7 @@ pub fn main() -> ExitCode {
         output::message(&format!("plumb: {failure}"));
         failure.exit
     });
-    ExitCode::from(exit as u8)
+    ExitCode::from(exit.code())
 }
 
 fn symbolise_worker() -> Outcome {

@@ -57,6 +57,7 @@ impl FdHooks {
             Fds::Never => return Self::default(),
             Fds::All(seam) => (seam, true),
             Fds::Watched(seam) => (seam, false),
+            Fds::Tree => (Some(Seam::SysExit), true),
         };
         let mut hooks = Self::default();
         let mut verdicts: Vec<(&'static Program, Verdict)> = Vec::new();

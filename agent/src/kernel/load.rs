@@ -9,7 +9,9 @@ use aya::{
 };
 use plumb_common::{
     counts::{self, Counts},
-    limits::{COMM_LEN, RING_BYTES, STACK_RING_BYTES},
+    limits::{
+        COMM_LEN, MAX_TREE, MAX_WATCHED, RING_BYTES, STACK_RING_BYTES, TREE_RING_BYTES, TREE_STACK_RING_BYTES,
+    },
     offsets,
 };
 
@@ -24,6 +26,7 @@ use crate::failure::{Exit, Failure};
 /// Names of the maps and globals, as in ebpf/src/maps.rs.
 const EVENTS: &str = "EVENTS";
 const STACKS: &str = "STACKS";
+const WATCHED: &str = "WATCHED";
 const COUNTS: &str = "COUNTS";
 
 /// Copied so that it is aligned as an ELF file wants it.
@@ -62,6 +65,9 @@ pub enum Fds {
     All(Option<Seam>),
     /// Loaded, to be attached by `Kernel::follow_fds`; only events of watched processes are sent.
     Watched(Option<Seam>),
+    /// Attached at once through `sys_exit`, which tells of failed closes too; only events of watched processes and of
+    /// what these fork are sent, and whatever is forked is watched from its first instruction on.
+    Tree,
 }
 
 impl Plan {
@@ -97,11 +103,22 @@ impl Plan {
         }
     }
 
+    /// A command and all its descendants.
+    pub const TREE: Self = Self { fds: Fds::Tree, ring_bytes: TREE_RING_BYTES, stacks: true, ..Self::AGENT };
+
     /// One pass of these iterators.
     #[must_use]
     pub const fn pass(programs: &'static [&'static str]) -> Self {
         let filter = Filter { tgid: None, comm: None };
         Self { programs: Some(programs), fds: Fds::Never, filter, ring_bytes: PAGE, stacks: false }
+    }
+}
+
+fn stack_ring_bytes(plan: Plan) -> u32 {
+    match plan {
+        Plan { stacks: false, .. } => PAGE,
+        Plan { fds: Fds::Tree, .. } => TREE_STACK_RING_BYTES,
+        _ => STACK_RING_BYTES,
     }
 }
 
@@ -174,7 +191,8 @@ impl Kernel {
         drop(types);
         let btf = Btf::from_sys_fs().map_err(|error| LoadError::Refused(error.to_string()))?;
         let (tgid, comm) = (plan.filter.tgid.unwrap_or(0), plan.filter.comm.unwrap_or_default());
-        let watched_only = u32::from(matches!(plan.fds, Fds::Watched(_)));
+        let watched_only = u32::from(matches!(plan.fds, Fds::Watched(_) | Fds::Tree));
+        let tree = u32::from(plan.fds == Fds::Tree);
         let all_stacks = u32::from(plan.stacks && watched_only == 0);
         let has_task_pt_regs = u32::from(facts.has_task_pt_regs);
         let mut ebpf = EbpfLoader::new()
@@ -182,11 +200,13 @@ impl Kernel {
             .override_global("OFFSETS", &facts.offsets[..], true)
             .override_global("WATCHED_ONLY", &watched_only, true)
             .override_global("ALL_STACKS", &all_stacks, true)
+            .override_global("TREE", &tree, true)
             .override_global("HAS_TASK_PT_REGS", &has_task_pt_regs, true)
             .override_global("FILTER_TGID", &tgid, true)
             .override_global("FILTER_COMM", &comm[..], true)
             .map_max_entries(EVENTS, plan.ring_bytes)
-            .map_max_entries(STACKS, if plan.stacks { STACK_RING_BYTES } else { PAGE })
+            .map_max_entries(STACKS, stack_ring_bytes(plan))
+            .map_max_entries(WATCHED, if plan.fds == Fds::Tree { MAX_TREE } else { MAX_WATCHED })
             .load(OBJECT)
             .map_err(|error| LoadError::Refused(chain(&error)))?;
         let wanted = |program: &&Program| {

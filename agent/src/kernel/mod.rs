@@ -4,6 +4,7 @@ mod btf;
 mod fds;
 mod iter;
 mod load;
+mod mappings;
 mod programs;
 mod ring;
 
@@ -13,3 +14,5 @@ pub use fds::WatchError;
 pub use load::{Fds, Filter, Kernel, LoadError, Plan, require_capabilities, sees_host_pids};
 pub use programs::{Intent, PROGRAMS, Seam, Status, Verdict};
 pub use ring::{Ledger, Ring, RingError};
+
+pub use self::mappings::{MapEvent, Mappings};

@@ -7,12 +7,15 @@ use std::{
 };
 
 use aya::maps::{Map, MapData, RingBuf};
-use plumb_common::limits::{STACK_BYTES, STACK_RING_BYTES};
+use plumb_common::{
+    event::Stack,
+    limits::{STACK_BYTES, STACK_RING_BYTES},
+};
 use rustix::event::{Timespec, epoll};
 
 use crate::decode::{self, Event, Rejected, Sample};
 
-/// More stacks than the ring holds: bounds what one drain takes.
+/// More stacks than the ring of the agent holds: bounds what one drain takes.
 const MAX_STACKS: usize = (STACK_RING_BYTES as usize) / STACK_BYTES[0];
 
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +118,17 @@ impl Ring {
             && let Some(item) = self.stacks.next()
         {
             stacks.extend(self.stack_ledger.take(decode::sample(&item)));
+        }
+        stacks
+    }
+
+    /// As `drain_stacks`, all of those that are wanted; the others are not copied.
+    pub(crate) fn drain_stacks_if(&mut self, wanted: impl Fn(&Stack) -> bool) -> Vec<Sample> {
+        let mut stacks = Vec::new();
+        while let Some(item) = self.stacks.next() {
+            let head = decode::sample_head(&item);
+            let sample = head.and_then(|head| wanted(&head).then(|| decode::sample(&item)).transpose());
+            stacks.extend(self.stack_ledger.take(sample).flatten());
         }
         stacks
     }

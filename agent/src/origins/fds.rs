@@ -6,7 +6,7 @@ use std::{
 };
 
 use plumb_common::{
-    event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_UNKNOWN, FdChange},
+    event::{FD_CLOSE_ON_EXEC, FD_CLOSED, FD_UNKNOWN, FdChange, MARK_REUSED},
     syscalls,
 };
 
@@ -169,8 +169,9 @@ impl Fds {
                 self.unsure.insert(event.file, time);
             }
         } else if event.fd == event.fd_last {
-            let goes = |file: u64| event.file == 0 || (event.reused != 0) != (file == event.file);
-            if self.closes_pending.get(&event.fd).is_some_and(|file| event.reused != 0 || goes(*file)) {
+            let is_reused = event.marks & MARK_REUSED != 0;
+            let goes = |file: u64| event.file == 0 || is_reused != (file == event.file);
+            if self.closes_pending.get(&event.fd).is_some_and(|file| is_reused || goes(*file)) {
                 self.closes_pending.remove(&event.fd);
             }
             if !late {

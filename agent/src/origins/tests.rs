@@ -1,5 +1,7 @@
 use bytemuck::Zeroable;
-use plumb_common::event::{CLONE_THREAD, Exec, FD_CLOSED, FD_OPENED, FD_REPLACED, FD_UNKNOWN, FdChange};
+use plumb_common::event::{
+    CLONE_THREAD, Exec, FD_CLOSED, FD_OPENED, FD_REPLACED, FD_UNKNOWN, FdChange, MARK_REUSED,
+};
 
 use super::*;
 
@@ -74,7 +76,7 @@ fn a_close_that_ends_late_does_not_take_the_next_file_with_it() {
     // Another thread has opened 3 again, and its event came first.
     origins.apply(&change(FD_OPENED, 3, 11, 2 * SECOND));
     let Event::Fd(mut close) = change(FD_CLOSED, 3, 11, 2 * SECOND + 1) else { unreachable!() };
-    close.reused = 1;
+    close.marks = MARK_REUSED;
     origins.apply(&Event::Fd(close));
     assert_eq!(of(&origins, 3).unwrap().0, 11);
     // Through the functions the file itself is named.
@@ -91,7 +93,7 @@ fn a_forged_result_changes_no_origin() {
     origins.apply(&change(FD_OPENED, 3, 10, 2 * SECOND + 1));
     origins.apply(&change(FD_OPENED, 4, 11, 2 * SECOND + 2));
     let Event::Fd(mut close) = change(FD_CLOSED, 4, 11, 2 * SECOND + 3) else { unreachable!() };
-    close.reused = 1;
+    close.marks = MARK_REUSED;
     origins.apply(&Event::Fd(close));
     assert_eq!([3, 4].map(|fd| of(&origins, fd)), before);
     for second in [3, 4] {

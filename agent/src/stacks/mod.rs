@@ -277,6 +277,10 @@ impl Names {
         self.symboliser.attach(process);
     }
 
+    pub(crate) fn symboliser(&mut self) -> &mut Symboliser {
+        &mut self.symboliser
+    }
+
     /// Unwinds and names.
     pub(crate) fn of(&mut self, samples: Vec<Sample>) -> Vec<Named> {
         let mut by_process: HashMap<ProcKey, (Vec<Made>, Vec<RawStack>)> = HashMap::new();

@@ -5,6 +5,7 @@
 //! matters. Everything here blocks.
 
 pub(crate) mod child;
+mod images;
 mod modules;
 mod origin;
 mod process;
@@ -24,6 +25,7 @@ use plumb_common::task::ProcKey;
 use rustix::fs::makedev;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::images::Images;
 pub use self::origin::{is_in_runtime_file, origin_frame};
 use self::{
     modules::{Table, Trust},

@@ -1,0 +1,325 @@
+//! The processes of a command: what each has open and which threads it has, from the first instruction to the last.
+//! Pure: takes events with what came beside them, and returns what was left when a process ended.
+//!
+//! ```text
+//!  forked ----------> runs <----+
+//!  (its parent's fds)  |  |     | exec: what stays open was handed on,
+//!                      |  +-----+       threads and closes begin anew
+//!                      v
+//!                    ended: the kernel's own table says what was open
+//! ```
+
+use std::{
+    cell::OnceCell,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    rc::{Rc, Weak},
+};
+
+use bytemuck::Zeroable;
+use plumb_common::{
+    event::{
+        CLONE_THREAD, Clone as CloneEvent, Exit, FD_BAD_CLOSE, FD_CLOSE_ON_EXEC, FD_CLOSED, FdChange, Header,
+        MARK_CLOEXEC, MARK_REUSED,
+    },
+    syscalls,
+    task::ProcKey,
+};
+
+use super::{
+    closes::{BadClose, Closes},
+    traces::Trace,
+};
+use crate::{decode::Event, files::OpenFile, text};
+
+/// An fd that a process of the tree made.
+#[derive(Debug)]
+pub(crate) struct Open {
+    pub event: FdChange,
+    pub trace: Option<Rc<Trace>>,
+    /// What it is, as found while it was open.
+    described: OnceCell<OpenFile>,
+}
+
+impl Open {
+    pub(crate) fn new(event: FdChange, trace: Option<Rc<Trace>>) -> Self {
+        Self { event, trace, described: OnceCell::new() }
+    }
+
+    /// Says what it is.
+    pub(crate) fn describe(&self, found: impl FnOnce(&FdChange) -> OpenFile) {
+        self.described.get_or_init(|| found(&self.event));
+    }
+
+    /// Kind and target.
+    pub(crate) fn words(&self) -> (String, String) {
+        match self.described.get() {
+            Some(file) => (file.kind.clone(), file.target.clone()),
+            None => {
+                let file = OpenFile::of_name(&self.event);
+                (file.kind, file.target)
+            }
+        }
+    }
+
+    /// One that was handed to the command when it began.
+    fn handed(process: ProcKey, fd: u32) -> Self {
+        let mut event = FdChange::zeroed();
+        (event.header.process, event.fd, event.fd_last, event.how) = (process, fd, fd, syscalls::OTHER);
+        Self::new(event, None)
+    }
+
+    /// Whether a process of the tree made it.
+    pub(crate) fn is_of_tree(&self) -> bool {
+        self.event.header.time != 0
+    }
+
+    /// Name of the call.
+    pub(crate) fn syscall(&self) -> &'static str {
+        syscalls::name(self.event.how)
+    }
+
+    /// Whether the number was chosen by the program: such an fd is meant for whoever runs next.
+    pub(crate) fn is_placed(&self) -> bool {
+        matches!(self.syscall(), "dup2" | "dup3" | "fcntl" | "fcntl64")
+    }
+
+    pub(crate) fn has_cloexec(&self) -> bool {
+        self.event.marks & MARK_CLOEXEC != 0
+    }
+}
+
+/// How an fd came into a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Through {
+    /// It made the fd itself.
+    Own,
+    /// Its parent had it.
+    Fork,
+    /// An earlier program had it.
+    Exec,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Slot {
+    pub open: Rc<Open>,
+    pub through: Through,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Thread {
+    pub since: u64,
+    pub comm: String,
+    pub trace: Option<Rc<Trace>>,
+}
+
+/// One process that has not ended.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub key: ProcKey,
+    pub parent: Option<ProcKey>,
+    pub comm: String,
+    /// Whoever forked it.
+    pub trace: Option<Rc<Trace>>,
+    pub fds: BTreeMap<u32, Slot>,
+    /// Those beside the first one.
+    pub threads: HashMap<u32, Thread>,
+    closes: Closes,
+}
+
+/// A process at its end.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub process: Process,
+    /// As wait(2) reports it.
+    pub code: u32,
+    /// When, nanoseconds since boot.
+    pub at: u64,
+    /// Fds that were open though no event had told of them; of these only the number is known.
+    pub unseen: BTreeSet<u32>,
+    /// The kernel's own table was there to compare with.
+    pub is_verified: bool,
+    pub bad_closes: Vec<BadClose>,
+}
+
+/// What came beside an event.
+#[derive(Debug, Default)]
+pub(crate) struct Beside {
+    /// The stack of whoever did it.
+    pub trace: Option<Rc<Trace>>,
+    /// The open fds.
+    pub table: Option<BTreeSet<u32>>,
+}
+
+/// How many differences there were between events and the kernel's tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Drift {
+    pub opens_unseen: u64,
+    pub closes_unseen: u64,
+    /// Processes for which there was no room.
+    pub left_out: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Tree {
+    processes: HashMap<ProcKey, Process>,
+    /// What was opened since this was asked for.
+    fresh: Vec<Weak<Open>>,
+    drift: Drift,
+}
+
+impl Tree {
+    /// Adds a process that has run nothing yet, with what was handed to it.
+    pub(crate) fn begin(&mut self, root: ProcKey, comm: &str, handed: impl IntoIterator<Item = u32>) {
+        let mut process = Process::new(root, None, comm.to_owned(), None);
+        let slot = |fd| (fd, Slot { open: Rc::new(Open::handed(root, fd)), through: Through::Exec });
+        process.fds = handed.into_iter().map(slot).collect();
+        self.processes.insert(root, process);
+    }
+
+    pub(crate) fn drift(&self) -> Drift {
+        self.drift
+    }
+
+    /// What was opened since this was asked last and is still there.
+    pub(crate) fn take_fresh(&mut self) -> Vec<Rc<Open>> {
+        self.fresh.drain(..).filter_map(|open| open.upgrade()).collect()
+    }
+
+    pub(crate) fn processes(&self) -> impl Iterator<Item = &Process> {
+        self.processes.values()
+    }
+
+    pub(crate) fn get(&self, key: ProcKey) -> Option<&Process> {
+        self.processes.get(&key)
+    }
+
+    /// Applies one event. A process that ends is returned.
+    pub(crate) fn apply(&mut self, event: &Event, beside: Beside) -> Option<Ended> {
+        match event {
+            Event::Clone(clone) if clone.flags & CLONE_THREAD != 0 => {
+                let process = self.of(&clone.header)?;
+                let thread = Thread {
+                    since: clone.header.time,
+                    comm: text::terminated(&clone.header.comm),
+                    trace: beside.trace,
+                };
+                process.threads.insert(clone.child_tid, thread);
+            }
+            Event::Clone(clone) => self.forked(clone, beside.trace),
+            Event::Exec(exec) => {
+                let process = self.of(&exec.header)?;
+                process.comm = text::terminated(&exec.header.comm);
+                process.run(beside.table.as_ref());
+            }
+            Event::Rename(rename) => {
+                let name = text::terminated(&rename.header.comm);
+                let process = self.of(&rename.header)?;
+                match process.threads.get_mut(&rename.header.tid) {
+                    Some(thread) => thread.comm = name,
+                    None => process.comm = name,
+                }
+            }
+            Event::Fd(change) => {
+                let opened = self.of(&change.header)?.change(change, beside.trace);
+                self.fresh.extend(opened.as_ref().map(Rc::downgrade));
+            }
+            Event::Exit(exit) if exit.group_dead != 0 => return self.ended(exit, beside.table),
+            Event::Exit(exit) => self.of(&exit.header)?.thread_ended(exit),
+        }
+        None
+    }
+
+    fn of(&mut self, header: &Header) -> Option<&mut Process> {
+        self.processes.get_mut(&header.process)
+    }
+
+    fn forked(&mut self, clone: &CloneEvent, trace: Option<Rc<Trace>>) {
+        if clone.left_out != 0 {
+            self.drift.left_out += 1;
+            return;
+        }
+        let parent = self.processes.get(&clone.header.process);
+        let comm = parent.map_or_else(|| text::terminated(&clone.header.comm), |parent| parent.comm.clone());
+        let mut child = Process::new(clone.child, Some(clone.header.process), comm, trace);
+        if let Some(parent) = parent {
+            let handed = |slot: &Slot| {
+                let through = if slot.through == Through::Exec { Through::Exec } else { Through::Fork };
+                Slot { open: Rc::clone(&slot.open), through }
+            };
+            child.fds = parent.fds.iter().map(|(fd, slot)| (*fd, handed(slot))).collect();
+        }
+        self.processes.insert(clone.child, child);
+    }
+
+    fn ended(&mut self, exit: &Exit, table: Option<BTreeSet<u32>>) -> Option<Ended> {
+        let mut process = self.processes.remove(&exit.header.process)?;
+        process.thread_ended(exit);
+        let is_verified = table.is_some();
+        let mut unseen = BTreeSet::new();
+        if let Some(table) = table {
+            let seen = process.fds.len();
+            process.fds.retain(|fd, _| table.contains(fd));
+            self.drift.closes_unseen += (seen - process.fds.len()) as u64;
+            unseen = table.into_iter().filter(|fd| !process.fds.contains_key(fd)).collect();
+        }
+        let bad_closes = std::mem::take(&mut process.closes).into_bad();
+        let (code, at) = (exit.code, exit.header.time);
+        Some(Ended { process, code, at, unseen, is_verified, bad_closes })
+    }
+}
+
+impl Process {
+    fn new(key: ProcKey, parent: Option<ProcKey>, comm: String, trace: Option<Rc<Trace>>) -> Self {
+        let (fds, threads, closes) = Default::default();
+        Self { key, parent, comm, trace, fds, threads, closes }
+    }
+
+    /// It runs another program.
+    fn run(&mut self, table: Option<&BTreeSet<u32>>) {
+        let stays = |fd: &u32, slot: &Slot| match table {
+            Some(table) => table.contains(fd),
+            None => !slot.open.has_cloexec(),
+        };
+        self.fds.retain(|fd, slot| stays(fd, slot));
+        self.fds.values_mut().for_each(|slot| slot.through = Through::Exec);
+        self.threads.clear();
+        self.closes = Closes::default();
+    }
+
+    fn thread_ended(&mut self, exit: &Exit) {
+        // A thread that ends with its whole process was still there at the end, but for the one that wanted it.
+        if exit.group_exit == 0 || exit.called != 0 {
+            self.threads.remove(&exit.header.tid);
+        }
+    }
+
+    /// Returns what was opened.
+    fn change(&mut self, event: &FdChange, trace: Option<Rc<Trace>>) -> Option<Rc<Open>> {
+        match event.change {
+            FD_CLOSE_ON_EXEC => {}
+            FD_BAD_CLOSE => self.closes.failed(event, trace),
+            FD_CLOSED if event.fd == event.fd_last => {
+                // The event of an fd that was put into the slot since may have come first.
+                let is_reused = event.marks & MARK_REUSED != 0;
+                let goes = |slot: &Slot| !is_reused || slot.open.event.file != event.file;
+                let gone = self.fds.get(&event.fd).is_some_and(goes).then(|| self.fds.remove(&event.fd));
+                self.closes.closed(event, gone.flatten().map(|slot| slot.open), trace);
+            }
+            FD_CLOSED => {
+                let gone: Vec<u32> = self.fds.range(event.fd..=event.fd_last).map(|(fd, _)| *fd).collect();
+                gone.iter().for_each(|fd| drop(self.fds.remove(fd)));
+            }
+            _ => {
+                let known = self.fds.get(&event.fd).map(|slot| slot.open.event.file);
+                // The number of an fd that is open anyway: a forged result.
+                if known != Some(event.file) || event.file == 0 {
+                    let open = Rc::new(Open::new(*event, trace));
+                    self.closes.opened(event);
+                    self.fds.insert(event.fd, Slot { open: Rc::clone(&open), through: Through::Own });
+                    return Some(open);
+                }
+            }
+        }
+        None
+    }
+}
