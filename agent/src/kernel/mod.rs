@@ -12,7 +12,7 @@ pub use btf::BtfError;
 pub(crate) use btf::KERNEL_BTF;
 pub use fds::WatchError;
 pub use load::{Fds, Filter, Kernel, LoadError, Plan, require_capabilities, sees_host_pids};
+pub use mappings::{CodeMapping, MapEvent, Mappings};
 pub use programs::{Intent, PROGRAMS, Seam, Status, Verdict};
 pub use ring::{Ledger, Ring, RingError};
 
-pub use self::mappings::{MapEvent, Mappings};

@@ -10,6 +10,7 @@ mod modules;
 mod origin;
 mod process;
 mod protocol;
+mod told;
 mod worker;
 
 use std::{
@@ -22,7 +23,6 @@ use std::{
 
 use foldhash::{HashMap, HashMapExt};
 use plumb_common::task::ProcKey;
-use rustix::fs::makedev;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::images::Images;
@@ -399,12 +399,16 @@ struct Process {
     /// Files of it that have slowed down or killed the worker.
     harm: u32,
     used: u64,
+    /// Its mappings are told (`told`), and /proc is not asked.
+    is_told: bool,
 }
 
 impl Process {
     fn perf_map(&mut self, key: ProcKey) -> Option<Arc<OwnedFd>> {
         // It may be another by now; the one that is open lasts longer than the process.
-        if let Ok(map) = process::open_perf_map(key) {
+        if !self.is_told
+            && let Ok(map) = process::open_perf_map(key)
+        {
             self.perf_map = Some(Arc::new(map));
         }
         let map = self.perf_map.clone()?;
@@ -443,13 +447,14 @@ impl Books {
         let not_before = Instant::now() + begun.elapsed() * REFRESH_SHARE;
         let before = self.processes.remove(&key);
         let (perf_map, harm) = before.map(|before| (before.perf_map, before.harm)).unwrap_or_default();
-        let known = Process { mappings, mapped, not_before, perf_map, harm, used: self.clock };
+        let known = Process { mappings, mapped, not_before, perf_map, harm, used: self.clock, is_told: false };
         self.processes.insert(key, known);
     }
 
     /// Whether it was time to look again.
     fn look_again(&mut self, key: ProcKey) -> bool {
-        let is_due = self.processes.get(&key).is_none_or(|known| known.not_before <= Instant::now());
+        let is_due =
+            self.processes.get(&key).is_none_or(|known| !known.is_told && known.not_before <= Instant::now());
         if is_due {
             self.look(key);
         }
@@ -458,18 +463,12 @@ impl Books {
 
     fn content(&mut self, key: ProcKey, mapped: &Mapped) -> Content {
         if mapped.inode == 0 {
-            // Such as [vdso]: the kernel's.
-            let is_special = mapped.path.first() == Some(&b'[') && !mapped.path.starts_with(b"[anon");
-            return if is_special { Content::Sealed } else { Content::Anonymous };
+            return Content::without_file(&mapped.path);
         }
         let path = text::printable(&mapped.path).into();
         let id = match process::open_mapped(key, mapped) {
             Ok((file, found)) => self.table.add(found, &path, Some(file)),
-            Err(_) => {
-                let device = makedev(mapped.device.0, mapped.device.1);
-                let unread = FileKey { device, inode: mapped.inode, size: 0, modified: (0, 0) };
-                self.table.add(unread, &path, None)
-            }
+            Err(_) => self.table.add(FileKey::unread(mapped), &path, None),
         };
         Content::File(id)
     }
@@ -533,7 +532,9 @@ impl Library for Asked<'_> {
     }
 
     fn code(&mut self, address: u64) -> Vec<u8> {
-        self.process.map(|key| process::code(key, address, CODE)).unwrap_or_default()
+        let is_told = |key: &ProcKey| self.books.processes.get(key).is_some_and(|known| known.is_told);
+        let process = self.process.filter(|key| !is_told(key));
+        process.map(|key| process::code(key, address, CODE)).unwrap_or_default()
     }
 }
 

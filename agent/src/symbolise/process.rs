@@ -19,7 +19,7 @@ use rustix::fs::{
 /// Read of one file of /proc at most, in bytes.
 const MAX_TEXT: u64 = 16 << 20;
 /// Executable mappings of one process at most.
-const MAX_MAPPINGS: usize = 8192;
+pub(super) const MAX_MAPPINGS: usize = 8192;
 /// Nanoseconds in the unit of start times in /proc.
 const TICK: u64 = 10_000_000;
 
@@ -43,6 +43,20 @@ pub(super) struct FileKey {
     pub(super) size: u64,
     /// Seconds and nanoseconds.
     pub(super) modified: (i64, u32),
+}
+
+impl FileKey {
+    /// Of a file that cannot be opened.
+    pub(super) fn unread(mapped: &Mapped) -> Self {
+        let device = makedev(mapped.device.0, mapped.device.1);
+        Self { device, inode: mapped.inode, size: 0, modified: (0, 0) }
+    }
+
+    fn is_of(&self, mapped: &Mapped) -> bool {
+        // Some file systems show another device here than in maps; it is then an unnamed one.
+        let device = makedev(mapped.device.0, mapped.device.1);
+        self.inode == mapped.inode && (self.device == device || mapped.device.0 == 0)
+    }
 }
 
 /// Executable mappings, sorted. Fails when the process is gone or another has its pid.
@@ -101,9 +115,26 @@ pub(super) fn open_mapped(key: ProcKey, mapped: &Mapped) -> io::Result<(OwnedFd,
     }
     let place = open_inside(key, Path::new(OsStr::from_bytes(&mapped.path)), ResolveFlags::empty())?;
     let (file, found) = open_regular(&place)?;
-    // Some file systems show another device here than in maps; it is then an unnamed one.
-    let device = makedev(mapped.device.0, mapped.device.1);
-    if found.inode == mapped.inode && (found.device == device || mapped.device.0 == 0) {
+    if found.is_of(mapped) {
+        return Ok((file, found));
+    }
+    Err(io::Error::other("another file has its name now"))
+}
+
+/// As `open_mapped`, of a process that may be gone, whose number may be another's: only the file that was mapped.
+pub(super) fn open_told(tgid: u32, mapped: &Mapped) -> io::Result<(OwnedFd, FileKey)> {
+    let key = ProcKey::new(tgid, 0);
+    if let Ok((file, found)) = open_mapped(key, mapped)
+        && found.is_of(mapped)
+    {
+        return Ok((file, found));
+    }
+    if mapped.device.0 == 0 && is_fuse(ProcKey::new(std::process::id(), 0), mapped.device) {
+        return Err(io::Error::other("a file system in user space"));
+    }
+    let place = open(OsStr::from_bytes(&mapped.path), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let (file, found) = open_regular(&place)?;
+    if found.is_of(mapped) {
         return Ok((file, found));
     }
     Err(io::Error::other("another file has its name now"))
