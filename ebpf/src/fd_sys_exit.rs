@@ -56,7 +56,11 @@ pub(crate) fn sys_exit(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the tracepoint's first argument.
     let number = unsafe { regs::number(regs) };
     if number < syscalls::NUMBERS as u64 && syscalls::BY_NUMBER[number as usize] != u16::MAX {
+        let began = if maps::tree() { emit::now() } else { 0 };
         followed(regs, ctx.arg(1), number);
+        if maps::tree() {
+            emit::spend(began);
+        }
     }
     0
 }

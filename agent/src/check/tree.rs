@@ -10,7 +10,7 @@
 //! ```
 
 use std::{
-    cell::OnceCell,
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap},
     rc::{Rc, Weak},
 };
@@ -37,22 +37,22 @@ pub(crate) struct Open {
     pub event: FdChange,
     pub trace: Option<Rc<Trace>>,
     /// What it is, as found while it was open.
-    described: OnceCell<OpenFile>,
+    described: RefCell<Option<OpenFile>>,
 }
 
 impl Open {
     pub(crate) fn new(event: FdChange, trace: Option<Rc<Trace>>) -> Self {
-        Self { event, trace, described: OnceCell::new() }
+        Self { event, trace, described: RefCell::new(None) }
     }
 
     /// Says what it is.
-    pub(crate) fn describe(&self, found: impl FnOnce(&FdChange) -> OpenFile) {
-        self.described.get_or_init(|| found(&self.event));
+    pub(crate) fn describe(&self, found: OpenFile) {
+        self.described.replace(Some(found));
     }
 
     /// Kind and target.
     pub(crate) fn words(&self) -> (String, String) {
-        match self.described.get() {
+        match &*self.described.borrow() {
             Some(file) => (file.kind.clone(), file.target.clone()),
             None => {
                 let file = OpenFile::of_name(&self.event);
@@ -81,6 +81,15 @@ impl Open {
     /// Whether the number was chosen by the program: such an fd is meant for whoever runs next.
     pub(crate) fn is_placed(&self) -> bool {
         matches!(self.syscall(), "dup2" | "dup3" | "fcntl" | "fcntl64")
+    }
+
+    /// Whether it is a connection that somebody else began.
+    pub(crate) fn is_accepted(&self) -> bool {
+        matches!(self.syscall(), "accept" | "accept4")
+    }
+
+    pub(crate) fn is_socket(&self) -> bool {
+        self.event.mode & 0o170_000 == 0o140_000
     }
 
     pub(crate) fn has_cloexec(&self) -> bool {
@@ -187,6 +196,10 @@ impl Tree {
 
     pub(crate) fn processes(&self) -> impl Iterator<Item = &Process> {
         self.processes.values()
+    }
+
+    pub(crate) fn get_mut(&mut self, key: ProcKey) -> Option<&mut Process> {
+        self.processes.get_mut(&key)
     }
 
     pub(crate) fn get(&self, key: ProcKey) -> Option<&Process> {

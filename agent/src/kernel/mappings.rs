@@ -62,7 +62,7 @@ impl MapEvent {
 }
 
 /// The rings of all CPUs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Mappings {
     rings: Vec<PerfRing>,
     lost: u64,
@@ -151,9 +151,8 @@ impl PerfRing {
         let (pid, cpu) = (pid.cast_signed(), cpu.cast_signed());
         let flags = u64::from(perf::PERF_FLAG_FD_CLOEXEC);
         // SAFETY: the attributes live during the call.
-        let fd = unsafe {
-            libc::syscall(libc::SYS_perf_event_open, &raw mut attributes, pid, cpu, -1, flags)
-        };
+        let fd =
+            unsafe { libc::syscall(libc::SYS_perf_event_open, &raw mut attributes, pid, cpu, -1, flags) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -176,7 +175,10 @@ impl PerfRing {
         // SAFETY: the kernel's own page of the mapping; both numbers are shared with it and eight bytes wide.
         let (head, tail) = unsafe {
             let control = control.as_ptr();
-            (AtomicU64::from_ptr(&raw mut (*control).data_head), AtomicU64::from_ptr(&raw mut (*control).data_tail))
+            (
+                AtomicU64::from_ptr(&raw mut (*control).data_head),
+                AtomicU64::from_ptr(&raw mut (*control).data_tail),
+            )
         };
         // SAFETY: behind the control page lie so many bytes; what is between tail and head the kernel does not touch.
         let ring = unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(self.page), RING_BYTES) };
@@ -287,11 +289,17 @@ mod tests {
 
     fn mapped(path: &[u8], time: u64) -> Vec<u8> {
         let numbers = [0x1000u64, 0x2000, 0x300].map(u64::to_ne_bytes).concat();
-        let file = [&[8u32, 1].map(u32::to_ne_bytes).concat()[..], &[42u64, 0].map(u64::to_ne_bytes).concat()].concat();
+        let file =
+            [&[8u32, 1].map(u32::to_ne_bytes).concat()[..], &[42u64, 0].map(u64::to_ne_bytes).concat()]
+                .concat();
         let ids = [7u32, 8].map(u32::to_ne_bytes).concat();
         let access = [5u32, 2].map(u32::to_ne_bytes).concat();
         let name = [path, &vec![0; 8 - path.len() % 8]].concat();
-        record(perf::PERF_RECORD_MMAP2, 0, &[ids, numbers, file, access, name, time.to_ne_bytes().to_vec()].concat())
+        record(
+            perf::PERF_RECORD_MMAP2,
+            0,
+            &[ids, numbers, file, access, name, time.to_ne_bytes().to_vec()].concat(),
+        )
     }
 
     #[test]

@@ -15,4 +15,3 @@ pub use load::{Fds, Filter, Kernel, LoadError, Plan, require_capabilities, sees_
 pub use mappings::{CodeMapping, MapEvent, Mappings};
 pub use programs::{Intent, PROGRAMS, Seam, Status, Verdict};
 pub use ring::{Ledger, Ring, RingError};
-

@@ -447,7 +447,8 @@ impl Books {
         let not_before = Instant::now() + begun.elapsed() * REFRESH_SHARE;
         let before = self.processes.remove(&key);
         let (perf_map, harm) = before.map(|before| (before.perf_map, before.harm)).unwrap_or_default();
-        let known = Process { mappings, mapped, not_before, perf_map, harm, used: self.clock, is_told: false };
+        let known =
+            Process { mappings, mapped, not_before, perf_map, harm, used: self.clock, is_told: false };
         self.processes.insert(key, known);
     }
 

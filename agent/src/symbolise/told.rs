@@ -28,8 +28,7 @@ impl Books {
     fn begin(&mut self, image: ProcKey, of: Option<ProcKey>) {
         self.clock += 1;
         let of = of.and_then(|of| self.processes.get(&of));
-        let (mappings, mapped) =
-            of.map(|of| (of.mappings.clone(), of.mapped.clone())).unwrap_or_default();
+        let (mappings, mapped) = of.map(|of| (of.mappings.clone(), of.mapped.clone())).unwrap_or_default();
         if self.processes.len() >= MAX_PROCESSES
             && let Some(oldest) =
                 self.processes.iter().min_by_key(|(_, known)| known.used).map(|(key, _)| *key)
@@ -46,8 +45,12 @@ impl Books {
         let mapped = Mapped { start, end, offset, device, inode, path };
         let content = self.told_content(image, &mapped);
         let Some(known) = self.processes.get_mut(&image) else { return };
-        let mut all: Vec<(Mapping, Mapped)> =
-            known.mappings.drain(..).zip(known.mapped.drain(..)).flat_map(|old| without(old, start, end)).collect();
+        let mut all: Vec<(Mapping, Mapped)> = known
+            .mappings
+            .drain(..)
+            .zip(known.mapped.drain(..))
+            .flat_map(|old| without(old, start, end))
+            .collect();
         if all.len() < MAX_MAPPINGS {
             let at = all.partition_point(|(old, _)| old.start < start);
             all.insert(at, (Mapping { start, end, offset, content }, mapped));
@@ -80,7 +83,8 @@ impl Books {
 fn without((old, mapped): (Mapping, Mapped), start: u64, end: u64) -> Vec<(Mapping, Mapped)> {
     let part = |from: u64, to: u64| {
         let further = from - old.start;
-        let mapping = Mapping { start: from, end: to, offset: old.offset.wrapping_add(further), ..old.clone() };
+        let mapping =
+            Mapping { start: from, end: to, offset: old.offset.wrapping_add(further), ..old.clone() };
         let mapped = Mapped { start: from, end: to, offset: mapping.offset, ..mapped.clone() };
         (from < to).then_some((mapping, mapped))
     };

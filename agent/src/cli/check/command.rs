@@ -39,7 +39,7 @@ impl Before {
     }
 
     /// In the child, between fork and exec: system calls only.
-    fn restore(&self) -> io::Result<()> {
+    pub(super) fn restore(&self) -> io::Result<()> {
         // It was the limit before, so it may be set.
         setrlimit(Resource::Memlock, self.memlock.clone())?;
         // SAFETY: a valid set; nothing is read back.
