@@ -16,7 +16,7 @@ pub(crate) use self::{
     report::{Cost, Losses, Report, Subjects},
     rounds::Rounds,
     sites::{Child, Example, Judged, Site, Sites},
-    suppress::{Kind, MAX_FILE, Suppressions, generate},
-    traces::{Namer, Trace, Traces, Wanted},
-    tree::{Beside, Open, Slot, Through, Tree},
+    suppress::{Kind, MAX_FILE, Suppressions},
+    traces::{Namer, Traces, Wanted},
+    tree::{Beside, Open, Tree},
 };

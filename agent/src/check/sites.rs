@@ -2,7 +2,7 @@
 //! several of it at its end. One file that a program keeps until it ends is no leak; three from one line are.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     hash::{DefaultHasher, Hash, Hasher},
     rc::Rc,
     sync::Arc,
@@ -93,6 +93,8 @@ pub(super) struct Left {
     pub(super) key: Key,
     stack: Option<Arc<Stack>>,
     others: Vec<(&'static str, Arc<Stack>)>,
+    /// What was made by one call has it in common.
+    call: u64,
     pub(super) example: Example,
 }
 
@@ -194,17 +196,17 @@ impl Sites {
             resource: "process".to_owned(),
             target: child.words.clone(),
         };
-        self.add_each(vec![Left { key, stack, others: Vec::new(), example }]);
+        self.add_each(vec![Left { key, stack, others: Vec::new(), call: child.key.start_boottime, example }]);
     }
 
     /// Without names, those that may have an origin in common with so many others that it counts.
     fn repeated<'a>(&mut self, fds: Vec<(u32, &'a Rc<Open>)>) -> Vec<(u32, &'a Rc<Open>)> {
         let place = |open: &Open| (open.event.how, open.trace.as_ref().map_or(0, |trace| trace.ip));
-        let mut counts: HashMap<(u32, u64), u32> = HashMap::new();
-        fds.iter().for_each(|(_, open)| *counts.entry(place(open)).or_default() += 1);
+        let mut calls: HashMap<(u32, u64), HashSet<u64>> = HashMap::new();
+        fds.iter().for_each(|(_, open)| _ = calls.entry(place(open)).or_default().insert(open.call));
         let all = fds.len();
-        let repeated: Vec<_> =
-            fds.into_iter().filter(|(_, open)| counts[&place(open)] >= self.repeats).collect();
+        let is_enough = |open: &Open| calls[&place(open)].len() >= self.repeats as usize;
+        let repeated: Vec<_> = fds.into_iter().filter(|(_, open)| is_enough(open)).collect();
         self.single += (all - repeated.len()) as u32;
         repeated
     }
@@ -214,7 +216,9 @@ impl Sites {
         let mut groups: HashMap<Key, Vec<Left>> = HashMap::new();
         left.into_iter().for_each(|one| groups.entry(one.key.clone()).or_default().push(one));
         for (key, group) in groups {
-            if (group.len() as u32) < self.repeats {
+            // Both ends of a pipe come from one call.
+            let calls: HashSet<u64> = group.iter().map(|left| left.call).collect();
+            if calls.len() < self.repeats as usize {
                 self.single += group.len() as u32;
             } else {
                 self.add(key, group);
@@ -293,7 +297,7 @@ impl Site {
 impl Left {
     /// The site of it.
     pub(super) fn into_site(self) -> Site {
-        let Self { key, stack, others, example } = self;
+        let Self { key, stack, others, example, .. } = self;
         let thread = if key.kind == Kind::Thread { key.what } else { String::new() };
         Site {
             kind: key.kind,
@@ -361,7 +365,7 @@ pub(super) fn fd_left(
     };
     let key = Key::new(kind, stack.as_ref(), open.syscall(), what, comm);
     let example = Example { pid: process.tgid, number: fd, resource, target };
-    Left { key, stack, others: Vec::new(), example }
+    Left { key, stack, others: Vec::new(), call: open.call, example }
 }
 
 /// An fd that no event told of.
@@ -369,7 +373,7 @@ fn unseen_left(fd: u32, (process, comm): (ProcKey, &str)) -> Left {
     let key = Key::new(Kind::Fd, None, "other", String::new(), comm);
     let example =
         Example { pid: process.tgid, number: fd, resource: "unknown".to_owned(), target: String::new() };
-    Left { key, stack: None, others: Vec::new(), example }
+    Left { key, stack: None, others: Vec::new(), call: u64::from(fd), example }
 }
 
 pub(super) fn thread_left(
@@ -383,7 +387,7 @@ pub(super) fn thread_left(
     let key = Key::new(Kind::Thread, stack.as_ref(), "clone", kind, comm);
     let target = thread.comm.clone();
     let example = Example { pid: process.tgid, number: tid, resource: "thread".to_owned(), target };
-    Left { key, stack, others: Vec::new(), example }
+    Left { key, stack, others: Vec::new(), call: thread.since, example }
 }
 
 fn bad_close(bad: &BadClose, (process, comm): (ProcKey, &str), namer: &mut impl Namer) -> Left {
@@ -407,7 +411,7 @@ fn bad_close(bad: &BadClose, (process, comm): (ProcKey, &str), namer: &mut impl 
     let mut key = Key::new(kind, stack.as_ref(), "close", String::new(), comm);
     key.other = if kind == Kind::DoubleClose { before } else { failed }.as_ref().map(words_of);
     let example = Example { pid: process.tgid, number: bad.fd, resource, target };
-    Left { key, stack, others, example }
+    Left { key, stack, others, call: 0, example }
 }
 
 /// Whether a stack ends in a program that runs others' code, and does not say which.

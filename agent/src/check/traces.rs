@@ -96,7 +96,7 @@ impl Wanted {
                         [Some(made), closed]
                             .into_iter()
                             .flatten()
-                            .for_each(|at| drop(wanted.insert(at, false)));
+                            .for_each(|at| _ = wanted.insert(at, false));
                     }
                 }
                 FD_CLOSED => {}

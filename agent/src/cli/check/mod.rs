@@ -6,7 +6,7 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::ExitStatus,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use clap::Args;
@@ -30,7 +30,7 @@ use super::{
     output::{self, Format},
 };
 use crate::{
-    check::{MAX_FILE, Report, Subjects, Suppressions},
+    check::{MAX_FILE, Report, Suppressions},
     failure::{Exit, Failure},
 };
 
@@ -90,6 +90,9 @@ pub(super) struct Arguments {
     /// Rules for what is meant, each with its reason; may be repeated
     #[arg(long, value_name = "FILE")]
     suppressions: Vec<PathBuf>,
+    /// Leave out the rules that come with plumb, for threads that runtimes keep
+    #[arg(long)]
+    no_builtin_suppressions: bool,
     /// Write a rule for each finding, for you to give the reasons
     #[arg(long, value_name = "FILE")]
     gen_suppressions: Option<PathBuf>,
@@ -146,21 +149,20 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
             "say what is to be done then",
         ));
     }
-    let began = Instant::now();
     let status = if is_server {
         session.serve(&arguments.command, server)?
     } else {
         session.iterate(&arguments.command, arguments.iterations)?
     };
-    let took = began.elapsed();
-    let report = session.report(&arguments.command, status, took, &rules)?;
+    let report = session.report(&arguments.command, status, &rules)?;
     write(arguments, &report)?;
     let is_clean = report.findings.is_empty();
-    Ok(if is_clean { Exit::Command(code(&report, status, arguments.stop)) } else { Exit::Findings })
+    Ok(if is_clean { Exit::Command(code(status, arguments.stop)) } else { Exit::Findings })
 }
 
 fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {
-    let mut rules = Suppressions::builtin();
+    let mut rules =
+        if arguments.no_builtin_suppressions { Suppressions::none() } else { Suppressions::builtin() };
     for path in &arguments.suppressions {
         let shown = path.display();
         let size = fs::metadata(path).map(|metadata| metadata.len());
@@ -209,7 +211,7 @@ fn write(arguments: &Arguments, report: &Report) -> Result<(), Failure> {
 }
 
 /// As a shell has it; what ended by the signal that it was to end by has done as it was told.
-fn code(_report: &Report, status: ExitStatus, stop: Option<Signal>) -> u8 {
+fn code(status: ExitStatus, stop: Option<Signal>) -> u8 {
     if stop.is_some() && status.signal() == stop.map(Signal::as_raw) {
         return 0;
     }

@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     io::{self, IsTerminal, Write},
+    os::unix::process::ExitStatusExt,
     path::Path,
     process::{Child, ExitStatus},
     thread,
@@ -17,10 +18,8 @@ use super::{
     script::{self, Ready},
     signals::Signals,
 };
-use std::os::unix::process::ExitStatusExt;
-
 use crate::{
-    check::{Judged, Report, Subjects, Suppressions},
+    check::{Cost, Judged, Report, Subjects, Suppressions},
     failure::{Exit, Failure},
 };
 
@@ -48,6 +47,10 @@ pub(super) struct Session {
     signals: Signals,
     before: Before,
     grace: Duration,
+    /// How long the command ran.
+    took: Duration,
+    /// What plumb had used before.
+    loaded: Cost,
 }
 
 impl Session {
@@ -58,7 +61,8 @@ impl Session {
         grace: Duration,
     ) -> Result<Self, Failure> {
         follower.wake_for(&signals)?;
-        Ok(Self { follower, signals, before, grace })
+        let loaded = follower.cost()?;
+        Ok(Self { follower, signals, before, grace, took: Duration::ZERO, loaded })
     }
 
     /// Runs a command again and again. The status is the first that is not 0, or 0.
@@ -69,7 +73,11 @@ impl Session {
                 progress(&format!("run {round} of {count}"));
             }
             let running = self.start(command)?;
+            let began = Instant::now();
             let status = self.until_end(&running)?;
+            self.took += began.elapsed();
+            // All it did is in the ring by now.
+            self.follower.pump(Duration::ZERO)?;
             self.wait_for_rest(self.grace)?;
             if first.success() {
                 first = status;
@@ -86,6 +94,7 @@ impl Session {
     /// Starts a server, drives it as wanted, and stops it.
     pub(super) fn serve(&mut self, command: &[OsString], server: Server<'_>) -> Result<ExitStatus, Failure> {
         let running = self.start(command)?;
+        let began = Instant::now();
         if server.steady.is_some() {
             self.follower.sites.judge(Judged::ByRounds);
         }
@@ -117,6 +126,7 @@ impl Session {
             self.follower.sites.judge(Judged::Stopping);
         }
         let status = self.stop(&running, server.stop, server.within)?;
+        self.took = began.elapsed();
         if let Some(mut load) = load {
             // A load that goes on without its server is of no use.
             load.kill()?;
@@ -184,8 +194,6 @@ impl Session {
         loop {
             self.pump(running)?;
             if let Some(status) = running.try_wait()? {
-                // All it did is in the ring by now.
-                self.follower.pump(Duration::ZERO)?;
                 return Ok(status);
             }
         }
@@ -266,16 +274,16 @@ impl Session {
         self,
         command: &[OsString],
         status: ExitStatus,
-        took: Duration,
         rules: &Suppressions,
     ) -> Result<Report, Failure> {
-        let (losses, cost) = (self.follower.losses()?, self.follower.cost()?);
+        let (losses, mut cost) = (self.follower.losses()?, self.follower.cost()?);
+        cost.plumb_seconds -= self.loaded.plumb_seconds;
         let processes = self.follower.processes;
         let (sites, single) = self.follower.sites.into_findings();
         let words = command.iter().map(|word| word.to_string_lossy().into_owned()).collect();
         let mut report = Report::new(words, Subjects::judge(&sites, rules), (losses, cost));
         (report.exit_code, report.signal) = (status.code(), status.signal());
-        (report.seconds, report.processes, report.single) = (took.as_secs_f64(), processes, single);
+        (report.seconds, report.processes, report.single) = (self.took.as_secs_f64(), processes, single);
         Ok(report)
     }
 }
