@@ -49,7 +49,10 @@ pub(crate) fn do_dup2(ctx: FExitContext) -> i32 {
     {
         let (_, how, _) = caller();
         let (files, file, fd): (*const u8, *const u8, u32) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
-        added(header, &Added { files: files as u64, file: file as u64, fd, change: FD_REPLACED, how, marks: 0 });
+        added(
+            header,
+            &Added { files: files as u64, file: file as u64, fd, change: FD_REPLACED, how, marks: 0 },
+        );
     }
     0
 }

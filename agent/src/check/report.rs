@@ -340,9 +340,8 @@ impl Report {
     fn beside(&self) -> String {
         match self.single {
             0 => String::new(),
-            1 => "; 1 fd or thread was left by itself, which is no leak (--repeats 1 lists it)".to_owned(),
             single => format!(
-                "; {single} fds or threads were left one of a kind, which is no leak (--repeats 1 lists them)"
+                "; {single} other fds or threads were left, too few of one origin (--repeats 1 lists them)"
             ),
         }
     }

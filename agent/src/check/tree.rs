@@ -195,6 +195,22 @@ impl Tree {
         self.fresh.drain(..).filter_map(|open| open.upgrade()).collect()
     }
 
+    /// Stacks of a process that belong to others: of whoever it forked, and of fds that these may hand on.
+    pub(crate) fn traces_of(&self, process: ProcKey) -> Vec<Rc<Trace>> {
+        let mut traces = Vec::new();
+        for other in self.processes.values().filter(|other| other.key != process) {
+            let is_parent = other.parent == Some(process);
+            traces.extend(other.trace.iter().filter(|_| is_parent).cloned());
+            let handed = other.fds.values().filter(|slot| {
+                slot.open.event.header.process == process
+                    && !slot.open.has_cloexec()
+                    && !slot.open.is_placed()
+            });
+            traces.extend(handed.filter_map(|slot| slot.open.trace.clone()));
+        }
+        traces
+    }
+
     pub(crate) fn processes(&self) -> impl Iterator<Item = &Process> {
         self.processes.values()
     }

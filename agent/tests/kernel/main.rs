@@ -9,6 +9,7 @@ mod agent;
 mod follow;
 mod isolation;
 mod ledger;
+mod mappings;
 mod model;
 mod origins;
 mod paths;

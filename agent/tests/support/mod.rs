@@ -1,6 +1,8 @@
 //! What the integration tests share: running plumb, running workloads, and reading /proc as the truth.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod followed;
+
 use std::{
     collections::BTreeMap,
     env, fs,
@@ -120,10 +122,13 @@ impl Workload {
     }
 
     pub(crate) fn start_program(program: &Path, arguments: &[&str]) -> Self {
-        let start =
-            || Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        Self::start_command(Command::new(program).args(arguments))
+    }
+
+    pub(crate) fn start_command(command: &mut Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = loop {
-            match start() {
+            match command.spawn() {
                 // Another test forked while this copy was written: until it runs its program it holds the file.
                 Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
                     std::thread::sleep(Duration::from_millis(10));

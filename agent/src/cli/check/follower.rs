@@ -22,7 +22,7 @@ use crate::{
     decode::{Event, Sample},
     failure::{Exit, Failure},
     files::OpenFile,
-    kernel::{Kernel, Mappings, Plan, Ring},
+    kernel::{Kernel, MapEvent, Mappings, Plan, Ring},
     stacks::{Names, Stack},
     symbolise::Images,
     text,
@@ -46,13 +46,40 @@ const SOCKETS_EVERY: Duration = Duration::from_millis(500);
 #[derive(Default)]
 struct Stacks {
     names: Names,
-    images: Images,
+    /// Of each run of the command.
+    images: Vec<Images>,
+}
+
+impl Stacks {
+    /// What a process ran at a time.
+    fn image(&self, tgid: u32, time: u64) -> Option<ProcKey> {
+        // A number may be another's in a later run.
+        self.images.iter().rev().find_map(|images| images.at(tgid, time))
+    }
+
+    /// Takes what the kernel told of the last run.
+    fn map(&mut self, events: Vec<MapEvent>) {
+        if let Some(images) = self.images.last_mut() {
+            images.take(self.names.symboliser(), events);
+        }
+    }
+
+    /// Nothing more will be asked about a process that ended at that time.
+    fn forget(&mut self, tgid: u32, time: u64) {
+        for images in &mut self.images {
+            images.forget(self.names.symboliser(), tgid, time);
+        }
+    }
+
+    fn dropped(&self) -> u64 {
+        self.images.iter().map(Images::dropped).sum()
+    }
 }
 
 impl Namer for Stacks {
     fn name(&mut self, mut sample: Sample) -> Option<Arc<Stack>> {
         let header = &mut sample.head.header;
-        header.process = self.images.at(header.process.tgid, header.time)?;
+        header.process = self.image(header.process.tgid, header.time)?;
         self.names.of(vec![sample]).pop().map(|named| named.stack)
     }
 }
@@ -68,8 +95,9 @@ struct Left {
 pub(super) struct Follower {
     kernel: Kernel,
     ring: Ring,
-    mappings: Mappings,
-    /// Of those before.
+    /// Those of the last run of the command.
+    mappings: Option<Mappings>,
+    /// Of the runs before.
     mappings_lost: u64,
     tree: Tree,
     traces: Traces,
@@ -94,7 +122,7 @@ impl Follower {
         Ok(Self {
             kernel,
             ring,
-            mappings: Mappings::default(),
+            mappings: None,
             mappings_lost: 0,
             tree: Tree::default(),
             traces: Traces::default(),
@@ -115,11 +143,13 @@ impl Follower {
         let tgid = pid.as_raw_nonzero().get().unsigned_abs();
         let key = key_of(&mut self.kernel, tgid)?;
         self.kernel.watch(key, true).map_err(|error| bug(&error))?;
-        self.mappings_lost += self.mappings.lost();
-        self.mappings = Mappings::follow(tgid).map_err(|error| bug(&error))?;
-        for fd in self.mappings.fds() {
+        self.mappings_lost += self.mappings.as_ref().map_or(0, Mappings::lost);
+        let mappings = Mappings::follow(tgid).map_err(|error| bug(&error))?;
+        for fd in mappings.fds() {
             self.ring.wake_for(fd)?;
         }
+        self.mappings = Some(mappings);
+        self.stacks.images.push(Images::new(key));
         self.tree.begin(key, comm, handed(tgid));
         self.roots.insert(key);
         self.processes += 1;
@@ -137,7 +167,7 @@ impl Follower {
         let wanted = Wanted::of(&events);
         self.traces.add(self.ring.drain_stacks_if(|head| wanted.takes(head)));
         // Whatever those stacks run through was mapped before.
-        self.stacks.images.take(self.stacks.names.symboliser(), self.mappings.drain());
+        self.stacks.map(self.mappings.as_mut().map(Mappings::drain).unwrap_or_default());
         for event in &events {
             self.apply(event);
         }
@@ -174,6 +204,9 @@ impl Follower {
         let Some(ended) = self.tree.apply(event, beside) else { return };
         self.sites.ended(&ended, &mut self.stacks);
         let key = ended.process.key;
+        // Its files are closed now: whoever lives on and has something of it needs the names before.
+        self.tree.traces_of(key).iter().for_each(|trace| _ = trace.named(&mut self.stacks));
+        self.stacks.forget(key.tgid, event.header().time);
         // Those of its children that have ended and that it did not wait for are plumb's now.
         let children = self.ended.remove(&key).unwrap_or_default();
         self.left.extend(children.into_iter().map(|child| Left { child, is_zombie: true, tries: 0 }));
@@ -233,7 +266,7 @@ impl Follower {
             let threads = self.kernel.threads(*key)?;
             let wanted: Vec<u32> = threads.iter().map(|thread| thread.tid).collect();
             let census = Copied::take(*key, &threads, &wanted);
-            let image = self.stacks.images.at(key.tgid, clock::boottime());
+            let image = self.stacks.image(key.tgid, clock::boottime());
             let census = match image {
                 Some(image) => self.stacks.names.census(image, census),
                 None => census.map(|stacks| stacks.into_iter().map(|_| None).collect()),
@@ -331,7 +364,9 @@ impl Follower {
         Ok(Losses {
             events: view::lost(&counts) + self.ring.ledger().rejected + self.kernel.not_run(),
             stacks: of_stacks.iter().sum::<u64>() + self.ring.stack_ledger().rejected,
-            mappings: self.mappings_lost + self.mappings.lost(),
+            mappings: self.mappings_lost
+                + self.mappings.as_ref().map_or(0, Mappings::lost)
+                + self.stacks.dropped(),
             processes: self.tree.drift().left_out,
         })
     }

@@ -1,12 +1,7 @@
 //! `plumb check`: runs a command, follows it and all its descendants, and says what they left behind.
 
 use std::{
-    ffi::OsString,
-    fs,
-    os::unix::process::ExitStatusExt,
-    path::PathBuf,
-    process::ExitStatus,
-    time::Duration,
+    ffi::OsString, fs, os::unix::process::ExitStatusExt, path::PathBuf, process::ExitStatus, time::Duration,
 };
 
 use clap::Args;
@@ -55,7 +50,7 @@ kept until the end is none. docs/check.md has more.";
 #[command(after_help = EXAMPLES)]
 pub(super) struct Arguments {
     /// How many of one origin a process must hold at its end to be called a leak
-    #[arg(long, default_value_t = 2, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 3, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
     /// How long descendants may go on when the command has ended, before they are called left behind
     #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = humantime::parse_duration)]
