@@ -15,7 +15,7 @@ mod tree;
 pub(crate) use self::{
     report::{Cost, Losses, Report, Subjects},
     rounds::Rounds,
-    sites::{Child, Example, Judged, Site, Sites},
+    sites::{Child, Example, Judged, Sites},
     suppress::{Kind, MAX_FILE, Suppressions},
     traces::{Namer, Traces, Wanted},
     tree::{Beside, Open, Tree},

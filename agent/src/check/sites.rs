@@ -181,6 +181,19 @@ impl Sites {
         }
     }
 
+    /// Takes a thread that did not stop, with where it is.
+    pub(crate) fn unstopped(
+        &mut self,
+        comm: &str,
+        thread: String,
+        stack: Option<Arc<Stack>>,
+        example: Example,
+    ) {
+        let key = Key::new(Kind::Unstopped, stack.as_ref(), "", thread, comm);
+        let call = u64::from(example.number);
+        self.add_each(vec![Left { key, stack, others: Vec::new(), call, example }]);
+    }
+
     /// Takes a site that was found otherwise.
     pub(crate) fn found(&mut self, site: Site) {
         self.found.push(site);
@@ -274,31 +287,12 @@ impl Sites {
     }
 }
 
-impl Site {
-    /// A thread that did not stop, and where it is.
-    pub(crate) fn unstopped(comm: &str, thread: String, stack: Option<Arc<Stack>>, example: Example) -> Self {
-        Self {
-            kind: Kind::Unstopped,
-            comm: comm.to_owned(),
-            syscall: "",
-            thread,
-            stack,
-            others: Vec::new(),
-            count: 1,
-            most: 1,
-            processes: 1,
-            rounds: Vec::new(),
-            grows: false,
-            examples: vec![example],
-        }
-    }
-}
-
 impl Left {
     /// The site of it.
     pub(super) fn into_site(self) -> Site {
         let Self { key, stack, others, example, .. } = self;
-        let thread = if key.kind == Kind::Thread { key.what } else { String::new() };
+        let thread =
+            if matches!(key.kind, Kind::Thread | Kind::Unstopped) { key.what } else { String::new() };
         Site {
             kind: key.kind,
             comm: key.comm,

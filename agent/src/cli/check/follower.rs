@@ -15,9 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::command::reap;
 use crate::{
     census::Copied,
-    check::{
-        Beside, Child, Cost, Example, Kind, Losses, Namer, Open, Rounds, Site, Sites, Traces, Tree, Wanted,
-    },
+    check::{Beside, Child, Cost, Example, Kind, Losses, Namer, Open, Rounds, Sites, Traces, Tree, Wanted},
     clock,
     decode::{Event, Sample},
     failure::{Exit, Failure},
@@ -204,11 +202,14 @@ impl Follower {
         let Some(ended) = self.tree.apply(event, beside) else { return };
         self.sites.ended(&ended, &mut self.stacks);
         let key = ended.process.key;
-        // Its files are closed now: whoever lives on and has something of it needs the names before.
-        self.tree.traces_of(key).iter().for_each(|trace| _ = trace.named(&mut self.stacks));
+        let children = self.ended.remove(&key).unwrap_or_default();
+        // Its files are closed soon: what others have of it gets its names now.
+        let of_children = children.iter().filter_map(|child| child.trace.clone());
+        for trace in self.tree.traces_of(key).into_iter().chain(of_children) {
+            trace.named(&mut self.stacks);
+        }
         self.stacks.forget(key.tgid, event.header().time);
         // Those of its children that have ended and that it did not wait for are plumb's now.
-        let children = self.ended.remove(&key).unwrap_or_default();
         self.left.extend(children.into_iter().map(|child| Left { child, is_zombie: true, tries: 0 }));
         let Some(parent) = ended.process.parent else { return };
         let parent_comm = self.tree.get(parent).map(|parent| parent.comm.clone());
@@ -282,7 +283,7 @@ impl Follower {
                 let example =
                     Example { pid: key.tgid, number: blocked.tid, resource: "thread".to_owned(), target };
                 let thread = thread_type(&blocked.name).to_owned();
-                self.sites.found(Site::unstopped(comm, thread, blocked.stack, example));
+                self.sites.unstopped(comm, thread, blocked.stack, example);
             }
         }
         for (key, _) in keys {

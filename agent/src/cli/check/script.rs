@@ -1,7 +1,6 @@
 //! What runs beside the command and is not followed: scripts that drive it, and whatever tells that it is ready.
 
 use std::{
-    ffi::OsString,
     net::{SocketAddr, TcpStream},
     os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
@@ -63,7 +62,7 @@ impl Ready {
             Self::Port(address) => TcpStream::connect_timeout(address, TRY).is_ok(),
             Self::Url(uri) => answers(uri),
             Self::Script(script) => {
-                let child = start(script, before, true);
+                let child = start(script, before);
                 child.is_ok_and(|mut child| child.wait().is_ok_and(|status| status.success()))
             }
         }
@@ -98,15 +97,10 @@ fn answers(uri: &Uri) -> bool {
     })
 }
 
-/// Starts a script in a shell. What it prints goes where plumb's messages go, or nowhere.
-pub(super) fn start(script: &str, before: &Before, is_silent: bool) -> std::io::Result<Child> {
+/// Starts a script in a shell. What it prints goes where plumb's messages go: stdout is the command's.
+pub(super) fn start(script: &str, before: &Before) -> std::io::Result<Child> {
     let mut shell = Command::new("/bin/sh");
-    shell.arg("-c").arg(OsString::from(script)).stdin(Stdio::null());
-    if is_silent {
-        shell.stdout(Stdio::null()).stderr(Stdio::null());
-    } else {
-        shell.stdout(std::io::stderr());
-    }
+    shell.arg("-c").arg(script).stdin(Stdio::null()).stdout(std::io::stderr());
     let before = before.clone();
     // SAFETY: between fork and exec it makes system calls only.
     unsafe { shell.pre_exec(move || before.restore()) };

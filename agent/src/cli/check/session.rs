@@ -115,11 +115,18 @@ impl Session {
                 self.follower.sites.found(site);
             }
         }
-        let mut load = server.load.map(|script| script::start(script, &self.before, true)).transpose()?;
+        let mut load = server.load.map(|script| script::start(script, &self.before)).transpose()?;
         if let Some(load) = &mut load {
             let end = Instant::now() + LOAD_BEFORE;
-            while load.try_wait()?.is_none() && Instant::now() < end {
+            let mut done = None;
+            while done.is_none() && Instant::now() < end {
                 self.pump(&running)?;
+                done = load.try_wait()?;
+            }
+            if let Some(status) = done.filter(|status| !status.success()) {
+                self.follower.end_unstopped()?;
+                let cause = format!("the load failed ({})", ended(Some(status)));
+                return Err(Failure::new(Exit::Error, cause, "try it by hand against the server"));
             }
         }
         if server.steady.is_none() {
@@ -238,7 +245,7 @@ impl Session {
 
     /// One round of a script, and a while to settle.
     fn round(&mut self, running: &Running, script: &str) -> Result<(), Failure> {
-        let mut child = script::start(script, &self.before, false)?;
+        let mut child = script::start(script, &self.before)?;
         let status = self.beside(running, &mut child)?;
         if !status.success() {
             self.follower.end_unstopped()?;
