@@ -4,8 +4,11 @@
 
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../support/variants.rs"]
+mod variants;
 
 mod agent;
+mod check;
 mod follow;
 mod isolation;
 mod ledger;

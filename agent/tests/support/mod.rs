@@ -420,3 +420,15 @@ pub(crate) fn assert_is_proc(before: &BTreeMap<u32, Truth>, document: &Value) ->
     }
     compared
 }
+
+/// The line with the mark of this name.
+pub(crate) fn marked(source: &str, mark: &str) -> Option<u32> {
+    let wanted = format!("MARK {mark}");
+    let is_marked = |line: &str| {
+        line.split_once(&wanted)
+            .is_some_and(|(_, rest)| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+    };
+    let line = (1..).zip(source.lines()).find(|(_, line)| is_marked(line)).map(|(number, _)| number);
+    assert!(line.is_some(), "{mark}");
+    line
+}

@@ -145,7 +145,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         ));
     }
     let status = if is_server {
-        session.serve(&arguments.command, server)?
+        session.serve(&arguments.command, &server)?
     } else {
         session.iterate(&arguments.command, arguments.iterations)?
     };

@@ -92,7 +92,7 @@ impl Session {
     }
 
     /// Starts a server, drives it as wanted, and stops it.
-    pub(super) fn serve(&mut self, command: &[OsString], server: Server<'_>) -> Result<ExitStatus, Failure> {
+    pub(super) fn serve(&mut self, command: &[OsString], server: &Server<'_>) -> Result<ExitStatus, Failure> {
         let running = self.start(command)?;
         let began = Instant::now();
         if server.steady.is_some() {
