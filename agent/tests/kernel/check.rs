@@ -175,7 +175,7 @@ fn what_a_rule_says_is_meant_is_no_finding_and_rules_are_written_for_the_rest() 
         plumb().args(["check", "--suppressions", &rules, "--", program, "open"]).output().unwrap();
     let message = String::from_utf8_lossy(&without_reason.stderr).into_owned();
     assert_eq!(without_reason.status.code(), Some(2), "{message}");
-    assert!(message.contains("rules.supp:2"), "{message}");
+    assert!(message.contains("rules.supp:3"), "{message}");
     let reason = written.lines().find(|line| line.trim_start().starts_with("reason:")).unwrap();
     fs::write(&rules, written.replace(reason, "   reason: a test wants it")).unwrap();
     let (code, document, _) = check(&dir, &["--suppressions", &rules], &[program, "open"]);
