@@ -86,7 +86,9 @@ impl Session {
                 self.follower.sites.next_round();
             }
         }
-        progress("");
+        if count > 1 {
+            progress("");
+        }
         self.follower.note_orphans();
         Ok(first)
     }
