@@ -91,7 +91,12 @@ impl Wanted {
             let Event::Fd(change) = event else { continue };
             let slot = (header.process.tgid, change.fd);
             match change.change {
-                FD_BAD_CLOSE => drop(last.remove(&slot)),
+                FD_BAD_CLOSE => {
+                    // Who had opened what was closed before belongs to it.
+                    if let Some((_, Some(opened))) = last.remove(&slot) {
+                        wanted.insert(opened, true);
+                    }
+                }
                 FD_CLOSED if change.fd == change.fd_last => {
                     let before = last.insert(slot, (at, None));
                     if let Some((made, closed)) = before {
@@ -100,6 +105,7 @@ impl Wanted {
                             .into_iter()
                             .flatten()
                             .for_each(|at| _ = wanted.insert(at, false));
+                        last.insert(slot, (at, Some(made)));
                     }
                 }
                 FD_CLOSED => {}
@@ -158,5 +164,64 @@ impl Traces {
                 trace.named(namer);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+    use plumb_common::{
+        event::{Clone as CloneEvent, FD_OPENED, FdChange},
+        task::ProcKey,
+    };
+
+    use super::*;
+
+    fn fd(change: u32, fd: u32, time: u64) -> Event {
+        let mut event = FdChange::zeroed();
+        event.header.process = ProcKey::new(7, 1);
+        (event.header.tid, event.header.time) = (7, time);
+        (event.change, event.fd, event.fd_last) = (change, fd, fd);
+        Event::Fd(event)
+    }
+
+    /// The times whose stacks are taken, of those up to a time.
+    fn taken(events: &[Event], until: u64) -> Vec<u64> {
+        let wanted = Wanted::of(events);
+        let head = |time| {
+            let mut head = Head::zeroed();
+            (head.header.tid, head.header.time) = (7, time);
+            head
+        };
+        (1..=until).filter(|time| wanted.takes(&head(*time))).collect()
+    }
+
+    #[test]
+    fn of_what_the_batch_closes_again_only_the_last_close_is_of_use() {
+        let storm = [fd(FD_OPENED, 3, 1), fd(FD_CLOSED, 3, 2), fd(FD_OPENED, 3, 3), fd(FD_CLOSED, 3, 4)];
+        assert_eq!(taken(&storm, 4), [4]);
+        let kept = [fd(FD_OPENED, 3, 1), fd(FD_CLOSED, 3, 2), fd(FD_OPENED, 3, 3)];
+        assert_eq!(taken(&kept, 5), [2, 3, 4, 5], "and what belongs to events that are still to come");
+    }
+
+    #[test]
+    fn what_was_opened_and_closed_before_a_failed_close_is_of_use_whatever_follows() {
+        let events = [
+            fd(FD_OPENED, 3, 1),
+            fd(FD_CLOSED, 3, 2),
+            fd(FD_BAD_CLOSE, 3, 3),
+            fd(FD_OPENED, 3, 4),
+            fd(FD_CLOSED, 3, 5),
+        ];
+        assert_eq!(taken(&events, 5), [1, 2, 3, 5]);
+    }
+
+    #[test]
+    fn what_a_child_has_too_is_of_use_when_its_parent_closes_it() {
+        let mut fork = CloneEvent::zeroed();
+        (fork.header.process, fork.child) = (ProcKey::new(7, 1), ProcKey::new(8, 2));
+        (fork.header.tid, fork.header.time) = (7, 2);
+        let events = [fd(FD_OPENED, 3, 1), Event::Clone(fork), fd(FD_CLOSED, 3, 3)];
+        assert_eq!(taken(&events, 3), [1, 2, 3]);
     }
 }

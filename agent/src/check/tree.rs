@@ -358,3 +358,7 @@ impl Process {
         None
     }
 }
+
+#[cfg(test)]
+#[path = "tree_tests.rs"]
+mod tests;
