@@ -62,8 +62,7 @@ fn stop(behaviour: &str) -> (i32, Value) {
 
 /// Kind, and line of the function.
 fn findings(document: &Value) -> Vec<(&str, u64)> {
-    let finding =
-        |finding: &'_ Value| -> u64 { finding["function"]["line"].as_u64().unwrap_or(0) };
+    let finding = |finding: &'_ Value| -> u64 { finding["function"]["line"].as_u64().unwrap_or(0) };
     let all = document["findings"].as_array().unwrap();
     all.iter().map(|one| (one["kind"].as_str().unwrap(), finding(one))).collect()
 }
@@ -106,7 +105,18 @@ fn what_does_not_stop_is_told_with_where_it_is_blocked_and_is_ended() {
     let mut found = findings(&document);
     found.sort_unstable();
     let expected = [("unstopped", line("stuck_worker")), ("unstopped", line("join_worker"))];
-    assert_eq!((code, &found[..]), (3, &{ let mut all = expected; all.sort_unstable(); all }[..]), "{document}");
+    assert_eq!(
+        (code, &found[..]),
+        (
+            3,
+            &{
+                let mut all = expected;
+                all.sort_unstable();
+                all
+            }[..]
+        ),
+        "{document}"
+    );
     assert!(began.elapsed() < Duration::from_secs(60), "it waits for nothing else");
     let pid = document["findings"][0]["examples"][0]["pid"].as_u64().unwrap();
     assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it has been ended");
@@ -118,7 +128,10 @@ fn what_does_not_stop_is_told_with_where_it_is_blocked_and_is_ended() {
 fn children_that_outlive_their_server_are_told() {
     let (code, document) = stop("children");
     assert_eq!((code, findings(&document).len()), (3, 1), "{document}");
-    assert_eq!((&document["findings"][0]["kind"], &document["findings"][0]["count"]), (&Value::from("unstopped"), &Value::from(2)));
+    assert_eq!(
+        (&document["findings"][0]["kind"], &document["findings"][0]["count"]),
+        (&Value::from("unstopped"), &Value::from(2))
+    );
 }
 
 #[test]
