@@ -135,6 +135,17 @@ fn functions_are_matched_where_they_are_known() {
 }
 
 #[test]
+fn a_glob_that_no_machine_can_be_made_of_is_an_error() {
+    let glob = |depth: usize| format!("path = '{}a{}'\nreason = 'x'", "{b,".repeat(depth), "}".repeat(depth));
+    let shallow: Ignore = toml::from_str(&glob(3)).unwrap();
+    let finding = Finding::suspect(Rule::Trend, Resource::Fd, &row(9, 1), (9, None), 0);
+    assert!(shallow.matches(&finding, &[example("file", "a", 1)], &[]));
+    assert!(!shallow.matches(&finding, &[example("file", "c", 1)], &[]));
+    let error = toml::from_str::<Ignore>(&glob(300)).unwrap_err();
+    assert!(error.message().contains("nested too deeply"), "{error}");
+}
+
+#[test]
 fn an_acknowledged_leak_is_told_again_when_it_has_doubled() {
     let mut play = Play::new().counts(leak());
     assert_eq!(play.leaking.len(), 1);
