@@ -118,8 +118,8 @@ impl Host {
             Input::Say(Saying { id, what, answer }) => {
                 let done = match what {
                     Said::Ack(reason) => self.detector.ack(&id, reason, self.time),
-                    Said::Silence(until) => self.detector.silence(&id, Some(until)),
-                    Said::Unsilence => self.detector.silence(&id, None),
+                    Said::Silence(until) => self.detector.silence(&id, until),
+                    Said::Unsilence => self.detector.unsilence(&id, self.time),
                 };
                 if done.is_ok() {
                     self.show_findings();

@@ -49,7 +49,7 @@ use self::{
 };
 pub(crate) use self::{
     finding::{Confirmation, Example, Finding, HostLimits, Mark, Resolution, Resource, Rule, State, Why},
-    marks::NoSuchFinding,
+    marks::Refused,
     settings::{Detect, Ignore, Settings},
     snapshot::Saved,
 };

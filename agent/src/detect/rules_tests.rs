@@ -164,20 +164,21 @@ fn a_silence_postpones_what_was_not_told_and_repeats_nothing() {
     let suspect = || Play::new().counts((0..60).map(|second| 5 + second));
     let mut play = suspect();
     let id = play.detector.findings()[0].id();
-    play.detector.silence(&id, Some((BEGIN + 200) * SECOND)).unwrap();
+    play.detector.silence(&id, (BEGIN + 200) * SECOND).unwrap();
     let play = play.counts((60..300).map(|second| 5 + second));
     assert_eq!((play.leaking.clone(), play.states()), (vec![200], vec![State::Leaking]));
 
     let mut play = suspect().counts((60..150).map(|second| 5 + second));
     assert_eq!(play.leaking.len(), 1);
-    play.detector.silence(&id, Some((BEGIN + 200) * SECOND)).unwrap();
+    play.detector.silence(&id, (BEGIN + 200) * SECOND).unwrap();
     let mut play = play.counts((150..300).map(|second| 5 + second));
     assert_eq!(play.leaking.len(), 1);
-    play.detector.silence(&id, Some(u64::MAX)).unwrap();
+    play.detector.silence(&id, u64::MAX).unwrap();
     assert!(play.detector.findings()[0].mark.is_quiet(300, u64::MAX - 1));
-    play.detector.silence(&id, None).unwrap();
+    play.detector.unsilence(&id, 0).unwrap();
+    assert_eq!(play.detector.unsilence(&id, 0), Err(Refused::NotSilenced));
     assert_eq!(play.detector.findings()[0].mark, Mark::default());
-    assert_eq!(play.detector.ack("fd-1-2", None, 0), Err(NoSuchFinding));
+    assert_eq!(play.detector.ack("fd-1-2", None, 0), Err(Refused::NoSuchFinding));
 }
 
 proptest! {
