@@ -205,9 +205,17 @@ fn list(arguments: &Arguments) -> Outcome {
             leak.live.to_string(),
             leak.limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string()),
             format!("{:+.1}", leak.growth_per_minute),
-            leak.seconds_to_exhaustion.map_or_else(|| "-".to_owned(), report::rough),
+            match leak.seconds_to_exhaustion {
+                _ if leak.is_full() => "full".to_owned(),
+                Some(seconds) => report::rough(seconds),
+                None => "-".to_owned(),
+            },
             leak.group.clone(),
-            if leak.examples.is_empty() { "-".to_owned() } else { report::list(&leak.examples) },
+            if leak.examples.is_empty() {
+                "-".to_owned()
+            } else {
+                report::list(&leak.examples, leak.examples_of_newest)
+            },
             leak.origins.first().map_or_else(|| "-".to_owned(), Origin::words),
         ]
     })?;

@@ -1,6 +1,6 @@
 //! What the detector is told: thresholds, by group where they differ, and what is to be ignored.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use globset::{Glob, GlobSet};
 use serde::{Deserialize, Deserializer, de};
@@ -227,4 +227,18 @@ fn half(counts: impl Iterator<Item = (bool, u32)>) -> bool {
 pub(crate) struct Settings {
     pub detect: Detect,
     pub ignore: Vec<Ignore>,
+}
+
+impl Settings {
+    /// Why a finding is ignored, of which all that could be looked up is `held` and `functions`.
+    #[must_use]
+    pub(super) fn ignored(
+        &self,
+        finding: &Finding,
+        held: &[Example],
+        functions: &[(String, u32)],
+    ) -> Option<Arc<str>> {
+        let rule = self.ignore.iter().find(|rule| rule.matches(finding, held, functions))?;
+        Some(rule.reason.as_str().into())
+    }
 }
