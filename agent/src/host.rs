@@ -122,6 +122,7 @@ impl Host {
                     Said::Unsilence => self.detector.unsilence(&id, self.time),
                 };
                 if done.is_ok() {
+                    self.tell();
                     self.show_findings();
                 }
                 // Whoever asked may have gone.

@@ -152,7 +152,9 @@ mod tests {
     fn each_kind_of_news_has_its_sentence() {
         let row = Row::example(1_017, 1_024);
         let mut detector = Detector::new(HostLimits { threads: 9_999 }, Settings::default());
-        (0..60u64).for_each(|second| _ = detector.observe(&[row.clone()], (9_000 + second) * 1_000_000_000));
+        for second in 9_000..9_060 {
+            detector.observe(std::slice::from_ref(&row), second * 1_000_000_000);
+        }
         let finding = detector.findings().remove(0);
         let said =
             |what, finding: &Finding| sentence(&News { what, finding: finding.clone() }, Calendar::now());

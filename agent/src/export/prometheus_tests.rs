@@ -51,7 +51,9 @@ fn whatever_is_at_its_limit_has_no_time_left() {
     let seconds = |fds: u32| {
         let row = row("web", fds);
         let mut detector = Detector::new(HostLimits { threads: 9_999 }, Settings::default());
-        (0..60u64).for_each(|second| _ = detector.observe(&[row.clone()], (9_000 + second) * 1_000_000_000));
+        for second in 9_000..9_060 {
+            detector.observe(std::slice::from_ref(&row), second * 1_000_000_000);
+        }
         let view = HostView { findings: detector.findings(), ..HostView::default() };
         let page = page(&view, &Workers::default(), &Own::new().unwrap()).unwrap();
         assert!(page.contains("plumb_leak_findings{group=\"web\",resource=\"fd\",state=\"suspect\"} 1"));
