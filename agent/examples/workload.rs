@@ -158,6 +158,30 @@ fn leader_exits() -> Result<()> {
     Ok(())
 }
 
+/// Sends an fd from one end of a socket to the other, and returns the number that it has there.
+fn pass(ends: [i32; 2], fd: i32, receive: i64) -> Result<i32> {
+    let mut byte = 0u8;
+    let mut data = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // Eight bytes are what control data is aligned to.
+    let mut control = [0u64; 3];
+    // SAFETY: all pointers are to live memory of the right size; all zero is a message.
+    unsafe {
+        let mut message: libc::mmsghdr = std::mem::zeroed();
+        (message.msg_hdr.msg_iov, message.msg_hdr.msg_iovlen) = (&raw mut data, 1);
+        (message.msg_hdr.msg_control, message.msg_hdr.msg_controllen) = ((&raw mut control).cast(), 24);
+        let head = libc::CMSG_FIRSTHDR(&raw const message.msg_hdr);
+        ((*head).cmsg_level, (*head).cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
+        (*head).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(head).cast::<i32>().write_unaligned(fd);
+        check(libc::sendmsg(ends[0], &raw const message.msg_hdr, 0) as i32)?;
+        libc::CMSG_DATA(head).cast::<i32>().write_unaligned(-1);
+        // recvmsg takes flags in its third argument, recvmmsg the number of messages.
+        let third = i64::from(receive == libc::SYS_recvmmsg);
+        check(libc::syscall(receive, ends[1], &raw mut message, third, 0, 0) as i32)?;
+        Ok(libc::CMSG_DATA(head).cast::<i32>().read_unaligned())
+    }
+}
+
 /// Makes every followed call and prints what it was, as `plumb watch` should see it.
 fn fd_calls(folder: &str) -> Result<()> {
     ready()?;
@@ -197,6 +221,19 @@ fn fd_calls(folder: &str) -> Result<()> {
         open("dup", syscall(libc::SYS_dup, created))?;
         let high = open("fcntl", syscall(libc::SYS_fcntl, created, libc::F_DUPFD, 100))?;
         open("fcntl", syscall(libc::SYS_fcntl, created, libc::F_DUPFD_CLOEXEC, 100))?;
+        let mut ends = [0i32; 2];
+        check(i32::try_from(syscall(
+            libc::SYS_socketpair,
+            libc::AF_UNIX,
+            libc::SOCK_DGRAM,
+            0,
+            &raw mut ends,
+        ))?)?;
+        open("socketpair", i64::from(ends[0]))?;
+        open("socketpair", i64::from(ends[1]))?;
+        for (name, number) in [("recvmsg", libc::SYS_recvmsg), ("recvmmsg", libc::SYS_recvmmsg)] {
+            open(name, i64::from(pass(ends, created, number)?))?;
+        }
         // Neither makes an fd.
         check(libc::fcntl(created, libc::F_GETFD))?;
         check(libc::syscall(libc::SYS_dup2, created, created) as i32)?;

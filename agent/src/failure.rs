@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-/// The exit codes that `plumb --help` promises. 2, wrong usage, is clap's.
+/// The exit codes that `plumb --help` promises. 2, wrong usage, is mostly clap's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
     Ok,
     Error,
+    Usage,
     Findings,
     MissingPrivilege,
     KernelCannot,
@@ -22,6 +23,7 @@ impl Exit {
         match self {
             Self::Ok => 0,
             Self::Error => 1,
+            Self::Usage => 2,
             Self::Findings => 3,
             Self::MissingPrivilege => 4,
             Self::KernelCannot => 5,

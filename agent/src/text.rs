@@ -35,7 +35,7 @@ pub(crate) fn terminated(bytes: &[u8]) -> String {
 }
 
 /// Control characters, and those that reorder or hide the text around them.
-fn is_harmful(char: char) -> bool {
+pub(crate) fn is_harmful(char: char) -> bool {
     char.is_control()
         || matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }

@@ -31,8 +31,11 @@ pub const QUOTA: u32 = 5;
 /// The outcomes that are losses.
 pub const LOSSES: [u32; 3] = [RING_FULL, FAULT, QUOTA];
 
+/// Index of the time that the fd programs took, in nanoseconds; only where trees are followed.
+pub const SPENT: u32 = (SOURCES.len() * OUTCOMES.len()) as u32;
+
 /// Entries of the array.
-pub const LEN: u32 = (SOURCES.len() * OUTCOMES.len()) as u32;
+pub const LEN: u32 = SPENT + 1;
 
 /// The ledger at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +51,12 @@ impl Counts {
     #[must_use]
     pub fn of(&self, source: u32, outcome: u32) -> u64 {
         self.0[index(source, outcome) as usize]
+    }
+
+    /// Time that the fd programs took, in nanoseconds; 0 unless trees are followed.
+    #[must_use]
+    pub fn spent(&self) -> u64 {
+        self.0[SPENT as usize]
     }
 
     /// Sum over the sources of events; stacks come beside them.

@@ -99,6 +99,8 @@ pub const FD_BAD_CLOSE: u32 = 5;
 pub const MARK_REUSED: u32 = 1;
 /// In `FdChange::marks`: the new fd has close-on-exec.
 pub const MARK_CLOEXEC: u32 = 1 << 1;
+/// In `FdChange::marks`: made by the same call as the one before it of that thread. Only through `sys_exit`.
+pub const MARK_SAME_CALL: u32 = 1 << 2;
 
 /// In `FdChange::fd` of a removal: the hook was told the file, not the number.
 pub const FD_UNKNOWN: u32 = u32::MAX;

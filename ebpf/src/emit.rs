@@ -27,6 +27,19 @@ pub(crate) fn count(source: u32, outcome: u32) {
     }
 }
 
+/// Adds the time since `began` to what the programs took.
+#[inline(always)]
+pub(crate) fn spend(began: u64) {
+    if let Some(counters) = maps::COUNTS.get_ptr_mut(0) {
+        // Per CPU; of two programs, one of which preempted the other, one may be forgotten.
+        // SAFETY: the map's own value.
+        unsafe {
+            let spent = counters.cast::<u64>().add(counts::SPENT as usize);
+            *spent += now() - began;
+        }
+    }
+}
+
 /// # Safety
 /// `counter` is valid.
 #[cfg(target_arch = "bpf")]

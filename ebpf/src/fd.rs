@@ -43,6 +43,8 @@ pub(crate) struct Added {
     pub fd: u32,
     pub change: u32,
     pub how: u32,
+    /// `MARK_SAME_CALL` or 0.
+    pub marks: u32,
 }
 
 #[inline(always)]
@@ -54,7 +56,7 @@ pub(crate) fn added(header: Header, added: &Added) {
         (event.files, event.file) = (added.files, added.file);
         (event.fd, event.fd_last, event.change, event.how) = (added.fd, added.fd, added.change, added.how);
         let goes = maps::tree() && is_closed_on_exec(added.files, added.fd);
-        event.marks = if goes { MARK_CLOEXEC } else { 0 };
+        event.marks = added.marks | if goes { MARK_CLOEXEC } else { 0 };
         describe(added.file, event);
     });
 }

@@ -33,7 +33,7 @@ pub(crate) fn fd_install(ctx: FEntryContext) -> i32 {
     if let Some(header) = header() {
         let (files, how, _) = caller();
         let (fd, file): (u32, *const u8) = (ctx.arg(0), ctx.arg(1));
-        added(header, &Added { files, file: file as u64, fd, change: FD_OPENED, how });
+        added(header, &Added { files, file: file as u64, fd, change: FD_OPENED, how, marks: 0 });
     }
     0
 }
@@ -49,7 +49,10 @@ pub(crate) fn do_dup2(ctx: FExitContext) -> i32 {
     {
         let (_, how, _) = caller();
         let (files, file, fd): (*const u8, *const u8, u32) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
-        added(header, &Added { files: files as u64, file: file as u64, fd, change: FD_REPLACED, how });
+        added(
+            header,
+            &Added { files: files as u64, file: file as u64, fd, change: FD_REPLACED, how, marks: 0 },
+        );
     }
     0
 }

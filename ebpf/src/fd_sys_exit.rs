@@ -4,7 +4,7 @@
 use aya_ebpf::{helpers::bpf_probe_read_user, macros::btf_tracepoint, programs::BtfTracePointContext};
 use plumb_common::{
     counts,
-    event::{FD_BAD_CLOSE, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED},
+    event::{FD_BAD_CLOSE, FD_CLOSE_ON_EXEC, FD_CLOSED, FD_OPENED, FD_REPLACED, MARK_SAME_CALL},
     limits::{MESSAGE_FDS, MESSAGES},
     offsets, syscalls,
 };
@@ -56,7 +56,11 @@ pub(crate) fn sys_exit(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the tracepoint's first argument.
     let number = unsafe { regs::number(regs) };
     if number < syscalls::NUMBERS as u64 && syscalls::BY_NUMBER[number as usize] != u16::MAX {
+        let began = if maps::tree() { emit::now() } else { 0 };
         followed(regs, ctx.arg(1), number);
+        if maps::tree() {
+            emit::spend(began);
+        }
     }
     0
 }
@@ -100,8 +104,8 @@ fn followed(regs: *const PtRegs, ret: i64, number: u64) {
             let change = if third & CLOSE_RANGE_CLOEXEC == 0 { FD_CLOSED } else { FD_CLOSE_ON_EXEC };
             emptied(task, [first as u32, second as u32], change, how);
         }
-        syscalls::REPLACES if returns && ret >= 0 => filled(task, ret as u32, FD_REPLACED, how),
-        _ if returns && ret >= 0 => filled(task, ret as u32, FD_OPENED, how),
+        syscalls::REPLACES if returns && ret >= 0 => filled(task, ret as u32, FD_REPLACED, how, 0),
+        _ if returns && ret >= 0 => filled(task, ret as u32, FD_OPENED, how, 0),
         _ => {}
     }
 }
@@ -112,8 +116,8 @@ fn pair(task: u64, address: u64, how: u32) {
     // verified against the table like any other.
     match unsafe { bpf_probe_read_user(address as *const [u32; 2]) } {
         Ok([one, two]) => {
-            filled(task, one, FD_OPENED, how);
-            filled(task, two, FD_OPENED, how);
+            filled(task, one, FD_OPENED, how, 0);
+            filled(task, two, FD_OPENED, how, MARK_SAME_CALL);
         }
         Err(_) => pair_unread(),
     }
@@ -182,7 +186,8 @@ extern "C" fn plumb_received(task: u64, at: u64, len: u64, how: u64) -> u64 {
         }
         // SAFETY: as above.
         let Ok(fd) = (unsafe { bpf_probe_read_user((at + index * 4) as *const u32) }) else { break };
-        plumb_filled(task, u64::from(fd), how);
+        let marks = if index == 0 { 0 } else { MARK_SAME_CALL };
+        plumb_filled(task, u64::from(fd), how, u64::from(marks));
     }
     count
 }
@@ -190,8 +195,8 @@ extern "C" fn plumb_received(task: u64, at: u64, len: u64, how: u64) -> u64 {
 /// As `filled`, and global.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn plumb_filled(task: u64, fd: u64, how: u64) -> u64 {
-    filled(task, fd as u32, FD_OPENED, how as u32);
+extern "C" fn plumb_filled(task: u64, fd: u64, how: u64, marks: u64) -> u64 {
+    filled(task, fd as u32, FD_OPENED, how as u32, marks as u32);
     0
 }
 
@@ -208,12 +213,12 @@ fn pair_unread() {
 
 /// A call claims to have filled a slot.
 #[inline(never)]
-fn filled(task: u64, fd: u32, change: u32, how: u32) {
+fn filled(task: u64, fd: u32, change: u32, how: u32, marks: u32) {
     let Some(header) = header() else { return };
     match slot(task, fd) {
         None => emit::count(counts::FD, counts::FAULT),
         Some((_, 0)) => emit::count(counts::FD, counts::FORGED),
-        Some((files, file)) => added(header, &Added { files, file, fd, change, how }),
+        Some((files, file)) => added(header, &Added { files, file, fd, change, how, marks }),
     }
 }
 

@@ -15,7 +15,7 @@ use serde_json::Value;
 #[path = "../../agent/tests/support/variants.rs"]
 mod variants;
 
-use self::variants::C_PROGRAMS;
+use self::variants::{C_PROGRAMS, LEAKS, LEAKS_SOURCE};
 use crate::{
     cargo,
     cmd::{self, run},
@@ -28,8 +28,9 @@ use crate::{
 const KERNEL_TESTS: &str = "kernel";
 /// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
 /// program that is already running), hold 900,000 fds, count what kernel programs run, or take almost all pids.
-const ALONE: [&str; 6] = [
+const ALONE: [&str; 7] = [
     ORIGINS,
+    CHECK,
     PATHS,
     MODEL,
     "fds_up_to_the_hard_limit",
@@ -42,6 +43,8 @@ const FD_PATHS: &str = "fd_paths";
 const MODEL: &str = "model::";
 /// Beside others an emulated machine is too slow to name a stack in the time that it may take.
 const ORIGINS: &str = "origins::";
+/// Likewise.
+const CHECK: &str = "check::";
 const EXAMPLES: [&str; 4] = ["workload", FD_PATHS, "puppet", "calls"];
 /// Operations of the model test on an emulated kernel: half a minute.
 const EMULATED_OPS: u32 = 10_000;
@@ -95,8 +98,9 @@ impl Arguments {
 /// what is shipped.
 pub(crate) fn build_kernel_tests() -> Result<PathBuf> {
     run(cargo("build").args(["--release", "--examples"]))?;
-    for (name, flags) in C_PROGRAMS {
-        let source = workspace().join("agent/tests/stacks/programs/calls.c");
+    let calls = C_PROGRAMS.map(|program| (program, "tests/stacks/programs/calls.c"));
+    for ((name, flags), source) in calls.into_iter().chain([(LEAKS, LEAKS_SOURCE)]) {
+        let source = workspace().join("agent").join(source);
         run(Command::new("gcc").args(flags).arg(source).arg("-o").arg(example(name)))?;
     }
     let built = cmd::output(cargo("test").args([
@@ -131,7 +135,7 @@ pub(crate) fn guest(tests: &Path) -> Guest {
     let skip = ALONE.iter().flat_map(|test| ["--skip", *test]);
     let together = ["/bin/tests", "--test-threads", "4"].into_iter().chain(skip).collect();
     let file = |host: PathBuf, guest: &str| (host, PathBuf::from(guest));
-    let names = EXAMPLES.into_iter().chain(C_PROGRAMS.map(|(name, _)| name));
+    let names = EXAMPLES.into_iter().chain(C_PROGRAMS.map(|(name, _)| name)).chain([LEAKS.0]);
     let examples = names.map(|name| file(example(name), &format!("/bin/{name}")));
     let mut files = vec![
         file(tests.to_owned(), "/bin/tests"),

@@ -1,17 +1,22 @@
 //! From what was left to findings: what has the same origin is one site, and a site counts when one process held
 //! several of it at its end. One file that a program keeps until it ends is no leak; three from one line are.
 
-use std::{collections::HashMap, rc::Rc, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    hash::{DefaultHasher, Hash, Hasher},
+    rc::Rc,
+    sync::Arc,
+};
 
 use plumb_common::task::ProcKey;
 
 use super::{
-    Kind,
     closes::BadClose,
+    suppress::Kind,
     traces::{Namer, Trace},
     tree::{Ended, Open, Slot, Thread, Through},
 };
-use crate::{files::OpenFile, stacks::Stack, thread_type::thread_type};
+use crate::{stacks::Stack, thread_type::thread_type};
 
 /// Examples of one site.
 const MAX_EXAMPLES: usize = 3;
@@ -25,12 +30,12 @@ const INTERPRETERS: &[&str] =
 
 /// What makes two things one site.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Key {
+pub(super) struct Key {
     kind: Kind,
-    /// Equal stacks are one in memory.
-    stack: Option<usize>,
+    /// Of the stack, the words of its functions: two calls in one line are one place.
+    stack: Option<u64>,
     /// Of the second place that matters.
-    other: Option<usize>,
+    other: Option<u64>,
     syscall: &'static str,
     /// Type of a thread, or what it is where the stack does not tell enough.
     what: String,
@@ -65,8 +70,10 @@ pub(crate) struct Site {
     /// The most that one process held.
     pub most: u32,
     pub processes: u32,
-    /// How many there were in each round.
+    /// How many there were in each run of the command, or after each round.
     pub rounds: Vec<u32>,
+    /// There are more after each round.
+    pub grows: bool,
     pub examples: Vec<Example>,
 }
 
@@ -82,11 +89,24 @@ pub(crate) struct Child {
 
 /// Something that a process left.
 #[derive(Debug)]
-struct Left {
-    key: Key,
+pub(super) struct Left {
+    pub(super) key: Key,
     stack: Option<Arc<Stack>>,
     others: Vec<(&'static str, Arc<Stack>)>,
-    example: Example,
+    /// What was made by one call has it in common.
+    call: u64,
+    pub(super) example: Example,
+}
+
+/// What counts at the end of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Judged {
+    /// Whatever it left.
+    AtEnd,
+    /// Only what is wrong at any time, such as double closes: what it keeps is compared between rounds.
+    ByRounds,
+    /// As `AtEnd`, and the connections that it had accepted: it has been told to stop.
+    Stopping,
 }
 
 /// Collects what processes left.
@@ -94,7 +114,11 @@ struct Left {
 pub(crate) struct Sites {
     /// How many of one origin count.
     repeats: u32,
+    /// What counts at the end of a process.
+    judged: Judged,
     sites: HashMap<Key, Site>,
+    /// Found otherwise.
+    found: Vec<Site>,
     round: usize,
     /// What was left, but once from its place.
     pub single: u32,
@@ -104,7 +128,21 @@ pub(crate) struct Sites {
 
 impl Sites {
     pub(crate) fn new(repeats: u32) -> Self {
-        Self { repeats: repeats.max(1), sites: HashMap::new(), round: 0, single: 0, too_many: 0 }
+        let judged = Judged::AtEnd;
+        Self {
+            repeats: repeats.max(1),
+            judged,
+            sites: HashMap::new(),
+            found: Vec::new(),
+            round: 0,
+            single: 0,
+            too_many: 0,
+        }
+    }
+
+    /// From now on.
+    pub(crate) fn judge(&mut self, judged: Judged) {
+        self.judged = judged;
     }
 
     /// What comes from now on belongs to the next round.
@@ -115,8 +153,18 @@ impl Sites {
     /// Takes what a process left when it ended.
     pub(crate) fn ended(&mut self, ended: &Ended, namer: &mut impl Namer) {
         let process = (ended.process.key, ended.process.comm.as_str());
+        self.add_each(ended.bad_closes.iter().map(|bad| bad_close(bad, process, namer)).collect());
+        if self.judged == Judged::ByRounds {
+            return;
+        }
+        if self.judged == Judged::Stopping {
+            let accepted = ended.process.fds.iter().filter(|(_, slot)| slot.open.is_accepted());
+            let left = accepted.map(|(fd, slot)| fd_left(Kind::InFlight, *fd, &slot.open, process, namer));
+            self.add_each(left.collect());
+        }
         let fds = || ended.process.fds.iter().filter(|(fd, _)| **fd > 2);
-        let own = fds().filter(|(_, slot)| slot.through == Through::Own);
+        let is_judged = |slot: &Slot| self.judged == Judged::AtEnd || !slot.open.is_accepted();
+        let own = fds().filter(|(_, slot)| slot.through == Through::Own && is_judged(slot));
         let own = self.repeated(own.map(|(fd, slot)| (*fd, &slot.open)).collect());
         let left = own.into_iter().map(|(fd, open)| fd_left(Kind::Fd, fd, open, process, namer));
         self.of_one_process(left.collect());
@@ -131,7 +179,24 @@ impl Sites {
             let left = left.map(|(tid, thread)| thread_left(*tid, thread, process, namer));
             self.of_one_process(left.collect());
         }
-        self.add_each(ended.bad_closes.iter().map(|bad| bad_close(bad, process, namer)).collect());
+    }
+
+    /// Takes a thread that did not stop, with where it is.
+    pub(crate) fn unstopped(
+        &mut self,
+        comm: &str,
+        thread: String,
+        stack: Option<Arc<Stack>>,
+        example: Example,
+    ) {
+        let key = Key::new(Kind::Unstopped, stack.as_ref(), "", thread, comm);
+        let call = u64::from(example.number);
+        self.add_each(vec![Left { key, stack, others: Vec::new(), call, example }]);
+    }
+
+    /// Takes a site that was found otherwise.
+    pub(crate) fn found(&mut self, site: Site) {
+        self.found.push(site);
     }
 
     /// Takes a process that nobody waited for, or that goes on when the command has ended.
@@ -144,17 +209,17 @@ impl Sites {
             resource: "process".to_owned(),
             target: child.words.clone(),
         };
-        self.add_each(vec![Left { key, stack, others: Vec::new(), example }]);
+        self.add_each(vec![Left { key, stack, others: Vec::new(), call: child.key.start_boottime, example }]);
     }
 
     /// Without names, those that may have an origin in common with so many others that it counts.
     fn repeated<'a>(&mut self, fds: Vec<(u32, &'a Rc<Open>)>) -> Vec<(u32, &'a Rc<Open>)> {
         let place = |open: &Open| (open.event.how, open.trace.as_ref().map_or(0, |trace| trace.ip));
-        let mut counts: HashMap<(u32, u64), u32> = HashMap::new();
-        fds.iter().for_each(|(_, open)| *counts.entry(place(open)).or_default() += 1);
+        let mut calls: HashMap<(u32, u64), HashSet<u64>> = HashMap::new();
+        fds.iter().for_each(|(_, open)| _ = calls.entry(place(open)).or_default().insert(open.call));
         let all = fds.len();
-        let repeated: Vec<_> =
-            fds.into_iter().filter(|(_, open)| counts[&place(open)] >= self.repeats).collect();
+        let is_enough = |open: &Open| calls[&place(open)].len() >= self.repeats as usize;
+        let repeated: Vec<_> = fds.into_iter().filter(|(_, open)| is_enough(open)).collect();
         self.single += (all - repeated.len()) as u32;
         repeated
     }
@@ -164,7 +229,9 @@ impl Sites {
         let mut groups: HashMap<Key, Vec<Left>> = HashMap::new();
         left.into_iter().for_each(|one| groups.entry(one.key.clone()).or_default().push(one));
         for (key, group) in groups {
-            if (group.len() as u32) < self.repeats {
+            // Both ends of a pipe come from one call.
+            let calls: HashSet<u64> = group.iter().map(|left| left.call).collect();
+            if calls.len() < self.repeats as usize {
                 self.single += group.len() as u32;
             } else {
                 self.add(key, group);
@@ -179,7 +246,7 @@ impl Sites {
 
     /// What counts, the most frequent first.
     pub(crate) fn into_findings(mut self) -> (Vec<Site>, u32) {
-        let mut findings = Vec::new();
+        let mut findings = self.found;
         for (_, site) in self.sites {
             let is_enough = match site.kind {
                 Kind::ExecFd | Kind::Zombie => site.count >= self.repeats,
@@ -201,44 +268,64 @@ impl Sites {
             return;
         }
         let round = self.round;
-        let site = self.sites.entry(key).or_insert_with_key(|key| Site {
+        let of_process = group.len() as u32;
+        let mut group = group.into_iter();
+        let site = match self.sites.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(free) => match group.next() {
+                Some(left) => free.insert(left.into_site()),
+                None => return,
+            },
+        };
+        site.count += of_process;
+        site.most = site.most.max(of_process);
+        site.processes += 1;
+        site.rounds.resize(site.rounds.len().max(round + 1), 0);
+        site.rounds[round] += of_process;
+        let room = MAX_EXAMPLES.saturating_sub(site.examples.len());
+        site.examples.extend(group.take(room).map(|left| left.example));
+    }
+}
+
+impl Left {
+    /// The site of it.
+    pub(super) fn into_site(self) -> Site {
+        let Self { key, stack, others, example, .. } = self;
+        let thread =
+            if matches!(key.kind, Kind::Thread | Kind::Unstopped) { key.what } else { String::new() };
+        Site {
             kind: key.kind,
-            comm: key.comm.clone(),
+            comm: key.comm,
             syscall: key.syscall,
-            thread: if key.kind == Kind::Thread { key.what.clone() } else { String::new() },
-            stack: None,
-            others: Vec::new(),
+            thread,
+            stack,
+            others,
             count: 0,
             most: 0,
             processes: 0,
             rounds: Vec::new(),
-            examples: Vec::new(),
-        });
-        site.count += group.len() as u32;
-        site.most = site.most.max(group.len() as u32);
-        site.processes += 1;
-        site.rounds.resize(site.rounds.len().max(round + 1), 0);
-        site.rounds[round] += group.len() as u32;
-        for left in group {
-            if site.stack.is_none() {
-                (site.stack, site.others) = (left.stack, left.others);
-            }
-            if site.examples.len() < MAX_EXAMPLES {
-                site.examples.push(left.example);
-            }
+            grows: false,
+            examples: vec![example],
         }
     }
 }
 
 impl Key {
     fn new(kind: Kind, stack: Option<&Arc<Stack>>, syscall: &'static str, what: String, comm: &str) -> Self {
-        Self { kind, stack: stack.map(address), other: None, syscall, what, comm: comm.to_owned() }
+        Self { kind, stack: stack.map(words_of), other: None, syscall, what, comm: comm.to_owned() }
     }
 }
 
-/// Equal stacks are one in memory for as long as somebody holds it, and a site does.
-fn address(stack: &Arc<Stack>) -> usize {
-    Arc::as_ptr(stack) as usize
+/// Equal for stacks with the same functions and lines.
+fn words_of(stack: &Arc<Stack>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for function in stack.functions() {
+        function.words().hash(&mut hasher);
+        if function.line.is_none() {
+            function.offset.hash(&mut hasher);
+        }
+    }
+    hasher.finish()
 }
 
 /// Whether an fd reached another program by mistake: it was made without close-on-exec, and its number was nobody's
@@ -251,11 +338,11 @@ fn is_stray(slot: &Slot) -> bool {
 }
 
 /// Threads that the kernel makes for an io_uring (`create_io_thread`, since 5.12).
-fn is_kernels(thread: &Thread) -> bool {
+pub(super) fn is_kernels(thread: &Thread) -> bool {
     thread.comm.starts_with("iou-wrk-") || thread.comm.starts_with("iou-sqp-")
 }
 
-fn fd_left(
+pub(super) fn fd_left(
     kind: Kind,
     fd: u32,
     open: &Open,
@@ -272,7 +359,7 @@ fn fd_left(
     };
     let key = Key::new(kind, stack.as_ref(), open.syscall(), what, comm);
     let example = Example { pid: process.tgid, number: fd, resource, target };
-    Left { key, stack, others: Vec::new(), example }
+    Left { key, stack, others: Vec::new(), call: open.call, example }
 }
 
 /// An fd that no event told of.
@@ -280,16 +367,21 @@ fn unseen_left(fd: u32, (process, comm): (ProcKey, &str)) -> Left {
     let key = Key::new(Kind::Fd, None, "other", String::new(), comm);
     let example =
         Example { pid: process.tgid, number: fd, resource: "unknown".to_owned(), target: String::new() };
-    Left { key, stack: None, others: Vec::new(), example }
+    Left { key, stack: None, others: Vec::new(), call: u64::from(fd), example }
 }
 
-fn thread_left(tid: u32, thread: &Thread, (process, comm): (ProcKey, &str), namer: &mut impl Namer) -> Left {
+pub(super) fn thread_left(
+    tid: u32,
+    thread: &Thread,
+    (process, comm): (ProcKey, &str),
+    namer: &mut impl Namer,
+) -> Left {
     let stack = thread.trace.as_ref().and_then(|trace| trace.named(namer));
     let kind = thread_type(&thread.comm).to_owned();
     let key = Key::new(Kind::Thread, stack.as_ref(), "clone", kind, comm);
     let target = thread.comm.clone();
     let example = Example { pid: process.tgid, number: tid, resource: "thread".to_owned(), target };
-    Left { key, stack, others: Vec::new(), example }
+    Left { key, stack, others: Vec::new(), call: thread.since, example }
 }
 
 fn bad_close(bad: &BadClose, (process, comm): (ProcKey, &str), namer: &mut impl Namer) -> Left {
@@ -311,9 +403,9 @@ fn bad_close(bad: &BadClose, (process, comm): (ProcKey, &str), namer: &mut impl 
     };
     others.extend(opened.map(|stack| ("opened", stack)));
     let mut key = Key::new(kind, stack.as_ref(), "close", String::new(), comm);
-    key.other = if kind == Kind::DoubleClose { before } else { failed }.as_ref().map(address);
+    key.other = if kind == Kind::DoubleClose { before } else { failed }.as_ref().map(words_of);
     let example = Example { pid: process.tgid, number: bad.fd, resource, target };
-    Left { key, stack, others, example }
+    Left { key, stack, others, call: 0, example }
 }
 
 /// Whether a stack ends in a program that runs others' code, and does not say which.

@@ -58,23 +58,26 @@ impl Drop for Trace {
 /// All of them, and those whose events are still to come.
 #[derive(Debug, Default)]
 pub(crate) struct Traces {
-    early: HashMap<(u32, u64), Sample>,
+    early: HashMap<At, Sample>,
     all: VecDeque<Weak<Trace>>,
     /// How many of them were in use when that was last looked at.
     alive: usize,
     held: Rc<Cell<usize>>,
 }
 
+/// An event: its thread and time.
+type At = (u32, u64);
+
 /// Which of what is read beside a batch of events is of use.
 #[derive(Debug, Default)]
-pub(crate) struct Wanted(HashMap<(u32, u64), bool>);
+pub(crate) struct Wanted(HashMap<At, bool>);
 
 impl Wanted {
     /// Of what the batch opens and closes again, and of all closes of one number but the last one, and the one before a
     /// failed one, nobody will ask.
     pub(crate) fn of(events: &[Event]) -> Self {
         let mut wanted = HashMap::with_capacity(events.len());
-        let mut last: HashMap<(u32, u32), ((u32, u64), Option<(u32, u64)>)> = HashMap::new();
+        let mut last: HashMap<(u32, u32), (At, Option<At>)> = HashMap::new();
         for event in events {
             let header = event.header();
             let at = (header.tid, header.time);
@@ -96,7 +99,7 @@ impl Wanted {
                         [Some(made), closed]
                             .into_iter()
                             .flatten()
-                            .for_each(|at| drop(wanted.insert(at, false)));
+                            .for_each(|at| _ = wanted.insert(at, false));
                     }
                 }
                 FD_CLOSED => {}

@@ -10,7 +10,7 @@
 //! ```
 
 use std::{
-    cell::OnceCell,
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap},
     rc::{Rc, Weak},
 };
@@ -19,7 +19,7 @@ use bytemuck::Zeroable;
 use plumb_common::{
     event::{
         CLONE_THREAD, Clone as CloneEvent, Exit, FD_BAD_CLOSE, FD_CLOSE_ON_EXEC, FD_CLOSED, FdChange, Header,
-        MARK_CLOEXEC, MARK_REUSED,
+        MARK_CLOEXEC, MARK_REUSED, MARK_SAME_CALL,
     },
     syscalls,
     task::ProcKey,
@@ -36,23 +36,26 @@ use crate::{decode::Event, files::OpenFile, text};
 pub(crate) struct Open {
     pub event: FdChange,
     pub trace: Option<Rc<Trace>>,
+    /// When the first fd of its call was made: equal for both ends of a pipe.
+    pub call: u64,
     /// What it is, as found while it was open.
-    described: OnceCell<OpenFile>,
+    described: RefCell<Option<OpenFile>>,
 }
 
 impl Open {
     pub(crate) fn new(event: FdChange, trace: Option<Rc<Trace>>) -> Self {
-        Self { event, trace, described: OnceCell::new() }
+        let call = event.header.time;
+        Self { event, trace, call, described: RefCell::new(None) }
     }
 
     /// Says what it is.
-    pub(crate) fn describe(&self, found: impl FnOnce(&FdChange) -> OpenFile) {
-        self.described.get_or_init(|| found(&self.event));
+    pub(crate) fn describe(&self, found: OpenFile) {
+        self.described.replace(Some(found));
     }
 
     /// Kind and target.
     pub(crate) fn words(&self) -> (String, String) {
-        match self.described.get() {
+        match &*self.described.borrow() {
             Some(file) => (file.kind.clone(), file.target.clone()),
             None => {
                 let file = OpenFile::of_name(&self.event);
@@ -81,6 +84,15 @@ impl Open {
     /// Whether the number was chosen by the program: such an fd is meant for whoever runs next.
     pub(crate) fn is_placed(&self) -> bool {
         matches!(self.syscall(), "dup2" | "dup3" | "fcntl" | "fcntl64")
+    }
+
+    /// Whether it is a connection that somebody else began.
+    pub(crate) fn is_accepted(&self) -> bool {
+        matches!(self.syscall(), "accept" | "accept4")
+    }
+
+    pub(crate) fn is_socket(&self) -> bool {
+        self.event.mode & 0o170_000 == 0o140_000
     }
 
     pub(crate) fn has_cloexec(&self) -> bool {
@@ -123,6 +135,8 @@ pub(crate) struct Process {
     pub fds: BTreeMap<u32, Slot>,
     /// Those beside the first one.
     pub threads: HashMap<u32, Thread>,
+    /// The last call of each thread that made an fd.
+    calls: HashMap<u32, u64>,
     closes: Closes,
 }
 
@@ -132,12 +146,8 @@ pub(crate) struct Ended {
     pub process: Process,
     /// As wait(2) reports it.
     pub code: u32,
-    /// When, nanoseconds since boot.
-    pub at: u64,
     /// Fds that were open though no event had told of them; of these only the number is known.
     pub unseen: BTreeSet<u32>,
-    /// The kernel's own table was there to compare with.
-    pub is_verified: bool,
     pub bad_closes: Vec<BadClose>,
 }
 
@@ -185,8 +195,28 @@ impl Tree {
         self.fresh.drain(..).filter_map(|open| open.upgrade()).collect()
     }
 
+    /// Stacks of a process that belong to others: of whoever it forked, and of fds that these may hand on.
+    pub(crate) fn traces_of(&self, process: ProcKey) -> Vec<Rc<Trace>> {
+        let mut traces = Vec::new();
+        for other in self.processes.values().filter(|other| other.key != process) {
+            let is_parent = other.parent == Some(process);
+            traces.extend(other.trace.iter().filter(|_| is_parent).cloned());
+            let handed = other.fds.values().filter(|slot| {
+                slot.open.event.header.process == process
+                    && !slot.open.has_cloexec()
+                    && !slot.open.is_placed()
+            });
+            traces.extend(handed.filter_map(|slot| slot.open.trace.clone()));
+        }
+        traces
+    }
+
     pub(crate) fn processes(&self) -> impl Iterator<Item = &Process> {
         self.processes.values()
+    }
+
+    pub(crate) fn get_mut(&mut self, key: ProcKey) -> Option<&mut Process> {
+        self.processes.get_mut(&key)
     }
 
     pub(crate) fn get(&self, key: ProcKey) -> Option<&Process> {
@@ -254,7 +284,6 @@ impl Tree {
     fn ended(&mut self, exit: &Exit, table: Option<BTreeSet<u32>>) -> Option<Ended> {
         let mut process = self.processes.remove(&exit.header.process)?;
         process.thread_ended(exit);
-        let is_verified = table.is_some();
         let mut unseen = BTreeSet::new();
         if let Some(table) = table {
             let seen = process.fds.len();
@@ -263,15 +292,14 @@ impl Tree {
             unseen = table.into_iter().filter(|fd| !process.fds.contains_key(fd)).collect();
         }
         let bad_closes = std::mem::take(&mut process.closes).into_bad();
-        let (code, at) = (exit.code, exit.header.time);
-        Some(Ended { process, code, at, unseen, is_verified, bad_closes })
+        Some(Ended { process, code: exit.code, unseen, bad_closes })
     }
 }
 
 impl Process {
     fn new(key: ProcKey, parent: Option<ProcKey>, comm: String, trace: Option<Rc<Trace>>) -> Self {
-        let (fds, threads, closes) = Default::default();
-        Self { key, parent, comm, trace, fds, threads, closes }
+        let (fds, threads, calls, closes) = Default::default();
+        Self { key, parent, comm, trace, fds, threads, calls, closes }
     }
 
     /// It runs another program.
@@ -288,6 +316,7 @@ impl Process {
 
     fn thread_ended(&mut self, exit: &Exit) {
         // A thread that ends with its whole process was still there at the end, but for the one that wanted it.
+        self.calls.remove(&exit.header.tid);
         if exit.group_exit == 0 || exit.called != 0 {
             self.threads.remove(&exit.header.tid);
         }
@@ -313,7 +342,13 @@ impl Process {
                 let known = self.fds.get(&event.fd).map(|slot| slot.open.event.file);
                 // The number of an fd that is open anyway: a forged result.
                 if known != Some(event.file) || event.file == 0 {
-                    let open = Rc::new(Open::new(*event, trace));
+                    let mut open = Open::new(*event, trace);
+                    let of_thread = self.calls.entry(event.header.tid).or_default();
+                    if event.marks & MARK_SAME_CALL != 0 {
+                        open.call = *of_thread;
+                    }
+                    *of_thread = open.call;
+                    let open = Rc::new(open);
                     self.closes.opened(event);
                     self.fds.insert(event.fd, Slot { open: Rc::clone(&open), through: Through::Own });
                     return Some(open);

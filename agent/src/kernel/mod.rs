@@ -7,12 +7,12 @@ mod load;
 mod mappings;
 mod programs;
 mod ring;
+mod sideband;
 
 pub use btf::BtfError;
 pub(crate) use btf::KERNEL_BTF;
 pub use fds::WatchError;
 pub use load::{Fds, Filter, Kernel, LoadError, Plan, require_capabilities, sees_host_pids};
-pub use mappings::{CodeMapping, MapEvent, Mappings};
+pub use mappings::{FollowError, MapEvent, Mapping, Mappings};
 pub use programs::{Intent, PROGRAMS, Seam, Status, Verdict};
 pub use ring::{Ledger, Ring, RingError};
-

@@ -244,8 +244,7 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
                 }
                 Work::Look => continue,
                 Work::Census(process, threads) => {
-                    let named = threads.map(|stacks| names.each(process, stacks));
-                    Done::Census(process, Box::new(named))
+                    Done::Census(process, Box::new(names.census(process, threads)))
                 }
             };
             if !give(done) {
@@ -299,6 +298,11 @@ impl Names {
             }
         }
         named
+    }
+
+    /// Names the stacks of threads.
+    pub(crate) fn census(&mut self, process: ProcKey, threads: census::Copied) -> census::Named {
+        threads.map(|stacks| self.each(process, stacks))
     }
 
     /// Unwinds and names what there is.

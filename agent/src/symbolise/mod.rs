@@ -1,11 +1,12 @@
 //! From the registers and the stack of a thread to functions and lines.
 //!
 //! Whatever is read of a foreign file is read by a worker without rights (`child`), which a bad file may slow down
-//! or kill; `worker` starts and ends it, `process` and `modules` know the files, `origin` picks the frame that
-//! matters. Everything here blocks.
+//! or kill; `worker` starts and ends it, `process`, `maps` and `modules` know the files, `images` what the kernel told
+//! about processes that may be gone (`told`), `origin` picks the frame that matters. Everything here blocks.
 
 pub(crate) mod child;
 mod images;
+mod maps;
 mod modules;
 mod origin;
 mod process;
@@ -23,11 +24,15 @@ use std::{
 
 use foldhash::{HashMap, HashMapExt};
 use plumb_common::task::ProcKey;
+use rustix::fs::makedev;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::images::Images;
-pub use self::origin::{is_in_runtime_file, origin_frame};
+pub use self::{
+    images::Images,
+    origin::{is_in_runtime_file, origin_frame},
+};
 use self::{
+    maps::Maps,
     modules::{Table, Trust},
     process::{FileKey, Mapped},
     protocol::{Content, FromWorker, MAX_FRAMES, MAX_LINES, Mapping, RawLine, ToWorker, Walk},
@@ -190,7 +195,7 @@ impl Symboliser {
     /// Nothing more will be asked about this process: files that only it uses are closed.
     pub fn forget(&mut self, process: ProcKey) {
         if self.books.processes.remove(&process).is_some() {
-            let mappings = self.books.processes.values().flat_map(|known| &known.mappings);
+            let mappings = self.books.processes.values().flat_map(|known| known.maps.mappings());
             let used = mappings.filter_map(|mapping| match mapping.content {
                 Content::File(module) => Some(module),
                 Content::Anonymous | Content::Sealed => None,
@@ -213,7 +218,9 @@ impl Symboliser {
                 walks[index] = walk;
             }
         }
-        walks.into_iter().map(|walk| self.books.stack(process, &walk)).collect()
+        let stacks: Vec<_> = walks.into_iter().map(|walk| self.books.stack(process, &walk)).collect();
+        self.books.keep_perf_map(process, &stacks);
+        stacks
     }
 
     fn walk(&mut self, process: ProcKey, stacks: &[&RawStack], until: Instant) -> Vec<Walk> {
@@ -245,7 +252,7 @@ impl Symboliser {
                 return None;
             }
             if let ToWorker::Unwind { mappings, .. } = &mut request {
-                *mappings = known.mappings.clone();
+                *mappings = known.maps.mappings().to_vec();
                 for mapping in mappings {
                     mapping.content = self.books.table.content(mapping.content);
                 }
@@ -391,26 +398,30 @@ struct Books {
 
 /// What is remembered of a process.
 struct Process {
-    mappings: Vec<Mapping>,
-    mapped: Vec<Mapped>,
+    maps: Arc<Maps>,
     /// Its mappings are not looked at again before.
     not_before: Instant,
+    /// Of an image that is told of: when its process was made, in nanoseconds since boot.
+    made: Option<u64>,
     perf_map: Option<Arc<OwnedFd>>,
     /// Files of it that have slowed down or killed the worker.
     harm: u32,
     used: u64,
-    /// Its mappings are told (`told`), and /proc is not asked.
-    is_told: bool,
 }
 
 impl Process {
+    fn new(maps: Arc<Maps>, used: u64) -> Self {
+        Self { maps, not_before: Instant::now(), made: None, perf_map: None, harm: 0, used }
+    }
+
     fn perf_map(&mut self, key: ProcKey) -> Option<Arc<OwnedFd>> {
         // It may be another by now; the one that is open lasts longer than the process.
-        if !self.is_told
-            && let Ok(map) = process::open_perf_map(key)
-        {
-            self.perf_map = Some(Arc::new(map));
-        }
+        let map = if told::is_told(key) {
+            told::open_perf_map(key, self.made)
+        } else {
+            process::open_perf_map(key).ok()
+        };
+        self.perf_map = map.map(Arc::new).or(self.perf_map.take());
         let map = self.perf_map.clone()?;
         rustix::fs::seek(&*map, rustix::fs::SeekFrom::Start(0)).ok()?;
         Some(map)
@@ -422,9 +433,10 @@ impl Books {
     fn look(&mut self, key: ProcKey) {
         let begun = Instant::now();
         self.clock += 1;
+        // What is told of is not in /proc under its key.
         let Ok(mapped) = process::mappings(key) else { return };
         let mut seen: Vec<((u32, u32), u64, Content)> = Vec::new();
-        let mut mappings = Vec::with_capacity(mapped.len());
+        let mut contents = Vec::with_capacity(mapped.len());
         for one in &mapped {
             let known =
                 seen.iter().find(|known| one.inode != 0 && (known.0, known.1) == (one.device, one.inode));
@@ -435,46 +447,51 @@ impl Books {
             if known.is_none() {
                 seen.push((one.device, one.inode, content));
             }
-            mappings.push(Mapping { start: one.start, end: one.end, offset: one.offset, content });
+            contents.push(content);
         }
-        if self.processes.len() >= MAX_PROCESSES
-            && !self.processes.contains_key(&key)
-            && let Some(oldest) =
-                self.processes.iter().min_by_key(|(_, known)| known.used).map(|(key, _)| *key)
-        {
-            self.processes.remove(&oldest);
-        }
+        self.make_room(key);
         let not_before = Instant::now() + begun.elapsed() * REFRESH_SHARE;
         let before = self.processes.remove(&key);
         let (perf_map, harm) = before.map(|before| (before.perf_map, before.harm)).unwrap_or_default();
-        let known = Process { mappings, mapped, not_before, perf_map, harm, used: self.clock, is_told: false };
+        let maps = Arc::new(Maps::new(mapped, contents));
+        let known = Process { not_before, perf_map, harm, ..Process::new(maps, self.clock) };
         self.processes.insert(key, known);
     }
 
     /// Whether it was time to look again.
     fn look_again(&mut self, key: ProcKey) -> bool {
-        let is_due =
-            self.processes.get(&key).is_none_or(|known| !known.is_told && known.not_before <= Instant::now());
-        if is_due {
+        let is_due = self.processes.get(&key).is_none_or(|known| known.not_before <= Instant::now());
+        let looks = is_due && !told::is_told(key);
+        if looks {
             self.look(key);
         }
-        is_due
+        looks
+    }
+
+    fn open(key: ProcKey, mapped: &Mapped) -> std::io::Result<(OwnedFd, FileKey)> {
+        if told::is_told(key) { told::open(key, mapped) } else { process::open_mapped(key, mapped) }
     }
 
     fn content(&mut self, key: ProcKey, mapped: &Mapped) -> Content {
         if mapped.inode == 0 {
-            return Content::without_file(&mapped.path);
+            // Such as [vdso]: the kernel's.
+            let is_special = mapped.path.first() == Some(&b'[') && !mapped.path.starts_with(b"[anon");
+            return if is_special { Content::Sealed } else { Content::Anonymous };
         }
         let path = text::printable(&mapped.path).into();
-        let id = match process::open_mapped(key, mapped) {
+        let id = match Self::open(key, mapped) {
             Ok((file, found)) => self.table.add(found, &path, Some(file)),
-            Err(_) => self.table.add(FileKey::unread(mapped), &path, None),
+            Err(_) => {
+                let device = makedev(mapped.device.0, mapped.device.1);
+                let unread = FileKey { device, inode: mapped.inode, size: 0, modified: (0, 0) };
+                self.table.add(unread, &path, None)
+            }
         };
         Content::File(id)
     }
 
     fn stack(&self, key: ProcKey, walk: &Walk) -> Stack {
-        let mappings = self.processes.get(&key).map(|known| known.mappings.as_slice()).unwrap_or_default();
+        let mappings = self.processes.get(&key).map(|known| known.maps.mappings()).unwrap_or_default();
         let place = |address: u64| {
             let after = mappings.partition_point(|mapping| mapping.start <= address);
             let mapping = after.checked_sub(1).and_then(|index| mappings.get(index));
@@ -517,10 +534,8 @@ impl Library for Asked<'_> {
         if let Some(file) = self.books.table.file(id) {
             return Some(file);
         }
-        let mut users = self.books.processes.iter().filter_map(|(key, known)| {
-            let index = known.mappings.iter().position(|mapping| mapping.content == Content::File(id))?;
-            process::open_mapped(*key, known.mapped.get(index)?).ok()
-        });
+        let mut users =
+            self.books.processes.iter().filter_map(|(key, known)| Books::open(*key, known.maps.of(id)?).ok());
         let (file, _) = users.find(|(_, found)| *found == wanted)?;
         let file = Arc::new(file);
         self.books.table.keep_open(id, Arc::clone(&file));
@@ -532,8 +547,8 @@ impl Library for Asked<'_> {
     }
 
     fn code(&mut self, address: u64) -> Vec<u8> {
-        let is_told = |key: &ProcKey| self.books.processes.get(key).is_some_and(|known| known.is_told);
-        let process = self.process.filter(|key| !is_told(key));
+        // The memory of whoever has the number now is no image's.
+        let process = self.process.filter(|key| !told::is_told(*key));
         process.map(|key| process::code(key, address, CODE)).unwrap_or_default()
     }
 }

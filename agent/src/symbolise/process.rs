@@ -13,7 +13,7 @@ use std::{
 
 use plumb_common::task::ProcKey;
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, makedev, open, openat, openat2, statx,
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, makedev, open, openat, openat2, statx,
 };
 
 /// Read of one file of /proc at most, in bytes.
@@ -45,20 +45,6 @@ pub(super) struct FileKey {
     pub(super) modified: (i64, u32),
 }
 
-impl FileKey {
-    /// Of a file that cannot be opened.
-    pub(super) fn unread(mapped: &Mapped) -> Self {
-        let device = makedev(mapped.device.0, mapped.device.1);
-        Self { device, inode: mapped.inode, size: 0, modified: (0, 0) }
-    }
-
-    fn is_of(&self, mapped: &Mapped) -> bool {
-        // Some file systems show another device here than in maps; it is then an unnamed one.
-        let device = makedev(mapped.device.0, mapped.device.1);
-        self.inode == mapped.inode && (self.device == device || mapped.device.0 == 0)
-    }
-}
-
 /// Executable mappings, sorted. Fails when the process is gone or another has its pid.
 pub(super) fn mappings(key: ProcKey) -> io::Result<Vec<Mapped>> {
     let text = read(key, "maps")?;
@@ -87,16 +73,28 @@ fn parse(line: &[u8]) -> Option<Mapped> {
 }
 
 /// Whether the process that had this pid still has it.
-fn is_there(key: ProcKey) -> bool {
+pub(super) fn is_there(key: ProcKey) -> bool {
+    started(key) == Some(key.start_boottime / TICK)
+}
+
+/// The process with this pid, if it was made at this time, nanoseconds since boot. The kernel notes the start of a
+/// process a moment before it tells about it.
+pub(super) fn find(tgid: u32, made: u64) -> Option<ProcKey> {
+    let tick = started(ProcKey::new(tgid, made))?;
+    let is_it = tick == made / TICK || tick + 1 == made / TICK;
+    is_it.then(|| ProcKey::new(tgid, tick * TICK))
+}
+
+/// When the process with this pid was made, in ticks since boot.
+fn started(key: ProcKey) -> Option<u64> {
     let stat = read(key, "stat").unwrap_or_default();
     let after_name = stat.iter().rposition(|byte| *byte == b')').and_then(|at| stat.get(at + 1..));
     let text = String::from_utf8_lossy(after_name.unwrap_or_default());
     // The 22nd field; the third is the first here.
-    let start = text.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse::<u64>().ok());
-    start == Some(key.start_boottime / TICK)
+    text.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse().ok())
 }
 
-fn read(key: ProcKey, name: &str) -> io::Result<Vec<u8>> {
+pub(super) fn read(key: ProcKey, name: &str) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(format!("/proc/{}/{name}", key.tgid))?.take(MAX_TEXT).read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -115,45 +113,23 @@ pub(super) fn open_mapped(key: ProcKey, mapped: &Mapped) -> io::Result<(OwnedFd,
     }
     let place = open_inside(key, Path::new(OsStr::from_bytes(&mapped.path)), ResolveFlags::empty())?;
     let (file, found) = open_regular(&place)?;
-    if found.is_of(mapped) {
-        return Ok((file, found));
-    }
-    Err(io::Error::other("another file has its name now"))
-}
-
-/// As `open_mapped`, of a process that may be gone, whose number may be another's: only the file that was mapped.
-pub(super) fn open_told(tgid: u32, mapped: &Mapped) -> io::Result<(OwnedFd, FileKey)> {
-    let key = ProcKey::new(tgid, 0);
-    if let Ok((file, found)) = open_mapped(key, mapped)
-        && found.is_of(mapped)
-    {
-        return Ok((file, found));
-    }
-    if mapped.device.0 == 0 && is_fuse(ProcKey::new(std::process::id(), 0), mapped.device) {
-        return Err(io::Error::other("a file system in user space"));
-    }
-    let place = open(OsStr::from_bytes(&mapped.path), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let (file, found) = open_regular(&place)?;
-    if found.is_of(mapped) {
+    // Some file systems show another device here than in maps; it is then an unnamed one.
+    let device = makedev(mapped.device.0, mapped.device.1);
+    if found.inode == mapped.inode && (found.device == device || mapped.device.0 == 0) {
         return Ok((file, found));
     }
     Err(io::Error::other("another file has its name now"))
 }
 
 /// A place in the mount namespace of a process; links lead nowhere else.
-fn open_inside(key: ProcKey, path: &Path, more: ResolveFlags) -> io::Result<OwnedFd> {
+pub(super) fn open_inside(key: ProcKey, path: &Path, more: ResolveFlags) -> io::Result<OwnedFd> {
     let root = open(format!("/proc/{}/root", key.tgid), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let links = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | more;
     Ok(openat2(&root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), links)?)
 }
 
 /// Opens what has been looked at and found to be a regular file: opening anything else may have effects.
-fn open_regular(place: &OwnedFd) -> io::Result<(OwnedFd, FileKey)> {
-    let look = |file: &OwnedFd| {
-        // Without asking a server again.
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        statx(file, "", flags, StatxFlags::BASIC_STATS)
-    };
+pub(super) fn open_regular(place: &OwnedFd) -> io::Result<(OwnedFd, FileKey)> {
     let before = look(place)?;
     if FileType::from_raw_mode(before.stx_mode.into()) != FileType::RegularFile {
         return Err(io::Error::other("not a regular file"));
@@ -168,6 +144,11 @@ fn open_regular(place: &OwnedFd) -> io::Result<(OwnedFd, FileKey)> {
         modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
     };
     Ok((file, key))
+}
+
+/// What the kernel knows of a file, without asking a server again.
+pub(super) fn look(file: &OwnedFd) -> rustix::io::Result<Statx> {
+    statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS)
 }
 
 fn is_fuse(key: ProcKey, device: (u32, u32)) -> bool {

@@ -46,15 +46,6 @@ pub(super) enum Content {
     Sealed,
 }
 
-impl Content {
-    /// Of memory without a file, by its name.
-    pub(super) fn without_file(name: &[u8]) -> Self {
-        // Such as [vdso]: the kernel's.
-        let is_special = name.first() == Some(&b'[') && !name.starts_with(b"[anon");
-        if is_special { Self::Sealed } else { Self::Anonymous }
-    }
-}
-
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum ToWorker {
     /// With the page that says what is being parsed.

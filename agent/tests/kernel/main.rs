@@ -4,11 +4,15 @@
 
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../support/variants.rs"]
+mod variants;
 
 mod agent;
+mod check;
 mod follow;
 mod isolation;
 mod ledger;
+mod mappings;
 mod model;
 mod origins;
 mod paths;

@@ -5,13 +5,14 @@ use std::{
     process::Command,
 };
 
-#[path = "../support/variants.rs"]
-mod variants;
 #[path = "../support/watched.rs"]
 mod watched;
 
 use self::watched::{Made, Own, WAYS, check, made, marked, round_of_c};
-use crate::support::{TempDir, Workload};
+use crate::{
+    support::{TempDir, Workload},
+    variants,
+};
 
 /// A program that was built for this: on the host by the test itself.
 fn c_program(name: &str, dir: &TempDir) -> PathBuf {

@@ -5,6 +5,7 @@
 mod cost;
 mod golang;
 mod hostile;
+mod images;
 mod memory;
 mod native;
 mod processes;

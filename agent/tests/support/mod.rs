@@ -1,6 +1,8 @@
 //! What the integration tests share: running plumb, running workloads, and reading /proc as the truth.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod followed;
+
 use std::{
     collections::BTreeMap,
     env, fs,
@@ -120,10 +122,13 @@ impl Workload {
     }
 
     pub(crate) fn start_program(program: &Path, arguments: &[&str]) -> Self {
-        let start =
-            || Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        Self::start_command(Command::new(program).args(arguments))
+    }
+
+    pub(crate) fn start_command(command: &mut Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = loop {
-            match start() {
+            match command.spawn() {
                 // Another test forked while this copy was written: until it runs its program it holds the file.
                 Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
                     std::thread::sleep(Duration::from_millis(10));
@@ -414,4 +419,16 @@ pub(crate) fn assert_is_proc(before: &BTreeMap<u32, Truth>, document: &Value) ->
         compared += 1;
     }
     compared
+}
+
+/// The line with the mark of this name.
+pub(crate) fn marked(source: &str, mark: &str) -> Option<u32> {
+    let wanted = format!("MARK {mark}");
+    let is_marked = |line: &str| {
+        line.split_once(&wanted)
+            .is_some_and(|(_, rest)| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+    };
+    let line = (1..).zip(source.lines()).find(|(_, line)| is_marked(line)).map(|(number, _)| number);
+    assert!(line.is_some(), "{mark}");
+    line
 }

@@ -15,6 +15,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 
+pub(crate) use crate::support::marked;
 use crate::support::{Running, plumb};
 
 /// How often each call is made.
@@ -207,18 +208,6 @@ fn brief(stack: &[Function]) -> String {
         format!("\n  {name} ({file}:{})", function.line.unwrap_or(0))
     };
     stack.iter().map(words).collect()
-}
-
-/// The line with the mark of this name.
-pub(crate) fn marked(source: &str, mark: &str) -> Option<u32> {
-    let wanted = format!("MARK {mark}");
-    let is_marked = |line: &str| {
-        line.split_once(&wanted)
-            .is_some_and(|(_, rest)| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
-    };
-    let line = (1..).zip(source.lines()).find(|(_, line)| is_marked(line)).map(|(number, _)| number);
-    assert!(line.is_some(), "{mark}");
-    line
 }
 
 /// What a round of calls.c makes, whose functions are called by `main`.

@@ -39,9 +39,9 @@ impl Before {
     }
 
     /// In the child, between fork and exec: system calls only.
-    fn restore(&self) -> io::Result<()> {
+    pub(super) fn restore(&self) -> io::Result<()> {
         // It was the limit before, so it may be set.
-        setrlimit(Resource::Memlock, self.memlock.clone())?;
+        setrlimit(Resource::Memlock, self.memlock)?;
         // SAFETY: a valid set; nothing is read back.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.signals, std::ptr::null_mut()) };
         Ok(())

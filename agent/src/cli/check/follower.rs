@@ -1,25 +1,31 @@
 //! Follows a command: reads what the kernel programs tell of it, and keeps the books.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     os::fd::AsFd,
-    time::Duration,
+    rc::{Rc, Weak},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-use plumb_common::{counts, event::KIND_TABLE, task::ProcKey};
-use rustix::process::Pid;
+use plumb_common::{counts, event::KIND_TABLE, file::FdRecord, task::ProcKey};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::command::reap;
 use crate::{
-    check::{Beside, Child, Kind, Namer, Sites, Traces, Tree, Wanted},
+    census::Copied,
+    check::{Beside, Child, Cost, Example, Kind, Losses, Namer, Open, Rounds, Sites, Traces, Tree, Wanted},
+    clock,
     decode::{Event, Sample},
     failure::{Exit, Failure},
     files::OpenFile,
-    kernel::{Kernel, Mappings, Plan, Ring},
+    kernel::{Kernel, MapEvent, Mappings, Plan, Ring},
     stacks::{Names, Stack},
     symbolise::Images,
-    text, view,
+    text,
+    thread_type::thread_type,
+    view,
 };
 
 /// More events than the ring holds.
@@ -29,17 +35,49 @@ const PATIENCE: u64 = 5_000_000_000;
 /// Children of ended processes are asked for so often before they are somebody else's.
 const TRIES: u32 = 20;
 
+/// For children whose parents have ended, after the end of the command.
+const SETTLE: Duration = Duration::from_millis(100);
+/// Between two looks at new sockets.
+const SOCKETS_EVERY: Duration = Duration::from_millis(500);
+
 /// Gives stacks names by what the kernel told of the files of each process.
 #[derive(Default)]
 struct Stacks {
     names: Names,
-    images: Images,
+    /// Of each run of the command.
+    images: Vec<Images>,
+}
+
+impl Stacks {
+    /// What a process ran at a time.
+    fn image(&self, tgid: u32, time: u64) -> Option<ProcKey> {
+        // A number may be another's in a later run.
+        self.images.iter().rev().find_map(|images| images.at(tgid, time))
+    }
+
+    /// Takes what the kernel told of the last run.
+    fn map(&mut self, events: Vec<MapEvent>) {
+        if let Some(images) = self.images.last_mut() {
+            images.take(self.names.symboliser(), events);
+        }
+    }
+
+    /// Nothing more will be asked about a process that ended at that time.
+    fn forget(&mut self, tgid: u32, time: u64) {
+        for images in &mut self.images {
+            images.forget(self.names.symboliser(), tgid, time);
+        }
+    }
+
+    fn dropped(&self) -> u64 {
+        self.images.iter().map(Images::dropped).sum()
+    }
 }
 
 impl Namer for Stacks {
-    fn name(&mut self, mut sample: Sample) -> Option<std::sync::Arc<Stack>> {
+    fn name(&mut self, mut sample: Sample) -> Option<Arc<Stack>> {
         let header = &mut sample.head.header;
-        header.process = self.images.at(header.process.tgid, header.time)?;
+        header.process = self.image(header.process.tgid, header.time)?;
         self.names.of(vec![sample]).pop().map(|named| named.stack)
     }
 }
@@ -55,47 +93,65 @@ struct Left {
 pub(super) struct Follower {
     kernel: Kernel,
     ring: Ring,
-    mappings: Mappings,
+    /// Those of the last run of the command.
+    mappings: Option<Mappings>,
+    /// Of the runs before.
+    mappings_lost: u64,
     tree: Tree,
     traces: Traces,
     stacks: Stacks,
     pub(super) sites: Sites,
+    pub(super) rounds: Rounds,
     /// Ended children of processes that have not ended.
     ended: HashMap<ProcKey, Vec<Child>>,
     left: Vec<Left>,
+    /// First processes of the runs of the command.
+    roots: HashSet<ProcKey>,
+    /// Sockets of which only the name is known: what they are the events do not tell.
+    sockets: Vec<Weak<Open>>,
+    look_at_sockets: Instant,
     pub(super) processes: u64,
 }
 
 impl Follower {
-    pub(super) fn load(repeats: u32) -> Result<(Kernel, Sites), Failure> {
-        let kernel = Kernel::load_all(Plan::TREE)?;
-        Ok((kernel, Sites::new(repeats)))
-    }
-
-    /// Follows a process that has run nothing yet.
-    pub(super) fn follow(mut kernel: Kernel, sites: Sites, pid: Pid, comm: &str) -> Result<Self, Failure> {
-        let tgid = pid.as_raw_nonzero().get().unsigned_abs();
+    pub(super) fn load(repeats: u32) -> Result<Self, Failure> {
+        let mut kernel = Kernel::load_all(Plan::TREE)?;
         let ring = kernel.ring().map_err(|error| bug(&error))?;
-        let key = key_of(&mut kernel, tgid)?;
-        kernel.watch(key, true).map_err(|error| bug(&error))?;
-        let mappings = Mappings::follow(tgid).map_err(|error| bug(&error))?;
-        let mut follower = Self {
+        Ok(Self {
             kernel,
             ring,
-            mappings,
+            mappings: None,
+            mappings_lost: 0,
             tree: Tree::default(),
             traces: Traces::default(),
             stacks: Stacks::default(),
-            sites,
+            sites: Sites::new(repeats),
+            rounds: Rounds::default(),
             ended: HashMap::new(),
             left: Vec::new(),
-            processes: 1,
-        };
-        for fd in follower.mappings.fds() {
-            follower.ring.wake_for(fd)?;
+            roots: HashSet::new(),
+            sockets: Vec::new(),
+            look_at_sockets: Instant::now(),
+            processes: 0,
+        })
+    }
+
+    /// Follows a process that has run nothing yet, and all that it will fork.
+    pub(super) fn follow(&mut self, pid: Pid, comm: &str) -> Result<(), Failure> {
+        let tgid = pid.as_raw_nonzero().get().unsigned_abs();
+        let key = key_of(&mut self.kernel, tgid)?;
+        self.kernel.watch(key, true).map_err(|error| bug(&error))?;
+        self.mappings_lost += self.mappings.as_ref().map_or(0, Mappings::lost);
+        let mappings = Mappings::follow(tgid).map_err(|error| bug(&error))?;
+        for fd in mappings.fds() {
+            self.ring.wake_for(fd)?;
         }
-        follower.tree.begin(key, comm, handed(tgid));
-        Ok(follower)
+        self.mappings = Some(mappings);
+        self.stacks.images.push(Images::new(key));
+        self.tree.begin(key, comm, handed(tgid));
+        self.roots.insert(key);
+        self.processes += 1;
+        Ok(())
     }
 
     pub(super) fn wake_for(&mut self, fd: impl AsFd) -> io::Result<()> {
@@ -109,12 +165,19 @@ impl Follower {
         let wanted = Wanted::of(&events);
         self.traces.add(self.ring.drain_stacks_if(|head| wanted.takes(head)));
         // Whatever those stacks run through was mapped before.
-        self.stacks.images.take(self.stacks.names.symboliser(), self.mappings.drain());
+        self.stacks.map(self.mappings.as_mut().map(Mappings::drain).unwrap_or_default());
         for event in &events {
             self.apply(event);
         }
         for open in self.tree.take_fresh() {
-            open.describe(OpenFile::of_event);
+            open.describe(OpenFile::of_event(&open.event));
+            if open.is_socket() {
+                self.sockets.push(Rc::downgrade(&open));
+            }
+        }
+        if Instant::now() >= self.look_at_sockets {
+            self.describe_sockets()?;
+            self.look_at_sockets = Instant::now() + SOCKETS_EVERY;
         }
         self.traces.make_room(&mut self.stacks);
         if let Some(newest) = events.last() {
@@ -139,8 +202,14 @@ impl Follower {
         let Some(ended) = self.tree.apply(event, beside) else { return };
         self.sites.ended(&ended, &mut self.stacks);
         let key = ended.process.key;
-        // Those of its children that have ended and that it did not wait for are plumb's now.
         let children = self.ended.remove(&key).unwrap_or_default();
+        // Its files are closed soon: what others have of it gets its names now.
+        let of_children = children.iter().filter_map(|child| child.trace.clone());
+        for trace in self.tree.traces_of(key).into_iter().chain(of_children) {
+            trace.named(&mut self.stacks);
+        }
+        self.stacks.forget(key.tgid, event.header().time);
+        // Those of its children that have ended and that it did not wait for are plumb's now.
         self.left.extend(children.into_iter().map(|child| Left { child, is_zombie: true, tries: 0 }));
         let Some(parent) = ended.process.parent else { return };
         let parent_comm = self.tree.get(parent).map(|parent| parent.comm.clone());
@@ -155,6 +224,86 @@ impl Follower {
         } else {
             self.left.push(Left { child, is_zombie: false, tries: 0 });
         }
+    }
+
+    /// Asks the kernel what the sockets are that have been there for a while.
+    fn describe_sockets(&mut self) -> Result<(), Failure> {
+        let mut processes: HashMap<ProcKey, HashMap<u64, Rc<Open>>> = HashMap::new();
+        for open in self.sockets.drain(..).filter_map(|open| open.upgrade()) {
+            processes.entry(open.event.header.process).or_default().insert(open.event.file, open);
+        }
+        for (process, opens) in processes {
+            self.kernel.files(process, |record| {
+                if let Some(open) = opens.get(&record.file) {
+                    open.describe(OpenFile::describe(record));
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes what all processes have after a round, as the kernel lists it.
+    pub(super) fn end_round(&mut self) -> Result<(), Failure> {
+        let keys: Vec<ProcKey> = self.tree.processes().map(|process| process.key).collect();
+        for key in keys {
+            let mut open = HashSet::new();
+            self.kernel.files(key, |record| _ = open.insert(record.fd))?;
+            let running: HashSet<u32> = self.kernel.threads(key)?.iter().map(|thread| thread.tid).collect();
+            if let Some(process) = self.tree.get_mut(key) {
+                process.fds.retain(|fd, _| open.contains(fd));
+                process.threads.retain(|tid, _| running.contains(tid));
+            }
+        }
+        self.describe_sockets()?;
+        self.rounds.add(self.tree.processes(), &mut self.stacks);
+        Ok(())
+    }
+
+    /// Notes where the processes are that did not stop in time, and ends them.
+    pub(super) fn end_unstopped(&mut self) -> Result<(), Failure> {
+        let keys: Vec<(ProcKey, String)> =
+            self.tree.processes().map(|process| (process.key, process.comm.clone())).collect();
+        for (key, comm) in &keys {
+            let threads = self.kernel.threads(*key)?;
+            let wanted: Vec<u32> = threads.iter().map(|thread| thread.tid).collect();
+            let census = Copied::take(*key, &threads, &wanted);
+            let image = self.stacks.image(key.tgid, clock::boottime());
+            let census = match image {
+                Some(image) => self.stacks.names.census(image, census),
+                None => census.map(|stacks| stacks.into_iter().map(|_| None).collect()),
+            };
+            let mut connections = 0;
+            self.kernel.files(*key, |record| connections += u32::from(is_connected(record)))?;
+            for blocked in census.blocked {
+                let at = if blocked.wait_channel.is_empty() { "running" } else { &blocked.wait_channel };
+                let target = format!(
+                    "{} of pid {}, in {at}; the process has {connections} connections",
+                    blocked.name, key.tgid
+                );
+                let example =
+                    Example { pid: key.tgid, number: blocked.tid, resource: "thread".to_owned(), target };
+                let thread = thread_type(&blocked.name).to_owned();
+                self.sites.unstopped(comm, thread, blocked.stack, example);
+            }
+        }
+        for (key, _) in keys {
+            self.kill(key)?;
+        }
+        Ok(())
+    }
+
+    /// Ends a process of the tree, and no other that may have its number by now.
+    fn kill(&mut self, key: ProcKey) -> Result<(), Failure> {
+        let pid = i32::try_from(key.tgid).ok().and_then(Pid::from_raw);
+        let Some(pidfd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+            return Ok(());
+        };
+        // Looked at after it has been opened: from now on it cannot become another.
+        if self.kernel.processes()?.iter().any(|record| record.key == key) {
+            // It may have ended meanwhile.
+            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        }
+        Ok(())
     }
 
     /// Waits for children that came to plumb when their parents ended.
@@ -174,6 +323,17 @@ impl Follower {
         }
     }
 
+    /// Waits until children whose parents have ended are told apart.
+    pub(super) fn settle(&mut self) -> Result<(), Failure> {
+        let end = Instant::now() + SETTLE;
+        self.pump(Duration::ZERO)?;
+        while !self.left.is_empty() && Instant::now() < end {
+            self.pump(Duration::from_millis(5))?;
+        }
+        self.left.clear();
+        Ok(())
+    }
+
     /// Processes that run now.
     pub(super) fn alive(&self) -> usize {
         self.tree.processes().count()
@@ -181,9 +341,8 @@ impl Follower {
 
     /// Notes those that still run: the command has ended.
     pub(super) fn note_orphans(&mut self) {
-        let root = self.tree.processes().find(|process| process.parent.is_none()).map(|process| process.key);
         let orphans: Vec<Child> = (self.tree.processes())
-            .filter(|process| Some(process.key) != root)
+            .filter(|process| !self.roots.contains(&process.key))
             .map(|process| {
                 let parent = process.parent.and_then(|parent| self.tree.get(parent));
                 Child {
@@ -206,21 +365,23 @@ impl Follower {
         Ok(Losses {
             events: view::lost(&counts) + self.ring.ledger().rejected + self.kernel.not_run(),
             stacks: of_stacks.iter().sum::<u64>() + self.ring.stack_ledger().rejected,
-            left_out: self.tree.drift().left_out,
-            seen: counts.of_outcome(counts::SENT),
+            mappings: self.mappings_lost
+                + self.mappings.as_ref().map_or(0, Mappings::lost)
+                + self.stacks.dropped(),
+            processes: self.tree.drift().left_out,
         })
     }
-}
 
-/// What was not seen, in numbers.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Losses {
-    pub(super) events: u64,
-    pub(super) stacks: u64,
-    /// Processes for which there was no room.
-    pub(super) left_out: u64,
-    /// Events that were received.
-    pub(super) seen: u64,
+    /// What it took so far.
+    pub(super) fn cost(&self) -> Result<Cost, Failure> {
+        let counts = self.kernel.counts()?;
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Ok(Cost {
+            kernel_seconds: Duration::from_nanos(counts.spent()).as_secs_f64(),
+            plumb_seconds: time.tv_sec as f64 + time.tv_nsec as f64 / 1e9,
+            events: counts.of_outcome(counts::SENT),
+        })
+    }
 }
 
 fn key_of(kernel: &mut Kernel, tgid: u32) -> Result<ProcKey, Failure> {
@@ -232,6 +393,15 @@ fn key_of(kernel: &mut Kernel, tgid: u32) -> Result<ProcKey, Failure> {
             "in a container plumb needs the host's pid namespace; `plumb doctor` tells",
         )
     })
+}
+
+/// Whether it is a TCP connection (include/net/tcp_states.h: all but CLOSE and LISTEN).
+fn is_connected(record: &FdRecord) -> bool {
+    const CLOSE: u32 = 7;
+    const LISTEN: u32 = 10;
+    let socket = &record.socket;
+    let is_tcp = record.is_socket != 0 && socket.kind == 1 && matches!(socket.family, 2 | 10);
+    is_tcp && !matches!(socket.state, 0 | CLOSE | LISTEN)
 }
 
 /// The fds that a process has.

@@ -1,104 +1,215 @@
 //! `plumb check`: runs a command, follows it and all its descendants, and says what they left behind.
 
 use std::{
-    ffi::OsString,
-    os::unix::process::ExitStatusExt,
-    process::ExitStatus,
-    time::{Duration, Instant},
+    ffi::OsString, fs, os::unix::process::ExitStatusExt, path::PathBuf, process::ExitStatus, time::Duration,
 };
 
 use clap::Args;
-use rustix::process::set_child_subreaper;
+use rustix::process::{Signal, getpid, set_child_subreaper};
 
 mod command;
 mod follower;
+mod script;
+mod session;
 mod signals;
 
 use self::{
-    command::{Before, Running, Stopped},
-    follower::{Follower, bug},
+    command::Before,
+    follower::Follower,
+    script::Ready,
+    session::{Server, Session},
     signals::Signals,
 };
-use super::{Outcome, output};
-use crate::failure::{Exit, Failure};
+use super::{
+    Outcome,
+    output::{self, Format},
+};
+use crate::{
+    check::{MAX_FILE, Report, Suppressions},
+    failure::{Exit, Failure},
+};
 
-/// Between two looks at the rings when nothing asks for one.
-const TICK: Duration = Duration::from_millis(50);
+const EXAMPLES: &str = "\
+Examples:
+  plumb check -- cargo test                                  fds, threads and children that tests leave
+  plumb check --iterations 5 -- ./cli --do-something         each run, and whether it becomes more
+  plumb check --steady 'wrk -d2 http://127.0.0.1:8080/' --ready 8080 -- ./server
+                                                             what grows from round to round under equal load
+  plumb check --stop TERM --within 10s --ready 8080 --load 'wrk -d5 http://127.0.0.1:8080/' -- ./server
+                                                             whether it stops when it is told to, and where it hangs
+  plumb check --gen-suppressions known.supp -- ./program     write down what is known; then --suppressions known.supp
+
+Exit code: 3 with findings, else that of the command (128 and the signal's number when a signal ended it; 0 when that was the
+signal of --stop). 126 and 127: it could not be run.
+
+What is a leak: fds and threads that are there at the end of a process, several from one line of code; fds that reach
+another program without anybody's intention; children that nobody waited for, or that go on; closing twice. One file that is
+kept until the end is none. docs/check.md has more.";
 
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Arguments {
     /// How many of one origin a process must hold at its end to be called a leak
-    #[arg(long, default_value_t = 2, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 3, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
     /// How long descendants may go on when the command has ended, before they are called left behind
     #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = humantime::parse_duration)]
     grace: Duration,
+    /// Run the command so many times
+    #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    iterations: u32,
+    /// The command is a server: run this script in equal rounds, and compare what there is after each
+    #[arg(long, value_name = "SCRIPT", conflicts_with = "iterations")]
+    steady: Option<String>,
+    /// Rounds that are compared
+    #[arg(long, default_value_t = 5, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(3..=1000))]
+    rounds: u32,
+    /// Rounds before those: pools and caches fill
+    #[arg(long, default_value_t = 2, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    warmup: u32,
+    /// The command is a server: stop it with this signal, and say what did not stop [default with --steady: TERM]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal, conflicts_with = "iterations")]
+    stop: Option<Signal>,
+    /// Time that it has to stop; what still runs then is killed
+    #[arg(long, default_value = "10s", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    within: Duration,
+    /// When the server is ready: a port, an address, a URL that it answers, or a script that ends with 0
+    #[arg(long, value_name = "PORT|URL|SCRIPT")]
+    ready: Option<Ready>,
+    /// Time that it has to become ready
+    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    ready_within: Duration,
+    /// With --stop: a script that runs beside the server; the signal comes a second after it began, or at its end
+    #[arg(long, value_name = "SCRIPT", requires = "stop")]
+    load: Option<String>,
+    /// Rules for what is meant, each with its reason; may be repeated
+    #[arg(long, value_name = "FILE")]
+    suppressions: Vec<PathBuf>,
+    /// Leave out the rules that come with plumb, for threads that runtimes keep
+    #[arg(long)]
+    no_builtin_suppressions: bool,
+    /// Write a rule for each finding, for you to give the reasons
+    #[arg(long, value_name = "FILE")]
+    gen_suppressions: Option<PathBuf>,
+    /// Write the report there instead of to stderr
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Form of the report; jsonl is the same as json
+    #[arg(short = 'o', long = "output", value_enum, default_value_t, value_name = "FORMAT")]
+    format: Format,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
+fn signal(name: &str) -> Result<Signal, String> {
+    const NAMES: [(&str, Signal); 9] = [
+        ("TERM", Signal::TERM),
+        ("INT", Signal::INT),
+        ("QUIT", Signal::QUIT),
+        ("HUP", Signal::HUP),
+        ("USR1", Signal::USR1),
+        ("USR2", Signal::USR2),
+        ("WINCH", Signal::WINCH),
+        ("ABRT", Signal::ABORT),
+        ("KILL", Signal::KILL),
+    ];
+    let wanted = name.to_uppercase();
+    let wanted = wanted.strip_prefix("SIG").unwrap_or(&wanted);
+    let known = NAMES.iter().find(|(name, signal)| *name == wanted || wanted == signal.as_raw().to_string());
+    let names = || NAMES.map(|(name, _)| name).join(", ");
+    known.map(|(_, signal)| *signal).ok_or_else(|| format!("it is one of {}", names()))
+}
+
 pub(super) fn run(arguments: &Arguments) -> Outcome {
+    let rules = rules(arguments)?;
     let before = Before::take();
     let signals = Signals::block()?;
     // Whoever loses its parent is plumb's child then.
-    set_child_subreaper(Some(rustix::process::getpid())).map_err(std::io::Error::from)?;
-    let (kernel, sites) = Follower::load(arguments.repeats)?;
-    let stopped = Stopped::start(&arguments.command, &before)?;
-    let mut follower = Follower::follow(kernel, sites, stopped.pid, "")?;
-    follower.wake_for(&signals)?;
-    let began = Instant::now();
-    let running = stopped.release()?;
-    follower.wake_for(&running.pidfd)?;
-    let status = until_end(&mut follower, &running, &signals)?;
-    let took = began.elapsed();
-    let end = Instant::now() + arguments.grace;
-    while follower.alive() > 0 && Instant::now() < end {
-        follower.pump(TICK)?;
-    }
-    follower.pump(Duration::ZERO)?;
-    follower.note_orphans();
-    let losses = follower.losses()?;
-    let (findings, single) = follower.sites.into_findings();
-    output::message(&format!("{losses:?} {single} {took:?}"));
-    for finding in &findings {
-        output::message(&format!(
-            "{:?} {} {} count {} most {} processes {}",
-            finding.kind, finding.comm, finding.syscall, finding.count, finding.most, finding.processes
+    set_child_subreaper(Some(getpid())).map_err(std::io::Error::from)?;
+    let follower = Follower::load(arguments.repeats)?;
+    let mut session = Session::new(follower, signals, before, arguments.grace)?;
+    let server = Server {
+        ready: arguments.ready.clone().map(|ready| (ready, arguments.ready_within)),
+        steady: arguments.steady.as_ref().map(|script| (script.as_str(), arguments.warmup, arguments.rounds)),
+        stop: arguments.stop.unwrap_or(Signal::TERM),
+        within: arguments.within,
+        load: arguments.load.as_deref(),
+    };
+    let is_server = arguments.stop.is_some() || arguments.steady.is_some();
+    if !is_server && arguments.ready.is_some() {
+        return Err(Failure::new(
+            Exit::Usage,
+            "--ready needs --stop or --steady",
+            "say what is to be done then",
         ));
-        for function in finding.stack.iter().flat_map(|stack| stack.functions()) {
-            output::message(&format!("    {}", function.words()));
-        }
-        for (what, stack) in &finding.others {
-            output::message(&format!("  {what}"));
-            for function in stack.functions() {
-                output::message(&format!("    {}", function.words()));
-            }
-        }
-        output::message(&format!("  {:?}", finding.examples));
     }
-    Ok(if findings.is_empty() { Exit::Command(code(status)) } else { Exit::Findings })
+    let status = if is_server {
+        session.serve(&arguments.command, &server)?
+    } else {
+        session.iterate(&arguments.command, arguments.iterations)?
+    };
+    let report = session.report(&arguments.command, status, &rules)?;
+    write(arguments, &report)?;
+    let is_clean = report.findings.is_empty();
+    Ok(if is_clean { Exit::Command(code(status, arguments.stop)) } else { Exit::Findings })
 }
 
-/// As a shell has it.
-fn code(status: ExitStatus) -> u8 {
+fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {
+    let mut rules =
+        if arguments.no_builtin_suppressions { Suppressions::none() } else { Suppressions::builtin() };
+    for path in &arguments.suppressions {
+        let shown = path.display();
+        let size = fs::metadata(path).map(|metadata| metadata.len());
+        let text = size.and_then(|size| {
+            if size > MAX_FILE as u64 {
+                return Err(std::io::Error::other(format!("larger than {MAX_FILE} bytes")));
+            }
+            fs::read_to_string(path)
+        });
+        let text = text.map_err(|error| {
+            Failure::new(
+                Exit::Usage,
+                format!("cannot read {shown}: {error}"),
+                "give a file of rules, see docs/suppressions.md",
+            )
+        })?;
+        rules.add(&text, &shown.to_string()).map_err(|error| {
+            Failure::new(Exit::Usage, format!("{}:{}: {}", error.file, error.line, error.cause), error.remedy)
+        })?;
+    }
+    Ok(rules)
+}
+
+fn write(arguments: &Arguments, report: &Report) -> Result<(), Failure> {
+    let text = match arguments.format {
+        Format::Table => report.text(),
+        Format::Json | Format::Jsonl => output::json(report)? + "\n",
+    };
+    let save = |path: &PathBuf, text: &str| {
+        fs::write(path, text).map_err(|error| {
+            Failure::new(
+                Exit::Error,
+                format!("cannot write {}: {error}", path.display()),
+                "name a file in a folder that exists",
+            )
+        })
+    };
+    match &arguments.report {
+        Some(path) => save(path, &text)?,
+        None => output::message(text.trim_end()),
+    }
+    if let Some(path) = &arguments.gen_suppressions {
+        save(path, &report.suppressions())?;
+    }
+    Ok(())
+}
+
+/// As a shell has it; what ended by the signal that it was to end by has done as it was told.
+fn code(status: ExitStatus, stop: Option<Signal>) -> u8 {
+    if stop.is_some() && status.signal() == stop.map(Signal::as_raw) {
+        return 0;
+    }
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
     u8::try_from(code).unwrap_or(1)
-}
-
-fn until_end(follower: &mut Follower, running: &Running, signals: &Signals) -> Result<ExitStatus, Failure> {
-    loop {
-        follower.pump(TICK)?;
-        for (signal, by_terminal) in signals.take() {
-            if !by_terminal {
-                // It may have ended just now.
-                let _ = running.signal(signal);
-            }
-        }
-        if let Some(status) = running.try_wait()? {
-            // All it did is in the ring by now.
-            follower.pump(Duration::ZERO).map_err(|error| bug(&error))?;
-            return Ok(status);
-        }
-    }
 }

@@ -1,0 +1,370 @@
+//! What a check found: one document, and the same for people.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use serde::Serialize;
+
+use super::{
+    sites::{Example, Site},
+    suppress::{Kind, RuleId, Subject, Suppressions, generate},
+};
+use crate::{
+    document::SCHEMA,
+    stacks::{Function, Stack},
+};
+
+/// Functions of a stack that are printed for people.
+const MAX_FUNCTIONS: usize = 16;
+/// And of the other places that belong to a finding.
+const MAX_OTHER: usize = 4;
+
+/// What was not seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Losses {
+    /// Events that were lost: what is told of fds and threads may be wrong.
+    pub events: u64,
+    /// Stacks that were lost: what they belong to has no origin.
+    pub stacks: u64,
+    /// Mappings that were lost: stacks may have no names.
+    pub mappings: u64,
+    /// Processes for which there was no room.
+    pub processes: u64,
+}
+
+/// What following the command took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Cost {
+    /// In the kernel programs, on the command's own time: without what the tracepoint itself adds to each system call.
+    pub kernel_seconds: f64,
+    /// Processor time of plumb itself, beside the command.
+    pub plumb_seconds: f64,
+    pub events: u64,
+}
+
+/// A check and what it found.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    schema: &'static str,
+    pub command: Vec<String>,
+    /// Of the command; `null` when a signal ended it.
+    pub exit_code: Option<i32>,
+    /// That ended it.
+    pub signal: Option<i32>,
+    pub seconds: f64,
+    pub processes: u64,
+    pub findings: Vec<Finding>,
+    /// Findings that a rule says are meant.
+    pub suppressed: Vec<Suppressed>,
+    /// Rules of the user that matched nothing.
+    pub unused_rules: Vec<String>,
+    /// Fds and threads that were left, but not several of one origin.
+    pub single: u32,
+    pub lost: Losses,
+    pub cost: Cost,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Finding {
+    pub kind: Kind,
+    /// Name of the process.
+    pub comm: String,
+    pub count: u32,
+    /// The most in one process.
+    pub most: u32,
+    pub processes: u32,
+    pub syscall: &'static str,
+    /// Type of the threads.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub thread: String,
+    /// The function of the program itself, and its caller.
+    pub function: Option<Function>,
+    pub caller: Option<Function>,
+    pub stack: Vec<Function>,
+    pub others: Vec<Place>,
+    /// How many in each run, or after each round.
+    pub rounds: Vec<u32>,
+    /// There are more after each round.
+    pub grows: bool,
+    pub examples: Vec<ExampleDocument>,
+}
+
+/// Another place that belongs to a finding.
+#[derive(Debug, Serialize)]
+pub(crate) struct Place {
+    pub what: &'static str,
+    pub stack: Vec<Function>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ExampleDocument {
+    pub pid: u32,
+    /// The fd, the id of the thread or that of the process.
+    pub number: u32,
+    pub resource: String,
+    pub target: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Suppressed {
+    pub rule: String,
+    pub file: String,
+    pub reason: String,
+    pub kind: Kind,
+    pub count: u32,
+}
+
+/// What rules look at, of a finding.
+pub(crate) struct Subjects;
+
+impl Finding {
+    fn new(site: &Site) -> Self {
+        let [function, caller] = site.stack.as_ref().and_then(|stack| stack.headline()).unwrap_or_default();
+        let example = |example: &Example| ExampleDocument {
+            pid: example.pid,
+            number: example.number,
+            resource: example.resource.clone(),
+            target: example.target.clone(),
+        };
+        let place = |(what, stack): &(&'static str, Arc<Stack>)| Place { what, stack: stack.functions() };
+        Self {
+            kind: site.kind,
+            comm: site.comm.clone(),
+            count: site.count,
+            most: site.most,
+            processes: site.processes,
+            syscall: site.syscall,
+            thread: site.thread.clone(),
+            function,
+            caller,
+            stack: site.stack.as_ref().map(|stack| stack.functions()).unwrap_or_default(),
+            others: site.others.iter().map(place).collect(),
+            rounds: site.rounds.clone(),
+            grows: site.grows,
+            examples: site.examples.iter().map(example).collect(),
+        }
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        let example = self.examples.first();
+        Subject {
+            kind: self.kind,
+            comm: &self.comm,
+            syscall: self.syscall,
+            resource: example.map_or("", |example| &example.resource),
+            target: example.map_or("", |example| &example.target),
+            thread: &self.thread,
+            stack: &self.stack,
+        }
+    }
+
+    /// What happened, in one line.
+    fn title(&self) -> String {
+        let Self { count, comm, syscall, .. } = self;
+        let some =
+            |one: &str, many: &str| if *count == 1 { format!("1 {one}") } else { format!("{count} {many}") };
+        if self.grows {
+            let course: Vec<String> = self.rounds.iter().map(u32::to_string).collect();
+            let what = if self.kind == Kind::Thread { "threads" } else { "fds" };
+            return format!("{what} of {comm} grow from round to round: {}", course.join(", "));
+        }
+        let within =
+            if self.processes > 1 { format!(" in {} processes", self.processes) } else { String::new() };
+        match self.kind {
+            Kind::Fd => format!("{} left open by {comm}{within} ({syscall})", some("fd", "fds")),
+            Kind::ExecFd => {
+                format!(
+                    "{} without close-on-exec reached another program: {comm} ({syscall})",
+                    some("fd", "fds")
+                )
+            }
+            Kind::Thread => {
+                format!(
+                    "{} of {comm} still running at its end{within}: {}",
+                    some("thread", "threads"),
+                    self.thread
+                )
+            }
+            Kind::DoubleClose => format!("{} of {comm}", some("double close", "double closes")),
+            Kind::ForeignClose => {
+                format!("{} of {comm} closed by a thread that did not own it", some("fd", "fds"))
+            }
+            Kind::Zombie => format!("{} of {comm} that nobody waited for", some("child", "children")),
+            Kind::Orphan => format!("{} of {comm} still running", some("child", "children")),
+            Kind::Unstopped => format!("{} of {comm} did not stop", some("thread", "threads")),
+            Kind::InFlight => {
+                format!(
+                    "{} of {comm} open when it ended",
+                    some("accepted connection", "accepted connections")
+                )
+            }
+        }
+    }
+
+    fn text(&self, number: usize) -> Vec<String> {
+        let mut lines = vec![format!("{number:>3}  {}", self.title())];
+        let from = [&self.function, &self.caller].map(|function| function.as_ref().map(Function::words));
+        match (self.kind, from) {
+            (_, [None, _]) => {
+                let why = if self.syscall == "other" { ": by a call that is not followed" } else { "" };
+                lines.push(format!("     from an unknown place{why}"));
+            }
+            (Kind::Unstopped, [Some(function), _]) => lines.push(format!("     blocked in {function}")),
+            (_, [Some(function), Some(caller)]) => {
+                lines.push(format!("     from {function}, called by {caller}"));
+            }
+            (_, [Some(function), None]) => lines.push(format!("     from {function}")),
+        }
+        let stack = self.stack.iter().take(MAX_FUNCTIONS);
+        lines.extend(stack.map(|function| format!("          {}", function.words())));
+        for place in &self.others {
+            lines.push(format!("     {}:", place.what));
+            let own = own_part(&place.stack).iter().take(MAX_OTHER);
+            lines.extend(own.map(|function| format!("          {}", function.words())));
+        }
+        let example = |example: &ExampleDocument| {
+            let ExampleDocument { pid, number, resource, target } = example;
+            match self.kind {
+                Kind::Thread | Kind::Unstopped => format!("thread {number} {target}"),
+                Kind::Zombie | Kind::Orphan => format!("pid {pid} {target}"),
+                _ => format!("fd {number} of pid {pid}: {resource} {target}").trim_end().to_owned(),
+            }
+        };
+        lines.extend(self.examples.iter().map(|one| format!("     e.g. {}", example(one))));
+        lines
+    }
+}
+
+/// From the first function outside of the C library on.
+fn own_part(stack: &[Function]) -> &[Function] {
+    let is_libc = |function: &Function| {
+        let file = function.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+        file.starts_with("libc.so") || file.starts_with("libc-2.")
+    };
+    let at = stack.iter().position(|function| !is_libc(function)).unwrap_or(0);
+    stack.get(at..).unwrap_or_default()
+}
+
+impl Subjects {
+    /// Parts sites into findings and what rules say is meant.
+    pub(crate) fn judge(
+        sites: &[Site],
+        rules: &Suppressions,
+    ) -> (Vec<Finding>, Vec<Suppressed>, Vec<String>) {
+        let mut findings = Vec::new();
+        let mut suppressed: BTreeMap<(RuleId, Kind), Suppressed> = BTreeMap::new();
+        for finding in sites.iter().map(Finding::new) {
+            let Some(rule) = rules.of(&finding.subject()) else {
+                findings.push(finding);
+                continue;
+            };
+            let entry = suppressed.entry((rule.id, finding.kind)).or_insert_with(|| Suppressed {
+                rule: rule.name.clone(),
+                file: rule.file.to_string(),
+                reason: rule.reason.clone(),
+                kind: finding.kind,
+                count: 0,
+            });
+            entry.count += finding.count;
+        }
+        let matched: BTreeSet<RuleId> = suppressed.keys().map(|(id, _)| *id).collect();
+        let unused = rules.unused(&matched).map(|rule| format!("{}:{} {}", rule.file, rule.line, rule.name));
+        (findings, suppressed.into_values().collect(), unused.collect())
+    }
+}
+
+impl Report {
+    pub(crate) fn new(
+        command: Vec<String>,
+        (findings, suppressed, unused_rules): (Vec<Finding>, Vec<Suppressed>, Vec<String>),
+        (lost, cost): (Losses, Cost),
+    ) -> Self {
+        Self {
+            schema: SCHEMA,
+            command,
+            exit_code: None,
+            signal: None,
+            seconds: 0.0,
+            processes: 0,
+            findings,
+            suppressed,
+            unused_rules,
+            single: 0,
+            lost,
+            cost,
+        }
+    }
+
+    /// For people.
+    pub(crate) fn text(&self) -> String {
+        let mut lines = Vec::new();
+        let name = self.command.first().map_or("", String::as_str);
+        match self.findings.len() {
+            0 => lines.push(format!("plumb: {name} is clean{}", self.beside())),
+            1 => lines.push(format!("plumb: 1 finding in {name}{}", self.beside())),
+            count => lines.push(format!("plumb: {count} findings in {name}{}", self.beside())),
+        }
+        for (number, finding) in (1..).zip(&self.findings) {
+            lines.push(String::new());
+            lines.extend(finding.text(number));
+        }
+        if !self.findings.is_empty() {
+            lines.push(String::new());
+        }
+        for Suppressed { rule, reason, count, kind, .. } in &self.suppressed {
+            lines.push(format!("plumb: {count} {} suppressed by `{rule}`: {reason}", kind.word()));
+        }
+        for rule in &self.unused_rules {
+            lines.push(format!("plumb: the rule {rule} matched nothing"));
+        }
+        let Losses { events, stacks, mappings, processes } = self.lost;
+        if events > 0 {
+            lines.push(format!(
+                "plumb: {events} events were lost: fds and threads may be missing above, or wrong"
+            ));
+        }
+        if stacks + mappings > 0 {
+            lines.push(format!("plumb: {} stacks were lost: some origins are missing", stacks + mappings));
+        }
+        if processes > 0 {
+            lines.push(format!(
+                "plumb: {processes} processes could not be followed: there were too many at a time"
+            ));
+        }
+        lines.push(self.cost_line());
+        lines.join("\n") + "\n"
+    }
+
+    fn beside(&self) -> String {
+        match self.single {
+            0 => String::new(),
+            single => format!(
+                "; {single} other fds or threads were left, too few of one origin (--repeats 1 lists them)"
+            ),
+        }
+    }
+
+    fn cost_line(&self) -> String {
+        let Cost { kernel_seconds, plumb_seconds, events } = self.cost;
+        let share = kernel_seconds / self.seconds.max(f64::EPSILON) * 100.0;
+        let processes = if self.processes == 1 {
+            "1 process".to_owned()
+        } else {
+            format!("{} processes", self.processes)
+        };
+        format!(
+            "plumb: followed {processes} for {:.2} s: {events} events, {:.1} ms in kernel programs ({share:.1} %), {:.0} ms \
+             beside the command",
+            self.seconds,
+            kernel_seconds * 1000.0,
+            plumb_seconds * 1000.0,
+        )
+    }
+
+    /// Blocks that would suppress what was found.
+    pub(crate) fn suppressions(&self) -> String {
+        self.findings.iter().map(|finding| generate(&finding.subject()) + "\n").collect()
+    }
+}

@@ -1,0 +1,108 @@
+//! What runs beside the command and is not followed: scripts that drive it, and whatever tells that it is ready.
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    os::unix::process::CommandExt,
+    process::{Child, Command, Stdio},
+    str::FromStr,
+    time::Duration,
+};
+
+use http_body_util::Empty;
+use hyper::{
+    Uri,
+    body::Bytes,
+    http::{Request, uri::PathAndQuery},
+};
+use hyper_util::rt::TokioIo;
+
+use super::command::Before;
+
+/// Time for one try.
+const TRY: Duration = Duration::from_secs(1);
+
+/// How it is known that a server is ready.
+#[derive(Clone, Debug)]
+pub(super) enum Ready {
+    /// It listens there.
+    Port(SocketAddr),
+    /// It answers this with a status below 400.
+    Url(Uri),
+    /// This ends with 0.
+    Script(String),
+}
+
+impl FromStr for Ready {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(port) = text.parse::<u16>() {
+            return Ok(Self::Port(SocketAddr::from(([127, 0, 0, 1], port))));
+        }
+        if let Ok(address) = text.parse() {
+            return Ok(Self::Port(address));
+        }
+        if text.starts_with("https://") {
+            return Err("https is not spoken; give the port, or a script such as 'curl -fsk URL'".to_owned());
+        }
+        if text.starts_with("http://") {
+            return text.parse().map(Self::Url).map_err(|error| format!("{text} is no URL: {error}"));
+        }
+        if text.trim().is_empty() {
+            return Err("give a port, an address such as 127.0.0.1:80, a URL or a script".to_owned());
+        }
+        Ok(Self::Script(text.to_owned()))
+    }
+}
+
+impl Ready {
+    /// Whether it is now. Blocks for a second at most, but for a script.
+    pub(super) fn is(&self, before: &Before) -> bool {
+        match self {
+            Self::Port(address) => TcpStream::connect_timeout(address, TRY).is_ok(),
+            Self::Url(uri) => answers(uri),
+            Self::Script(script) => {
+                let child = start(script, before);
+                child.is_ok_and(|mut child| child.wait().is_ok_and(|status| status.success()))
+            }
+        }
+    }
+
+    pub(super) fn words(&self) -> String {
+        match self {
+            Self::Port(address) => format!("port {address}"),
+            Self::Url(uri) => uri.to_string(),
+            Self::Script(script) => format!("`{script}`"),
+        }
+    }
+}
+
+fn answers(uri: &Uri) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let asked = async {
+        let host = uri.host()?.trim_matches(['[', ']']);
+        let stream = tokio::net::TcpStream::connect((host, uri.port_u16().unwrap_or(80))).await.ok()?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.ok()?;
+        tokio::spawn(connection);
+        let path = uri.path_and_query().map_or("/", PathAndQuery::as_str);
+        let request = Request::get(path).header("host", uri.authority()?.as_str());
+        let response = sender.send_request(request.body(Empty::<Bytes>::new()).ok()?).await.ok()?;
+        Some(response.status().as_u16() < 400)
+    };
+    runtime.is_ok_and(|runtime| {
+        runtime
+            .block_on(async { tokio::time::timeout(TRY, asked).await })
+            .is_ok_and(|found| found == Some(true))
+    })
+}
+
+/// Starts a script in a shell. What it prints goes where plumb's messages go: stdout is the command's.
+pub(super) fn start(script: &str, before: &Before) -> std::io::Result<Child> {
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-c").arg(script).stdin(Stdio::null()).stdout(std::io::stderr());
+    let before = before.clone();
+    // SAFETY: between fork and exec it makes system calls only.
+    unsafe { shell.pre_exec(move || before.restore()) };
+    shell.spawn()
+}

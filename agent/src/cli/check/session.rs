@@ -1,0 +1,313 @@
+//! One check from the first run of the command to the report.
+
+use std::{
+    ffi::OsString,
+    io::{self, IsTerminal, Write},
+    os::unix::process::ExitStatusExt,
+    path::Path,
+    process::{Child, ExitStatus},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+
+use super::{
+    command::{Before, Running, Stopped},
+    follower::Follower,
+    script::{self, Ready},
+    signals::Signals,
+};
+use crate::{
+    check::{Cost, Judged, Report, Subjects, Suppressions},
+    failure::{Exit, Failure},
+};
+
+/// Between two looks at the rings when nothing asks for one.
+const TICK: Duration = Duration::from_millis(50);
+/// A server may settle for so long after a round: connections that were closed are closed on both ends.
+const SETTLE: Duration = Duration::from_millis(500);
+/// How long a load runs before the signal comes.
+const LOAD_BEFORE: Duration = Duration::from_secs(1);
+/// For processes that were killed.
+const DEATH: Duration = Duration::from_secs(5);
+
+/// What is done with a server.
+pub(super) struct Server<'a> {
+    pub(super) ready: Option<(Ready, Duration)>,
+    /// Script, rounds before, and rounds that are compared.
+    pub(super) steady: Option<(&'a str, u32, u32)>,
+    pub(super) stop: Signal,
+    pub(super) within: Duration,
+    pub(super) load: Option<&'a str>,
+}
+
+pub(super) struct Session {
+    follower: Follower,
+    signals: Signals,
+    before: Before,
+    grace: Duration,
+    /// How long the command ran.
+    took: Duration,
+    /// What plumb had used before.
+    loaded: Cost,
+}
+
+impl Session {
+    pub(super) fn new(
+        mut follower: Follower,
+        signals: Signals,
+        before: Before,
+        grace: Duration,
+    ) -> Result<Self, Failure> {
+        follower.wake_for(&signals)?;
+        let loaded = follower.cost()?;
+        Ok(Self { follower, signals, before, grace, took: Duration::ZERO, loaded })
+    }
+
+    /// Runs a command again and again. The status is the first that is not 0, or 0.
+    pub(super) fn iterate(&mut self, command: &[OsString], count: u32) -> Result<ExitStatus, Failure> {
+        let mut first = ExitStatus::default();
+        for round in 1..=count {
+            if count > 1 {
+                progress(&format!("run {round} of {count}"));
+            }
+            let running = self.start(command)?;
+            let began = Instant::now();
+            let status = self.until_end(&running)?;
+            self.took += began.elapsed();
+            // All it did is in the ring by now.
+            self.follower.pump(Duration::ZERO)?;
+            self.wait_for_rest(self.grace)?;
+            if first.success() {
+                first = status;
+            }
+            if round < count {
+                self.follower.sites.next_round();
+            }
+        }
+        if count > 1 {
+            progress("");
+        }
+        self.follower.note_orphans();
+        Ok(first)
+    }
+
+    /// Starts a server, drives it as wanted, and stops it.
+    pub(super) fn serve(&mut self, command: &[OsString], server: &Server<'_>) -> Result<ExitStatus, Failure> {
+        let running = self.start(command)?;
+        let began = Instant::now();
+        if server.steady.is_some() {
+            self.follower.sites.judge(Judged::ByRounds);
+        }
+        if let Some((ready, within)) = &server.ready {
+            self.until_ready(&running, ready, *within)?;
+        }
+        if let Some((script, warmup, rounds)) = server.steady {
+            for round in 1..=warmup + rounds {
+                let phase = if round <= warmup { "warm-up, " } else { "" };
+                progress(&format!("{phase}round {round} of {}", warmup + rounds));
+                self.round(&running, script)?;
+                if round > warmup {
+                    self.follower.end_round()?;
+                }
+            }
+            progress("");
+            for site in std::mem::take(&mut self.follower.rounds).into_growing() {
+                self.follower.sites.found(site);
+            }
+        }
+        let mut load = server.load.map(|script| script::start(script, &self.before)).transpose()?;
+        if let Some(load) = &mut load {
+            let end = Instant::now() + LOAD_BEFORE;
+            let mut done = None;
+            while done.is_none() && Instant::now() < end {
+                self.pump(&running)?;
+                done = load.try_wait()?;
+            }
+            if let Some(status) = done.filter(|status| !status.success()) {
+                self.follower.end_unstopped()?;
+                let cause = format!("the load failed ({})", ended(Some(status)));
+                return Err(Failure::new(Exit::Error, cause, "try it by hand against the server"));
+            }
+        }
+        if server.steady.is_none() {
+            self.follower.sites.judge(Judged::Stopping);
+        }
+        let status = self.stop(&running, server.stop, server.within)?;
+        self.took = began.elapsed();
+        if let Some(mut load) = load {
+            // A load that goes on without its server is of no use.
+            load.kill()?;
+            load.wait()?;
+        }
+        Ok(status)
+    }
+
+    fn stop(&mut self, running: &Running, signal: Signal, within: Duration) -> Result<ExitStatus, Failure> {
+        let mut status = running.try_wait()?;
+        if status.is_some() {
+            return Err(Failure::new(
+                Exit::Error,
+                format!("the command had ended ({}) before it was told to stop", ended(status)),
+                "look at its own messages",
+            ));
+        }
+        running.signal(signal)?;
+        let end = Instant::now() + within;
+        while (status.is_none() || self.follower.alive() > 0) && Instant::now() < end {
+            self.pump(running)?;
+            status = match status {
+                None => running.try_wait()?,
+                known => known,
+            };
+        }
+        self.follower.pump(Duration::ZERO)?;
+        if self.follower.alive() > 0 {
+            self.follower.end_unstopped()?;
+            let end = Instant::now() + DEATH;
+            while (status.is_none() || self.follower.alive() > 0) && Instant::now() < end {
+                self.follower.pump(TICK)?;
+                status = match status {
+                    None => running.try_wait()?,
+                    known => known,
+                };
+            }
+        }
+        // Killed or not, it is gone, or nothing more can be done about it.
+        Ok(status.unwrap_or_else(|| ExitStatus::from_raw(Signal::KILL.as_raw())))
+    }
+
+    fn start(&mut self, command: &[OsString]) -> Result<Running, Failure> {
+        let stopped = Stopped::start(command, &self.before)?;
+        let name = command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
+        self.follower.follow(stopped.pid, &name.to_string_lossy())?;
+        let running = stopped.release()?;
+        self.follower.wake_for(&running.pidfd)?;
+        Ok(running)
+    }
+
+    /// Takes in what happens next, and passes signals on.
+    fn pump(&mut self, running: &Running) -> Result<(), Failure> {
+        self.follower.pump(TICK)?;
+        for (signal, by_terminal) in self.signals.take() {
+            if !by_terminal {
+                // It may have ended just now.
+                let _ = running.signal(signal);
+            }
+        }
+        Ok(())
+    }
+
+    fn until_end(&mut self, running: &Running) -> Result<ExitStatus, Failure> {
+        loop {
+            self.pump(running)?;
+            if let Some(status) = running.try_wait()? {
+                return Ok(status);
+            }
+        }
+    }
+
+    /// Descendants may go on for a while.
+    fn wait_for_rest(&mut self, grace: Duration) -> Result<(), Failure> {
+        let end = Instant::now() + grace;
+        while self.follower.alive() > 0 && Instant::now() < end {
+            self.follower.pump(TICK)?;
+        }
+        self.follower.settle()
+    }
+
+    fn until_ready(&mut self, running: &Running, ready: &Ready, within: Duration) -> Result<(), Failure> {
+        let end = Instant::now() + within;
+        loop {
+            let (asked, before) = (ready.clone(), self.before.clone());
+            let asking = thread::spawn(move || asked.is(&before));
+            while !asking.is_finished() {
+                self.pump(running)?;
+            }
+            if asking.join().unwrap_or(false) {
+                return Ok(());
+            }
+            if let Some(status) = running.try_wait()? {
+                let cause = format!("the command ended ({}) before it was ready", ended(Some(status)));
+                return Err(Failure::new(Exit::Error, cause, "look at its own messages"));
+            }
+            if Instant::now() >= end {
+                // It was started by plumb, and nobody else will end it.
+                self.follower.end_unstopped()?;
+                let cause = format!("the command was not ready within {within:?}: {}", ready.words());
+                return Err(Failure::new(
+                    Exit::Error,
+                    cause,
+                    "check --ready, or give more time with --ready-within",
+                ));
+            }
+        }
+    }
+
+    /// One round of a script, and a while to settle.
+    fn round(&mut self, running: &Running, script: &str) -> Result<(), Failure> {
+        let mut child = script::start(script, &self.before)?;
+        let status = self.beside(running, &mut child)?;
+        if !status.success() {
+            self.follower.end_unstopped()?;
+            return Err(Failure::new(
+                Exit::Error,
+                format!("the script of the rounds failed ({})", ended(Some(status))),
+                "try it by hand against the server",
+            ));
+        }
+        let end = Instant::now() + SETTLE;
+        while Instant::now() < end {
+            self.pump(running)?;
+        }
+        Ok(())
+    }
+
+    fn beside(&mut self, running: &Running, child: &mut Child) -> Result<ExitStatus, Failure> {
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            self.pump(running)?;
+            if let Some(status) = running.try_wait()? {
+                child.kill()?;
+                child.wait()?;
+                let cause = format!("the command ended ({}) during a round", ended(Some(status)));
+                return Err(Failure::new(Exit::Error, cause, "look at its own messages"));
+            }
+        }
+    }
+
+    pub(super) fn report(
+        self,
+        command: &[OsString],
+        status: ExitStatus,
+        rules: &Suppressions,
+    ) -> Result<Report, Failure> {
+        let (losses, mut cost) = (self.follower.losses()?, self.follower.cost()?);
+        cost.plumb_seconds -= self.loaded.plumb_seconds;
+        let processes = self.follower.processes;
+        let (sites, single) = self.follower.sites.into_findings();
+        let words = command.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        let mut report = Report::new(words, Subjects::judge(&sites, rules), (losses, cost));
+        (report.exit_code, report.signal) = (status.code(), status.signal());
+        (report.seconds, report.processes, report.single) = (self.took.as_secs_f64(), processes, single);
+        Ok(report)
+    }
+}
+
+fn ended(status: Option<ExitStatus>) -> String {
+    status.map_or_else(|| "still running".to_owned(), |status| status.to_string())
+}
+
+/// Where a long check is, on a terminal.
+fn progress(words: &str) {
+    let mut stderr = io::stderr().lock();
+    if stderr.is_terminal() {
+        // Nobody is left to be told.
+        let line = if words.is_empty() { String::new() } else { format!("plumb: {words}") };
+        let _ = write!(stderr, "\r\x1b[K{line}");
+        let _ = stderr.flush();
+    }
+}

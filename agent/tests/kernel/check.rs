@@ -1,0 +1,214 @@
+//! `plumb check` against a program that leaks in each way there is: the right kind, as many as there are, the line that
+//! its source marks, and nothing of the form that gives everything back.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+
+use crate::{
+    support::{Running, TempDir, Workload, marked, plumb},
+    variants,
+};
+
+const SOURCE: &str = include_str!("../check/programs/leaks.c");
+/// On an emulated machine each takes seconds: one of each kind, and what is most likely to differ between kernels.
+const EMULATED: [&str; 17] = [
+    "open",
+    "dup2",
+    "dupfd",
+    "accept",
+    "socketpair",
+    "scm_rights",
+    "scm_rights_mmsg",
+    "eventfd",
+    "exec_child",
+    "exec_deliberate",
+    "double_close",
+    "foreign_close",
+    "thread_unjoined",
+    "zombie",
+    "orphan",
+    "sweep",
+    "short",
+];
+/// What each leak leaves.
+const REPEATS: u64 = 3;
+
+fn is_emulated() -> bool {
+    std::env::var_os("PLUMB_OWN_KERNEL").is_some()
+}
+
+/// The program that leaks: on the host built by the test itself.
+fn leaks(dir: &TempDir) -> PathBuf {
+    if std::env::var_os("PLUMB_WORKLOAD").is_some() {
+        return Workload::example(variants::LEAKS.0);
+    }
+    let program = dir.0.join(variants::LEAKS.0);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(variants::LEAKS_SOURCE);
+    let output =
+        Command::new("gcc").args(variants::LEAKS.1).arg(source).arg("-o").arg(&program).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    program
+}
+
+/// Runs a command below plumb; its exit code and the report.
+fn check(dir: &TempDir, options: &[&str], command: &[&str]) -> (i32, Value, Output) {
+    let path = dir.join("report.json");
+    let _ = fs::remove_file(&path);
+    let report = ["-o", "json", "--report", &path];
+    let output = plumb().arg("check").args(options).args(report).arg("--").args(command).output().unwrap();
+    let text = fs::read_to_string(&path);
+    let text = text.unwrap_or_else(|_| panic!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)));
+    let document: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(document["schema"], "plumb/v1");
+    (output.status.code().unwrap(), document, output)
+}
+
+/// Kind, count, function and line of each finding.
+fn findings(document: &Value) -> Vec<(String, u64, String, u64)> {
+    let finding = |finding: &Value| {
+        let function = &finding["function"];
+        (
+            finding["kind"].as_str().unwrap().to_owned(),
+            finding["count"].as_u64().unwrap(),
+            function["function"].as_str().unwrap_or_default().to_owned(),
+            function["line"].as_u64().unwrap_or(0),
+        )
+    };
+    document["findings"].as_array().unwrap().iter().map(finding).collect()
+}
+
+/// The mark of the line that is to blame, and the kind in the report's words.
+fn expected(case: &str, kind: &str) -> Option<(String, u64)> {
+    let mark = if case == "foreign_close" { "foreign_close_culprit" } else { case };
+    let kind = match kind {
+        // What a thread that has ended leaves is memory, of which the kernel knows nothing.
+        "clean" | "finished_thread" => return None,
+        kind => kind.replace('_', "-"),
+    };
+    Some((kind, u64::from(marked(SOURCE, mark).unwrap())))
+}
+
+#[test]
+fn each_leak_is_found_at_its_line_and_its_fixed_form_is_clean() {
+    let dir = TempDir::new();
+    let program = leaks(&dir);
+    let program = program.to_str().unwrap();
+    let list = Command::new(program).arg("list").output().unwrap();
+    let mut seen = 0;
+    for line in String::from_utf8(list.stdout).unwrap().lines() {
+        let [case, has_fixed, kind] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        if is_emulated() && !EMULATED.contains(&case) {
+            continue;
+        }
+        seen += 1;
+        let (code, document, _) = check(&dir, &[], &[program, case]);
+        let found = findings(&document);
+        match expected(case, kind) {
+            None => assert_eq!((code, &found[..]), (0, &[][..]), "{case}: {document}"),
+            Some((kind, line)) => {
+                let [(found_kind, count, function, found_line)] = &found[..] else {
+                    panic!("{case}: {document}")
+                };
+                assert_eq!((found_kind, *found_line, *count), (&kind, line, REPEATS), "{case}: {document}");
+                assert!(function.starts_with("leak_"), "{case}: {document}");
+                assert_eq!(code, 3, "{case}");
+            }
+        }
+        if has_fixed == "1" {
+            let (code, document, _) = check(&dir, &[], &[program, case, "fixed"]);
+            assert_eq!((code, findings(&document)), (0, Vec::new()), "{case} fixed: {document}");
+        }
+        assert_eq!(document["lost"]["events"], 0, "{case}: {document}");
+    }
+    assert!(seen > 45 || (is_emulated() && seen == EMULATED.len()), "{seen} cases");
+}
+
+#[test]
+fn a_stricter_check_tells_of_what_is_left_once() {
+    let dir = TempDir::new();
+    let program = leaks(&dir);
+    let (code, document, _) = check(&dir, &["--repeats", "1"], &[program.to_str().unwrap(), "once"]);
+    let mut found: Vec<_> = findings(&document).into_iter().map(|(kind, _, _, line)| (kind, line)).collect();
+    found.sort();
+    let line = |mark| u64::from(marked(SOURCE, mark).unwrap());
+    assert_eq!(found, [("fd".to_owned(), line("once")), ("thread".to_owned(), line("once_thread"))]);
+    assert_eq!(code, 3);
+}
+
+#[test]
+fn the_command_has_its_own_output_exit_code_and_signals() {
+    let dir = TempDir::new();
+    let shell = |script: &str| check(&dir, &[], &["/bin/sh", "-c", script]);
+    let (code, document, output) = shell("echo out; echo err >&2; exit 7");
+    assert_eq!((code, &document["exit_code"]), (7, &Value::from(7)));
+    assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"out\n"[..], &b"err\n"[..]));
+    let (code, document, _) = shell("kill -9 $$");
+    assert_eq!((code, &document["signal"]), (137, &Value::from(9)));
+    // A signal to plumb reaches the command.
+    let ready = dir.join("ready");
+    let script = format!("trap 'exit 5' TERM; : > {ready}; while :; do sleep 0.05; done");
+    let child =
+        plumb().args(["check", "--report", &dir.join("report"), "--", "/bin/sh", "-c", &script]).spawn();
+    let mut child = Running(child.unwrap());
+    while !Path::new(&ready).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    child.signal(rustix::process::Signal::TERM);
+    assert_eq!(child.0.wait().unwrap().code(), Some(5));
+}
+
+#[test]
+fn what_a_rule_says_is_meant_is_no_finding_and_rules_are_written_for_the_rest() {
+    let dir = TempDir::new();
+    let program = leaks(&dir);
+    let program = program.to_str().unwrap();
+    let rules = dir.join("rules.supp");
+    let (code, ..) = check(&dir, &["--gen-suppressions", &rules], &[program, "open"]);
+    assert_eq!(code, 3);
+    let written = fs::read_to_string(&rules).unwrap();
+    let without_reason =
+        plumb().args(["check", "--suppressions", &rules, "--", program, "open"]).output().unwrap();
+    let message = String::from_utf8_lossy(&without_reason.stderr).into_owned();
+    assert_eq!(without_reason.status.code(), Some(2), "{message}");
+    assert!(message.contains("rules.supp:3"), "{message}");
+    let reason = written.lines().find(|line| line.trim_start().starts_with("reason:")).unwrap();
+    fs::write(&rules, written.replace(reason, "   reason: a test wants it")).unwrap();
+    let (code, document, _) = check(&dir, &["--suppressions", &rules], &[program, "open"]);
+    assert_eq!((code, findings(&document)), (0, Vec::new()), "{document}");
+    assert_eq!(document["suppressed"][0]["reason"], "a test wants it");
+    assert_eq!(document["suppressed"][0]["count"], REPEATS);
+    let (code, document, _) = check(&dir, &["--suppressions", &rules], &[program, "socket4"]);
+    assert_eq!(code, 3, "another leak is told");
+    assert_eq!(document["unused_rules"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn runs_are_counted_one_by_one() {
+    let dir = TempDir::new();
+    let program = leaks(&dir);
+    let (code, document, _) = check(&dir, &["--iterations", "3"], &[program.to_str().unwrap(), "open"]);
+    assert_eq!((code, &document["findings"][0]["rounds"]), (3, &Value::from([3, 3, 3])), "{document}");
+    assert_eq!(document["processes"], 3);
+}
+
+#[test]
+fn what_cannot_be_run_is_told_as_a_shell_tells_it() {
+    let refused = |arguments: &[&str]| {
+        let output = plumb().arg("check").args(arguments).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, message) = refused(&["--", "/nonexistent/program"]);
+    assert_eq!(code, 127, "{message}");
+    assert!(message.contains("/nonexistent/program") && message.lines().count() == 1, "{message}");
+    assert_eq!(refused(&["--", "/etc/passwd"]).0, 126);
+    assert_eq!(refused(&[]).0, 2);
+    assert_eq!(refused(&["--stop", "NONSENSE", "--", "true"]).0, 2);
+    assert_eq!(refused(&["--ready", "80", "--", "true"]).0, 2);
+    assert_eq!(refused(&["--suppressions", "/nonexistent", "--", "true"]).0, 2);
+    assert_eq!(refused(&["--repeats", "0", "--", "true"]).0, 2);
+}
