@@ -119,6 +119,10 @@ pub(crate) fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("plumb.sock")
 }
 
+/// What to do about a key that nobody knows.
+const UNKNOWN: &str = "known keys are listen, run_dir, state_dir, fd_events, max_processes and log_format, and the tables [detect] and \
+                       [[ignore]], whose keys README.md lists";
+
 fn read(path: &Path) -> Result<Written, Failure> {
     let text = fs::read_to_string(path).map_err(|error| {
         let remedy = match error.kind() {
@@ -131,9 +135,12 @@ fn read(path: &Path) -> Result<Written, Failure> {
     toml::from_str(&text).map_err(|error| {
         let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = error.message().replace('\n', " ");
-        let known = "known keys are listen, run_dir, state_dir, fd_events, max_processes and log_format, and the tables [detect] and \
-                     [[ignore]], whose keys README.md lists";
-        Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), known)
+        let remedy = if message.starts_with("unknown field") {
+            UNKNOWN
+        } else {
+            "correct that line; README.md has examples"
+        };
+        Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), remedy)
     })
 }
 
@@ -186,6 +193,8 @@ mod tests {
     fn an_unknown_key_is_named_with_its_line() {
         let failure = resolved("log_format = 'text'\nlisten_addr = 'x'\n", Given::default()).unwrap_err();
         assert!(failure.cause.contains(":2: unknown field `listen_addr`"), "{failure}");
-        assert_eq!(failure.exit, Exit::Error);
+        assert_eq!((failure.exit, failure.remedy.as_str()), (Exit::Error, UNKNOWN));
+        let failure = resolved("log_format = 'xml'\n", Given::default()).unwrap_err();
+        assert!(failure.remedy.starts_with("correct that line"), "{failure}");
     }
 }

@@ -127,9 +127,9 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
         let counted = counted.clone();
-        let report = Box::new(move |finding: &_| {
-            counted.reported(finding);
-            report::log(finding, format);
+        let report = Box::new(move |news: &_| {
+            counted.reported(news);
+            report::log(news, format);
         });
         let mut detector = Detector::new(host, settings.clone());
         if let Some(state) = &state {

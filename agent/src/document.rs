@@ -171,7 +171,7 @@ pub(crate) struct Leak {
     pub baseline: u32,
     pub limit: Option<u64>,
     pub growth_per_minute: f64,
-    /// `null` when it does not grow or has no limit.
+    /// 0 at the limit; `null` when it does not grow or has no limit.
     pub seconds_to_exhaustion: Option<f64>,
     pub first_seen: String,
     /// `null` before it is one.
@@ -183,6 +183,9 @@ pub(crate) struct Leak {
     pub acknowledged: Option<Acknowledged>,
     pub silenced_until: Option<String>,
     pub examples: Vec<Example>,
+    /// The examples are of so many of the newest; `null` when they are of all.
+    #[serde(default)]
+    pub examples_of_newest: Option<u32>,
     /// Path of the program; `null` when it is not known.
     pub exe: Option<String>,
     /// The course of the count since it is suspect.
@@ -365,6 +368,12 @@ impl Leaks {
 }
 
 impl Leak {
+    /// Whether it is at its limit.
+    #[must_use]
+    pub(crate) fn is_full(&self) -> bool {
+        self.seconds_to_exhaustion == Some(0.0)
+    }
+
     #[must_use]
     pub(crate) fn new(finding: &Finding, calendar: Calendar) -> Self {
         let rounded = |value: f64| (value * 10.0).round() / 10.0;
@@ -392,6 +401,7 @@ impl Leak {
             }),
             silenced_until: finding.mark.silenced_until.map(|until| calendar.format(until)),
             examples: finding.examples.clone(),
+            examples_of_newest: finding.sampled,
             exe: finding.info.exe.as_deref().map(str::to_owned),
             history: Course::new(&finding.detail.history, calendar),
             threads: finding.detail.threads.as_deref().map(|threads| LeakThreads::new(threads, calendar)),

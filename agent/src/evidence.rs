@@ -73,7 +73,8 @@ impl Evidence {
             Resource::Thread => pids::room(Path::new("/proc"), Path::new("/sys/fs/cgroup"), key.tgid),
             Resource::Fd => None,
         };
-        Ok(Confirmation { holdings, examples: held.examples(baseline), room, functions: Vec::new() })
+        let (examples, sampled) = held.examples(baseline);
+        Ok(Confirmation { holdings, examples, sampled, room, functions: Vec::new() })
     }
 }
 
@@ -130,9 +131,12 @@ impl Held {
         }
     }
 
-    fn examples(&self, baseline: u32) -> Vec<Example> {
+    /// What has come since the baseline, and of how many of the newest that is if it is not of all.
+    fn examples(&self, baseline: u32) -> (Vec<Example>, Option<u32>) {
         let grown = self.wanted.saturating_sub(baseline as usize).max(1);
-        summarise(self.newest.iter().take(grown).map(Holding::words))
+        let known = self.newest.len();
+        let sampled = (grown > known && known > 0).then_some(known as u32);
+        (summarise(self.newest.iter().take(grown).map(Holding::words)), sampled)
     }
 }
 
@@ -200,11 +204,21 @@ mod tests {
         let now = held(workers.chain(leaked).chain([thread(22, 40, b"passing")]), Some(&cohorts));
         assert_eq!(look(&mut cohorts, &now).kept, 6.0, "thread 22 is another one than before");
         let expected = Example { what: "leaky".to_owned(), kind: "thread".to_owned(), count: 2 };
-        assert_eq!(now.examples(4), [expected]);
+        assert_eq!(now.examples(4), (vec![expected], None));
     }
 
     #[test]
     fn without_a_memory_there_are_examples_all_the_same() {
-        assert_eq!(held([thread(1, 1, b"main")], None).examples(0).len(), 1);
+        assert_eq!(held([thread(1, 1, b"main")], None).examples(0).0.len(), 1);
+    }
+
+    #[test]
+    fn what_is_more_than_is_looked_at_says_of_how_many_it_is() {
+        let many = held((1..=300).map(|tid| thread(tid, u64::from(tid), b"leaky")), None);
+        let of = |baseline| {
+            let (examples, sampled) = many.examples(baseline);
+            (examples[0].count, sampled)
+        };
+        assert_eq!((of(4), of(44), of(100)), ((256, Some(256)), (256, None), (200, None)));
     }
 }

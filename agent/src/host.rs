@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     ask::{Asker, Request},
     detail::Details,
-    detect::{Change, Detector, Finding, Resource, Saved},
+    detect::{Change, Detector, Finding, News, Resource, Saved},
     observe::{Input, Observation},
     origins::Origins,
     say::{Said, Saying},
@@ -21,8 +21,8 @@ use crate::{
     watchlist::Watchlist,
 };
 
-/// Tells people of a leak.
-pub(crate) type Report = Box<dyn Fn(&Finding) + Send>;
+/// Tells people what is new.
+pub(crate) type Report = Box<dyn Fn(&News) + Send>;
 
 /// Keeps findings for the next agent.
 pub(crate) type Keep = Box<dyn Fn(Vec<Saved>) + Send>;
@@ -50,7 +50,7 @@ pub(crate) struct Host {
 const KEEP_EVERY: u64 = 30_000_000_000;
 
 impl Host {
-    /// `report` is called once for each leak, with its examples.
+    /// `report` is called once for whatever people are to be told.
     #[must_use]
     pub(crate) fn new(
         detector: Detector,
@@ -118,10 +118,11 @@ impl Host {
             Input::Say(Saying { id, what, answer }) => {
                 let done = match what {
                     Said::Ack(reason) => self.detector.ack(&id, reason, self.time),
-                    Said::Silence(until) => self.detector.silence(&id, Some(until)),
-                    Said::Unsilence => self.detector.silence(&id, None),
+                    Said::Silence(until) => self.detector.silence(&id, until),
+                    Said::Unsilence => self.detector.unsilence(&id, self.time),
                 };
                 if done.is_ok() {
+                    self.tell();
                     self.show_findings();
                 }
                 // Whoever asked may have gone.
@@ -144,9 +145,9 @@ impl Host {
 
     /// Tells people what they are to be told now.
     fn tell(&mut self) {
-        for mut finding in self.detector.tell(self.time) {
-            self.details.fill(&mut finding);
-            (self.report)(&finding);
+        for mut news in self.detector.tell(self.time) {
+            self.details.fill(&mut news.finding);
+            (self.report)(&news);
         }
     }
 

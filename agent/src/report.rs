@@ -1,24 +1,33 @@
-//! How a leak is told in the log: one sentence for people, or one object for machines.
+//! How news are told in the log: one sentence for people, or one object for machines.
 
 use std::time::Duration;
 
 use crate::{
     clock::Calendar,
     config::LogFormat,
-    detect::{Example, Finding, Resource},
+    detect::{Example, Finding, News, Resource, Rule, What},
     document::{Leak, Origin},
 };
 
-/// Logs a leak, once.
-pub(crate) fn log(finding: &Finding, format: LogFormat) {
+/// Logs what is new, once.
+pub(crate) fn log(news: &News, format: LogFormat) {
     let calendar = Calendar::now();
     match format {
-        LogFormat::Text => tracing::warn!("{}", sentence(finding, calendar)),
-        LogFormat::Json => {
-            let leak = Leak::new(finding, calendar);
-            let examples: Vec<_> = leak.examples.iter().map(|example| example.what.as_str()).collect();
-            tracing::warn!(
+        LogFormat::Text if news.what == What::Resolved => tracing::info!("{}", sentence(news, calendar)),
+        LogFormat::Text => tracing::warn!("{}", sentence(news, calendar)),
+        LogFormat::Json => object(news, calendar),
+    }
+}
+
+fn object(news: &News, calendar: Calendar) {
+    let leak = Leak::new(&news.finding, calendar);
+    let examples: Vec<_> = leak.examples.iter().map(|example| example.what.as_str()).collect();
+    // The level of an event is a constant.
+    macro_rules! event {
+        ($log:ident, $message:literal) => {
+            tracing::$log!(
                 id = leak.id,
+                rule = leak.rule.word(),
                 resource = leak.resource.word(),
                 pid = leak.pid,
                 comm = leak.comm,
@@ -29,36 +38,68 @@ pub(crate) fn log(finding: &Finding, format: LogFormat) {
                 growth_per_minute = leak.growth_per_minute,
                 seconds_to_exhaustion = leak.seconds_to_exhaustion,
                 first_seen = leak.first_seen,
+                why = leak.resolved.as_ref().map(|end| end.why.words()),
                 examples = ?examples,
                 from = leak.origins.first().map(Origin::words),
-                "leaking"
-            );
-        }
+                $message
+            )
+        };
+    }
+    match news.what {
+        What::Leak => event!(warn, "leaking"),
+        What::Warning => event!(warn, "suspect"),
+        What::Full => event!(warn, "full"),
+        What::Resolved => event!(info, "resolved"),
     }
 }
 
-fn sentence(finding: &Finding, calendar: Calendar) -> String {
+fn sentence(news: &News, calendar: Calendar) -> String {
+    let finding = &news.finding;
+    let (live, baseline) = (finding.live, finding.baseline);
     let noun = match finding.resource {
         Resource::Fd => "fds",
         Resource::Thread => "threads",
     };
+    let who = format!("{} (pid {}, group {})", finding.info.comm, finding.key.tgid, finding.info.group);
+    let examples = list(&finding.examples, finding.sampled);
     let limit = finding.limit.map_or_else(|| "no limit".to_owned(), |limit| format!("limit {limit}"));
-    let end = finding
-        .seconds_to_exhaustion()
-        .map_or_else(String::new, |seconds| format!(", reached in {}", rough(seconds)));
-    format!(
-        "{comm} (pid {pid}, group {group}) leaks {noun}: {live} now, {baseline} before {since}, \
-         {growth:+.0} per minute, {limit}{end}; mostly {examples}{from}",
-        comm = finding.info.comm,
-        pid = finding.key.tgid,
-        group = finding.info.group,
-        live = finding.live,
-        baseline = finding.baseline,
-        since = calendar.format(finding.first_seen),
-        growth = finding.growth_per_minute,
-        examples = list(&finding.examples),
-        from = from(finding, calendar),
-    )
+    match (news.what, finding.rule) {
+        (What::Leak, _) => {
+            let end = match finding.seconds_to_exhaustion() {
+                Some(_) if finding.is_full() => ", which is reached".to_owned(),
+                Some(seconds) => format!(", reached in {}", rough(seconds)),
+                None => String::new(),
+            };
+            format!(
+                "{who} leaks {noun}: {live} now, up from {baseline} since {since}, {growth:+.0} per minute, \
+                 {limit}{end}; mostly {examples}{from}",
+                since = calendar.format(finding.first_seen),
+                growth = finding.growth_per_minute,
+                from = from(finding, calendar),
+            )
+        }
+        (What::Resolved, _) => {
+            let why = finding.resolved.map_or("resolved", |end| end.why.words());
+            let reached = if finding.is_at_limit() { ", which is reached" } else { "" };
+            format!("{who} leaks {noun} no more: {why}; {live} at last, {limit}{reached}")
+        }
+        (What::Full, _) | (What::Warning, Rule::Trend | Rule::Utilisation) if finding.is_full() => {
+            let most =
+                if finding.examples.is_empty() { String::new() } else { format!("; mostly {examples}") };
+            format!("{who} is at its limit of {noun}: {live}, {limit}{most}{}", from(finding, calendar))
+        }
+        (_, Rule::Trend | Rule::Utilisation) => {
+            let part = finding.limit.map_or(0.0, |limit| f64::from(live) * 100.0 / limit.max(1) as f64);
+            format!(
+                "{who} uses {part:.0} % of its limit of {noun}: {live}, {limit}{}",
+                from(finding, calendar)
+            )
+        }
+        (_, Rule::ThreadsOverBaseline) => {
+            format!("{who} has {live} threads, {baseline} after it had warmed up")
+        }
+        (_, Rule::ThreadAge) => format!("{who} has threads that are older than they should be: {examples}"),
+    }
 }
 
 /// Where most of it came from, as far as that is known.
@@ -68,10 +109,10 @@ fn from(finding: &Finding, calendar: Calendar) -> String {
     known.map_or_else(String::new, |origin| format!("; from {}", origin.words()))
 }
 
-/// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (30x)`. What is rare beside the first is left
-/// to the JSON.
+/// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (30x)`, and of how many of the newest they are if not of
+/// all. What is rare beside the first is left to the JSON.
 #[must_use]
-pub(crate) fn list(examples: &[Example]) -> String {
+pub(crate) fn list(examples: &[Example], sampled: Option<u32>) -> String {
     if examples.is_empty() {
         return "unknown".to_owned();
     }
@@ -82,7 +123,8 @@ pub(crate) fn list(examples: &[Example]) -> String {
             if example.kind == "thread" { format!("thread {}", example.what) } else { example.what.clone() };
         if example.count > 1 { format!("{quoted} ({}x)", example.count) } else { quoted }
     });
-    words.collect::<Vec<_>>().join(", ")
+    let of = sampled.map_or_else(String::new, |sampled| format!(" of the newest {sampled}"));
+    words.collect::<Vec<_>>().join(", ") + &of
 }
 
 /// A duration in its two largest units: `16m 40s`, `3days 2h`.
@@ -101,6 +143,47 @@ pub(crate) fn rough(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        detect::{Detector, HostLimits, Resolution, Settings, State, Why},
+        table::Row,
+    };
+
+    #[test]
+    fn each_kind_of_news_has_its_sentence() {
+        let row = Row::example(1_017, 1_024);
+        let mut detector = Detector::new(HostLimits { threads: 9_999 }, Settings::default());
+        for second in 9_000..9_060 {
+            detector.observe(std::slice::from_ref(&row), second * 1_000_000_000);
+        }
+        let finding = detector.findings().remove(0);
+        let said =
+            |what, finding: &Finding| sentence(&News { what, finding: finding.clone() }, Calendar::now());
+        let full = said(What::Warning, &finding);
+        assert_eq!(full, "app (pid 42, group app.service) is at its limit of fds: 1017, limit 1024");
+        let high = said(What::Warning, &Finding { live: 840, ..finding.clone() });
+        assert!(high.ends_with("uses 82 % of its limit of fds: 840, limit 1024"), "{high}");
+        let leak = Finding { rule: Rule::Trend, baseline: 5, sampled: Some(256), ..finding };
+        let leaks = said(What::Leak, &leak);
+        for part in ["leaks fds: 1017 now, up from 5 since 2", "limit 1024, which is reached; mostly unknown"]
+        {
+            assert!(leaks.contains(part), "{leaks}");
+        }
+        let resolved = Resolution { at: 0, why: Why::Settled };
+        let ended =
+            said(What::Resolved, &Finding { state: State::Resolved, resolved: Some(resolved), ..leak });
+        assert!(
+            ended.ends_with("leaks fds no more: settled; 1017 at last, limit 1024, which is reached"),
+            "{ended}"
+        );
+    }
+
+    #[test]
+    fn examples_say_of_how_many_they_are_when_not_of_all() {
+        let example = |what: &str| Example { what: what.to_owned(), kind: "file".to_owned(), count: 128 };
+        let examples = [example("/etc/passwd"), example("/etc/group")];
+        assert_eq!(list(&examples, None), "/etc/passwd (128x), /etc/group (128x)");
+        assert_eq!(list(&examples, Some(256)), "/etc/passwd (128x), /etc/group (128x) of the newest 256");
+    }
 
     #[test]
     fn durations_are_short_and_bounded() {

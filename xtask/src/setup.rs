@@ -50,7 +50,7 @@ pub(crate) fn for_build() -> Result<()> {
         "the LLVM that bpf-linker is built on",
     )])?;
     eprintln!(
-        "xtask: builds bpf-linker {LINKER_VERSION} into target/tools: the linker for BPF (about a minute)"
+        "xtask: builds bpf-linker {LINKER_VERSION} into target/tools: the linker for BPF (a few minutes)"
     );
     run(Command::new(env!("CARGO"))
         .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"))

@@ -2,7 +2,7 @@
 
 use crate::{
     advice::advise,
-    detect::Resource,
+    detect::{Resource, Rule},
     document::{BlockedThread, Leak, LeakThreads},
     report,
 };
@@ -19,11 +19,12 @@ pub(super) fn page(leak: &Leak) -> String {
     let mut lines = vec![title(leak), String::new()];
     lines.extend(facts(leak));
     if let Some(history) = leak.history.as_ref().filter(|history| history.live.len() > 1) {
-        let minutes = history.every_seconds * history.live.len() as f64 / 60.0;
-        section(&mut lines, &format!("The last {minutes:.0} minutes"), chart(&history.live));
+        let seconds = history.every_seconds * history.live.len() as f64;
+        section(&mut lines, &format!("The last {}", lately(seconds)), chart(&history.live));
     }
     section(&mut lines, "Where they came from", origins(leak));
-    section(&mut lines, "What they are", examples(leak));
+    let newest = leak.examples_of_newest.map(|newest| format!(" (the newest {newest})"));
+    section(&mut lines, &format!("What they are{}", newest.unwrap_or_default()), examples(leak));
     if let Some(threads) = &leak.threads {
         section(&mut lines, "Threads by type", types(threads));
         section(&mut lines, "Where they are now", blocked(threads));
@@ -36,6 +37,15 @@ fn section(lines: &mut Vec<String>, title: &str, content: Vec<String>) {
     if !content.is_empty() {
         lines.extend([String::new(), title.to_owned()]);
         lines.extend(content.into_iter().map(|line| format!("  {line}").trim_end().to_owned()));
+    }
+}
+
+/// `20 seconds`, `minute`, `3 minutes`.
+fn lately(seconds: f64) -> String {
+    match (seconds / 60.0).round() as u64 {
+        0 => format!("{seconds:.0} seconds"),
+        1 => "minute".to_owned(),
+        minutes => format!("{minutes} minutes"),
     }
 }
 
@@ -53,9 +63,12 @@ fn title(leak: &Leak) -> String {
 
 fn facts(leak: &Leak) -> Vec<String> {
     let limit = leak.limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string());
-    let end = leak.seconds_to_exhaustion.map(|seconds| format!(", reached in {}", report::rough(seconds)));
+    let end = leak.seconds_to_exhaustion.map(|seconds| match leak.is_full() {
+        true => ", and it is full".to_owned(),
+        false => format!(", reached in {}", report::rough(seconds)),
+    });
     let mut facts = vec![
-        ("live", format!("{}, {} before {}", leak.live, leak.baseline, leak.first_seen)),
+        ("live", live(leak)),
         ("growth", format!("{:+.1} per minute", leak.growth_per_minute)),
         ("limit", limit + end.as_deref().unwrap_or_default()),
         ("rule", leak.rule.word().to_owned()),
@@ -66,6 +79,16 @@ fn facts(leak: &Leak) -> Vec<String> {
     if let Some(end) = &leak.resolved {
         facts.push(("resolved", format!("{}: {}", end.at, end.why.words())));
     }
+    if let Some(reason) = &leak.ignored {
+        facts.push(("ignored", reason.clone()));
+    }
+    if let Some(known) = &leak.acknowledged {
+        let reason = known.reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"));
+        facts.push(("acknowledged", format!("{} at {}{reason}", known.at, known.live)));
+    }
+    if let Some(until) = &leak.silenced_until {
+        facts.push(("silenced until", until.clone()));
+    }
     if let Some(exe) = &leak.exe {
         facts.push(("program", exe.clone()));
     }
@@ -74,6 +97,19 @@ fn facts(leak: &Leak) -> Vec<String> {
         facts.push(("build id", format!("{id} ({path})")));
     }
     facts.into_iter().map(|(name, value)| format!("  {name:<14} {value}")).collect()
+}
+
+/// The count now, and what it was when the rule began to look at it.
+fn live(leak: &Leak) -> String {
+    let Leak { live, baseline, first_seen, .. } = leak;
+    match leak.rule {
+        // The baseline is the lowest of a window that begins then.
+        Rule::Trend => format!("{live}, up from {baseline} since {first_seen}"),
+        Rule::ThreadsOverBaseline => {
+            format!("{live}, {baseline} after warming up; too many since {first_seen}")
+        }
+        Rule::Utilisation | Rule::ThreadAge => format!("{live}, {baseline} at {first_seen}"),
+    }
 }
 
 /// The course of a count as bars, with the highest and lowest at the side.
@@ -98,6 +134,10 @@ fn chart(live: &[u32]) -> Vec<String> {
 }
 
 fn origins(leak: &Leak) -> Vec<String> {
+    if leak.rule != Rule::Trend && leak.before_watching + leak.since_watching == 0 {
+        // Only what rises is watched.
+        return Vec::new();
+    }
     let mut counts =
         format!("{} made since it is watched, {} before that", leak.since_watching, leak.before_watching);
     if leak.naming > 0 && leak.resolved.is_none() {
@@ -170,6 +210,40 @@ fn blocked(threads: &LeakThreads) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn leak(differs: &serde_json::Value) -> Leak {
+        let mut leak = serde_json::json!({"id": "fd-7-1", "state": "leaking", "rule": "trend", "resource": "fd",
+            "pid": 7, "comm": "a", "group": "a", "live": 1017, "baseline": 7, "limit": 1024, "growth_per_minute": 0.0,
+            "seconds_to_exhaustion": 0.0, "first_seen": "T1", "leaking_since": "T2", "resolved": null,
+            "ignored": null, "acknowledged": null, "silenced_until": null, "examples": [], "exe": null,
+            "history": null, "threads": null, "before_watching": 0, "origins": []});
+        leak.as_object_mut().unwrap().extend(differs.as_object().unwrap().clone());
+        serde_json::from_value(leak).unwrap()
+    }
+
+    #[test]
+    fn facts_say_what_is_full_what_people_said_and_only_what_is_true_of_a_time() {
+        let has = |differs: serde_json::Value, line: &str| {
+            let page = page(&leak(&differs));
+            assert!(page.lines().any(|found| found.trim() == line), "{line} is not in\n{page}");
+        };
+        let none = serde_json::json!({});
+        has(none.clone(), "live           1017, up from 7 since T1");
+        has(none, "limit          1024, and it is full");
+        has(serde_json::json!({"rule": "utilisation", "baseline": 835}), "live           1017, 835 at T1");
+        let known = serde_json::json!({"acknowledged": {"at": "T3", "reason": "being fixed", "live": 90}});
+        has(known, "acknowledged   T3 at 90: being fixed");
+        has(serde_json::json!({"silenced_until": "T4"}), "silenced until T4");
+        has(
+            serde_json::json!({"examples_of_newest": 256, "examples": [{"what": "a", "kind": "file", "count": 256}]}),
+            "What they are (the newest 256)",
+        );
+    }
+
+    #[test]
+    fn the_time_of_a_course_is_in_words() {
+        assert_eq!([20.0, 60.0, 89.0, 120.0].map(lately), ["20 seconds", "minute", "minute", "2 minutes"]);
+    }
 
     #[test]
     fn a_chart_has_its_extremes_at_the_side_and_grows_to_the_right() {

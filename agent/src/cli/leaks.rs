@@ -61,7 +61,7 @@ enum Say {
         /// As `plumb leaks` lists it
         id: String,
         /// Why it may stay
-        #[arg(long)]
+        #[arg(long, value_parser = reason)]
         reason: Option<String>,
     },
     /// Have a finding not told before some time
@@ -85,43 +85,76 @@ enum Say {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct End {
-    /// For how long: 30m, 2h, 7days
-    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    /// For how long, 365days at most: 30m, 2h, 7days
+    #[arg(long = "for", value_name = "DURATION", value_parser = length)]
     length: Option<Duration>,
     /// Until when, in UTC: 2030-01-31T12:00:00Z
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_rfc3339_weak)]
+    #[arg(long, value_name = "TIME", value_parser = until)]
     until: Option<SystemTime>,
 }
 
 impl End {
-    /// RFC 3339; `None` for what no calendar knows.
-    fn time(&self) -> Option<String> {
-        let until = self.until.or_else(|| SystemTime::now().checked_add(self.length?))?;
-        // Its formatter knows four digits of a year.
-        let last = humantime::parse_rfc3339("9999-12-31T23:59:59Z").ok()?;
-        (until <= last).then(|| humantime::format_rfc3339_seconds(until).to_string())
+    fn time(&self) -> SystemTime {
+        self.until.unwrap_or_else(|| SystemTime::now() + self.length.unwrap_or_default())
     }
+}
+
+/// A longer silence is asked for by its end: whoever mistypes a unit sees it then.
+const MAX_LENGTH: Duration = Duration::from_hours(365 * 24);
+
+fn length(text: &str) -> Result<Duration, String> {
+    let length = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    match length {
+        _ if length < Duration::from_secs(1) => Err("that is no time at all: 30m, 2h, 7days".to_owned()),
+        _ if length > MAX_LENGTH => {
+            Err("that is more than 365 days: name its end with --until, or `plumb leaks ack` it".to_owned())
+        }
+        _ => Ok(length),
+    }
+}
+
+fn until(text: &str) -> Result<SystemTime, String> {
+    let until = humantime::parse_rfc3339_weak(text).map_err(|error| error.to_string())?;
+    let now = SystemTime::now();
+    if until <= now {
+        let now = humantime::format_rfc3339_seconds(now);
+        return Err(format!("that is in the past, it is {now} now: name a time to come"));
+    }
+    Ok(until)
+}
+
+fn reason(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() {
+        return Err("it is empty: say why it may stay, or leave --reason out".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
     match &arguments.say {
         None => list(arguments),
-        Some(Say::Ack { agent, id, reason }) => say(agent, id, "ack", &json!({ "reason": reason })),
-        Some(Say::Unsilence { agent, id }) => say(agent, id, "unsilence", &json!({})),
+        Some(Say::Ack { agent, id, reason }) => {
+            say(agent, id, "ack", &json!({ "reason": reason }))?;
+            done(&format!("{id} is acknowledged: it is told again only when it has doubled"))
+        }
+        Some(Say::Unsilence { agent, id }) => {
+            say(agent, id, "unsilence", &json!({}))?;
+            done(&format!("the silence of {id} has ended"))
+        }
         Some(Say::Silence { agent, id, end }) => {
-            let Some(until) = end.time() else {
-                return Err(Failure::new(
-                    Exit::Error,
-                    "no calendar reaches that far",
-                    "name an earlier time",
-                ));
-            };
-            say(agent, id, "silence", &json!({ "until": until }))
+            let until = humantime::format_rfc3339_seconds(end.time()).to_string();
+            say(agent, id, "silence", &json!({ "until": until }))?;
+            done(&format!("{id} is not told before {until}"))
         }
     }
 }
 
-fn say(agent: &Agent, id: &str, what: &str, words: &serde_json::Value) -> Outcome {
+fn done(line: &str) -> Outcome {
+    output::message(&format!("plumb: {line}"));
+    Ok(Exit::Ok)
+}
+
+fn say(agent: &Agent, id: &str, what: &str, words: &serde_json::Value) -> Result<(), Failure> {
     let is_plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '-';
     let unknown = |cause: String| Failure::new(Exit::Error, cause, "`plumb leaks` lists the ids");
     if id.is_empty() || !id.chars().all(is_plain) {
@@ -131,8 +164,12 @@ fn say(agent: &Agent, id: &str, what: &str, words: &serde_json::Value) -> Outcom
     let path = format!("/v1/leaks/{id}/{what}");
     let (status, body) = exchange(&socket, Method::POST, &path, words.to_string())?;
     match status {
-        StatusCode::NO_CONTENT => Ok(Exit::Ok),
+        StatusCode::NO_CONTENT => Ok(()),
         StatusCode::NOT_FOUND => Err(unknown(String::from_utf8_lossy(&body).trim().to_owned())),
+        StatusCode::CONFLICT => {
+            let cause = String::from_utf8_lossy(&body).trim().to_owned();
+            Err(Failure::new(Exit::Error, cause, "there is nothing to end"))
+        }
         _ => {
             let cause = format!("the agent answers {status}: {}", String::from_utf8_lossy(&body).trim());
             Err(Failure::new(Exit::Error, cause, "try again"))
@@ -168,9 +205,17 @@ fn list(arguments: &Arguments) -> Outcome {
             leak.live.to_string(),
             leak.limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string()),
             format!("{:+.1}", leak.growth_per_minute),
-            leak.seconds_to_exhaustion.map_or_else(|| "-".to_owned(), report::rough),
+            match leak.seconds_to_exhaustion {
+                _ if leak.is_full() => "full".to_owned(),
+                Some(seconds) => report::rough(seconds),
+                None => "-".to_owned(),
+            },
             leak.group.clone(),
-            if leak.examples.is_empty() { "-".to_owned() } else { report::list(&leak.examples) },
+            if leak.examples.is_empty() {
+                "-".to_owned()
+            } else {
+                report::list(&leak.examples, leak.examples_of_newest)
+            },
             leak.origins.first().map_or_else(|| "-".to_owned(), Origin::words),
         ]
     })?;
@@ -233,4 +278,20 @@ fn unreachable(socket: &Path, error: &anyhow::Error) -> Failure {
         _ => (Exit::AgentUnreachable, "look at the log of the agent"),
     };
     Failure::new(exit, format!("no agent answers on {}: {error}", socket.display()), remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silence_is_neither_empty_nor_endless_and_ends_in_the_future() {
+        for text in ["0s", "999ms", "366days", "99999years", "soon", ""] {
+            assert!(length(text).is_err(), "{text}");
+        }
+        assert_eq!(length("365days"), Ok(MAX_LENGTH));
+        assert!(until("2001-01-31T12:00:00Z").unwrap_err().contains("in the past"));
+        assert!(until("9999-12-31T23:59:59Z").is_ok() && until("tomorrow").is_err());
+        assert!(reason("\t").is_err() && reason("known").is_ok());
+    }
 }

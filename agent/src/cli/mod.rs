@@ -11,7 +11,7 @@ mod ps;
 mod threads;
 mod watch;
 
-use std::{io, process::ExitCode};
+use std::{fs, io, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -105,7 +105,21 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// The process that the user named is not there.
+/// The process that the user named is not there, or not for us.
 fn no_such_process(pid: u32) -> Failure {
-    Failure::new(Exit::Error, format!("there is no process {pid}"), "`plumb ps` lists them all")
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let tgid = status.lines().find_map(|line| line.strip_prefix("Tgid:")).map(str::trim);
+    match tgid {
+        Some(tgid) if tgid == pid.to_string() => Failure::new(
+            Exit::KernelCannot,
+            format!("process {pid} is there, but not among those that the kernel's iterators show here"),
+            "`plumb doctor` says whether the pid namespace is why; /proc has it",
+        ),
+        Some(tgid) => Failure::new(
+            Exit::Error,
+            format!("{pid} is no process, but a thread of process {tgid}"),
+            format!("take {tgid}"),
+        ),
+        None => Failure::new(Exit::Error, format!("there is no process {pid}"), "`plumb ps` lists them all"),
+    }
 }

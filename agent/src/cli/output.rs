@@ -18,7 +18,7 @@ pub(super) enum Format {
     /// Aligned columns, for people
     #[default]
     Table,
-    /// One document
+    /// One document; a stream of events, as of `plumb watch`, is one object per line here too
     Json,
     /// One object per line
     Jsonl,

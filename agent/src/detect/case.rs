@@ -57,8 +57,9 @@ pub(super) struct Case {
     precedents: Precedents,
     /// How many the cgroups of the process allow, as of the last look.
     pub cgroup_limit: Option<u64>,
-    /// People have been told.
+    /// People have been told, and want to hear nothing more for now.
     pub told: bool,
+    pub silenced: bool,
 }
 
 /// What became of what came.
@@ -90,6 +91,7 @@ impl Case {
             looked: 0,
             settled: 0,
             told: false,
+            silenced: false,
             cgroup_limit: None,
         }
     }
@@ -203,7 +205,8 @@ impl Case {
     fn tell(&mut self, index: usize) {
         if let Some((_, growth)) = self.growths.get(index) {
             let (second, floor) = growth.began();
-            self.finding.first_seen = u64::from(second) * SECOND;
+            // A window may begin before the process does.
+            self.finding.first_seen = (u64::from(second) * SECOND).max(self.finding.key.start_boottime);
             self.finding.baseline = floor;
             self.finding.growth_per_minute = (growth.slope() * 60.0).max(0.0);
         }

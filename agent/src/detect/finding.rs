@@ -169,6 +169,17 @@ pub(crate) struct Example {
     pub(crate) count: u32,
 }
 
+/// A count that uses all but one part in so many of its limit is full; one that still rises if no more than so many
+/// are left as well, for the rest of a large limit may last for hours.
+const FULL_PART: u64 = 50;
+const FULL_LEFT: u64 = 64;
+/// So is a trend that ends so many below its limit, if that is most of it: not every number suits every call (a shell
+/// takes those from 10 on).
+const STOPPED_LEFT: u64 = 8;
+const STOPPED_MOST: f64 = 0.8;
+/// What rises by less per minute does not rise: the slowest leaks are four an hour.
+const STILL: f64 = 0.05;
+
 /// What speaks for or against a leak: the answer to `Change::Grown`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Confirmation {
@@ -176,6 +187,8 @@ pub(crate) struct Confirmation {
     pub(crate) holdings: Option<Holdings>,
     /// What the newest survivors are, the most frequent first.
     pub(crate) examples: Vec<Example>,
+    /// They are of so many of the newest; `None` when they are of all.
+    pub(crate) sampled: Option<u32>,
     /// How many more threads the cgroups of the process allow; `None` without a limit.
     pub(crate) room: Option<u64>,
     /// Which functions opened them, as far as somebody knows.
@@ -199,13 +212,15 @@ pub(crate) struct Finding {
     pub info: Arc<ProcStatic>,
     /// How many there are now; of what is resolved, at its end.
     pub live: u32,
-    /// The floor before it began to rise.
+    /// The floor before it began to rise; of more threads than at first, how many these were; of the other rules, the
+    /// count when it was first seen.
     pub baseline: u32,
     /// The limit that will be hit; `None` when there is none.
     pub limit: Option<u64>,
     /// Slope of the floor.
     pub growth_per_minute: f64,
-    /// Nanoseconds since boot of the floor before the first rise, or of the first window that broke a rule.
+    /// Nanoseconds since boot of the floor before the first rise, or of the first window that broke a rule; never
+    /// before the process began.
     pub first_seen: u64,
     /// Since when it is leaking, nanoseconds since boot.
     pub leaking_since: Option<u64>,
@@ -215,6 +230,8 @@ pub(crate) struct Finding {
     pub mark: Mark,
     /// What leaks: paths, addresses, names. Empty until they have been looked up.
     pub examples: Vec<Example>,
+    /// The examples are of so many of the newest; `None` when they are of all.
+    pub sampled: Option<u32>,
     /// What the rest of the agent knows of it.
     pub detail: Detail,
 }
@@ -245,6 +262,7 @@ impl Finding {
             ignored: None,
             mark: Mark::default(),
             examples: Vec::new(),
+            sampled: None,
             detail: Detail::default(),
         }
     }
@@ -261,13 +279,38 @@ impl Finding {
         }
     }
 
-    /// Seconds until the limit at the present rate; `None` when it is not growing or there is no limit.
+    /// Whether it is at its limit, as far as whoever needs another one is concerned.
+    #[must_use]
+    pub(crate) fn is_full(&self) -> bool {
+        self.state != State::Resolved && self.is_at_limit()
+    }
+
+    /// The same of what is resolved too, at its end.
+    #[must_use]
+    pub(crate) fn is_at_limit(&self) -> bool {
+        let Some(limit) = self.limit else { return false };
+        let left = limit.saturating_sub(u64::from(self.live));
+        if self.growth_per_minute >= STILL {
+            return left <= (limit / FULL_PART).min(FULL_LEFT);
+        }
+        let is_most = f64::from(self.live) >= limit as f64 * STOPPED_MOST;
+        left <= limit / FULL_PART || (self.rule == Rule::Trend && left <= STOPPED_LEFT && is_most)
+    }
+
+    /// Whether its limit is below what it has: that was set so that nothing more is opened, as sandboxes do.
+    #[must_use]
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.limit.is_some_and(|limit| u64::from(self.live) > limit)
+    }
+
+    /// Seconds until the limit at the present rate, 0 when it is full; `None` when it is not growing or there is no
+    /// limit.
     #[must_use]
     pub(crate) fn seconds_to_exhaustion(&self) -> Option<f64> {
         let left = self.limit?.saturating_sub(u64::from(self.live));
         match self.state {
             State::Resolved => None,
-            _ if left == 0 => Some(0.0),
+            _ if self.is_full() => Some(0.0),
             _ => (self.growth_per_minute > 0.0).then(|| left as f64 * 60.0 / self.growth_per_minute),
         }
     }

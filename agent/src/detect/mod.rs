@@ -31,6 +31,7 @@ mod finding;
 mod floors;
 mod growth;
 mod marks;
+mod news;
 mod rules;
 mod settings;
 mod snapshot;
@@ -45,11 +46,13 @@ use self::{
     case::{Case, SECOND, Step},
     floors::{Count, Floors},
     growth::{Demand, Precedents},
+    news::Topic,
     settings::Thresholds,
 };
 pub(crate) use self::{
     finding::{Confirmation, Example, Finding, HostLimits, Mark, Resolution, Resource, Rule, State, Why},
-    marks::NoSuchFinding,
+    marks::Refused,
+    news::{News, What},
     settings::{Detect, Ignore, Settings},
     snapshot::Saved,
 };
@@ -83,7 +86,9 @@ pub(crate) struct Detector {
     cases: HashMap<(ProcKey, Resource), Case>,
     /// What the plain rules have found.
     plain: HashMap<(ProcKey, Resource, Rule), Finding>,
-    resolved: Vec<Finding>,
+    resolved: Ended,
+    /// What people have been told beside leaks, and when it held last.
+    warned: HashMap<(ProcKey, Resource, Topic), u64>,
     settings: Settings,
     /// What people said about findings.
     marks: HashMap<(ProcKey, Resource, Rule), Mark>,
@@ -101,6 +106,14 @@ struct History {
     /// The last pass with this process.
     pass: u32,
     tracks: [Track; 2],
+}
+
+/// What was a leak and is none any more.
+#[derive(Debug, Default)]
+struct Ended {
+    visible: Vec<Finding>,
+    /// Those of which people were told that they leak, and not yet that they do not.
+    untold: Vec<Finding>,
 }
 
 /// One count of one process.
@@ -124,7 +137,8 @@ impl Detector {
             histories: HashMap::default(),
             cases: HashMap::default(),
             plain: HashMap::default(),
-            resolved: Vec::new(),
+            resolved: Ended::default(),
+            warned: HashMap::default(),
             settings,
             marks: HashMap::default(),
             precedents: HashMap::default(),
@@ -147,6 +161,7 @@ impl Detector {
             if history.exec_id != row.exec_id {
                 // Another program now: nothing that was learned holds.
                 *history = fresh();
+                self.warned.retain(|(key, ..), _| *key != row.key);
                 for resource in Resource::ALL {
                     self.precedents.remove(&(row.key, resource));
                     self.marks.retain(|(key, of, _), _| (*key, *of) != (row.key, resource));
@@ -173,7 +188,7 @@ impl Detector {
                 }
                 track.settle(closed);
                 let thresholds = self.settings.detect.of(&row.info.group);
-                rules::apply(&mut self.plain, thresholds, row, (resource, live, limit), track, now);
+                rules::apply(&mut self.plain, &self.settings, row, (resource, live, limit), track, now);
                 let at = (row.key, resource);
                 let case = if track.is_open { self.cases.remove(&at) } else { None };
                 let was_open = case.is_some();
@@ -216,10 +231,11 @@ impl Detector {
         }
         self.plain.retain(|(key, ..), _| self.histories.contains_key(key));
         self.marks.retain(|(key, ..), _| self.histories.contains_key(key));
+        self.warned.retain(|(key, ..), _| self.histories.contains_key(key));
         self.precedents.retain(|(key, _), _| self.histories.contains_key(key));
         let is_visible =
             |finding: &Finding| finding.resolved.is_some_and(|end| now.saturating_sub(end.at) < VISIBLE);
-        self.resolved.retain(is_visible);
+        self.resolved.visible.retain(is_visible);
         changes
     }
 
@@ -236,37 +252,16 @@ impl Detector {
         let Some(case) = self.cases.get_mut(&(key, resource)) else { return };
         case.cgroup_limit = found.room.map(|room| u64::from(case.finding.live).saturating_add(room));
         if !found.examples.is_empty() {
-            let mut rules = self.settings.ignore.iter();
-            let rule = rules.find(|rule| rule.matches(&case.finding, &found.examples, &found.functions));
-            case.finding.ignored = rule.map(|rule| rule.reason.as_str().into());
-            case.finding.examples = found.examples;
+            case.finding.ignored = self.settings.ignored(&case.finding, &found.examples, &found.functions);
+            (case.finding.examples, case.finding.sampled) = (found.examples, found.sampled);
             case.finding.examples.truncate(MAX_EXAMPLES);
         }
         let thresholds = self.settings.detect.of(&case.finding.info.group);
         case.look(found.holdings, demand(thresholds, case.finding.limit), now);
         if case.is_leaking() {
             let is_same = |finding: &Finding| finding.key == key && finding.resource == resource;
-            self.resolved.retain(|finding| !is_same(finding));
+            self.resolved.visible.retain(|finding| !is_same(finding));
         }
-    }
-
-    /// Leaks that people have not been told of yet and are to be told of now.
-    pub(crate) fn tell(&mut self, now: u64) -> Vec<Finding> {
-        let mut told = Vec::new();
-        for (at, case) in &mut self.cases {
-            let finding = &case.finding;
-            if let Some(mark) = self.marks.get_mut(&(at.0, at.1, Rule::Trend)) {
-                case.told &= !mark.age(finding.live, now);
-                if mark.is_quiet(finding.live, now) {
-                    continue;
-                }
-            }
-            if case.is_leaking() && !case.told && finding.ignored.is_none() {
-                case.told = true;
-                told.push(finding.clone());
-            }
-        }
-        told
     }
 
     /// The verdicts that are not quiet: the surest first, then the fastest.
@@ -276,10 +271,10 @@ impl Detector {
             let is_same = |finding: &Finding| {
                 (finding.key, finding.resource) == (case.finding.key, case.finding.resource)
             };
-            self.resolved.iter().any(is_same)
+            self.resolved.visible.iter().any(is_same)
         };
         let open = self.cases.values().filter(|case| !is_resolved(case)).map(|case| &case.finding);
-        let all = open.chain(self.plain.values()).chain(&self.resolved);
+        let all = open.chain(self.plain.values()).chain(&self.resolved.visible);
         let mut findings: Vec<Finding> = all.cloned().collect();
         for finding in &mut findings {
             let at = (finding.key, finding.resource, finding.rule);
@@ -342,12 +337,15 @@ fn demand(thresholds: &Thresholds, limit: Option<u64>) -> Demand {
 }
 
 /// Closes a case: what was a leak stays visible.
-fn end(mut case: Case, why: Why, now: u64, resolved: &mut Vec<Finding>, changes: &mut Vec<Change>) {
+fn end(mut case: Case, why: Why, now: u64, resolved: &mut Ended, changes: &mut Vec<Change>) {
     changes.push(Change::Quiet(case.finding.key, case.finding.resource));
-    if case.finding.state == State::Leaking && resolved.len() < MAX_RESOLVED {
+    if case.finding.state == State::Leaking && resolved.visible.len() < MAX_RESOLVED {
         case.finding.state = State::Resolved;
         case.finding.resolved = Some(Resolution { at: now, why });
-        resolved.push(case.finding);
+        if case.told && !case.silenced {
+            resolved.untold.push(case.finding.clone());
+        }
+        resolved.visible.push(case.finding);
     }
 }
 

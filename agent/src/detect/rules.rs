@@ -1,4 +1,4 @@
-//! The plain rules beside the trend: each warns, none says `leaking`.
+//! The plain rules beside the trend: each warns once, none says `leaking`.
 
 use foldhash::HashMap;
 use plumb_common::task::ProcKey;
@@ -7,7 +7,7 @@ use super::{
     Detector, Track,
     case::SECOND,
     finding::{Example, Finding, Resource, Rule},
-    settings::Thresholds,
+    settings::Settings,
 };
 use crate::table::Row;
 
@@ -20,30 +20,36 @@ type Plain = HashMap<(ProcKey, Resource, Rule), Finding>;
 /// Judges a count whose shortest window is complete.
 pub(super) fn apply(
     plain: &mut Plain,
-    thresholds: &Thresholds,
+    settings: &Settings,
     row: &Row,
     (resource, live, limit): (Resource, u32, Option<u64>),
     track: &Track,
     now: u64,
 ) {
+    let thresholds = settings.detect.of(&row.info.group);
     let floor = track.floors.sustained();
     let part = thresholds.utilisation;
     let high = floor.zip(limit).is_some_and(|(floor, limit)| f64::from(floor) > part * limit as f64);
-    let mut set = |rule, holds: bool, baseline: u32| {
+    let mut set = |rule, holds: bool, baseline: Option<u32>| {
         let at = (row.key, resource, rule);
         if holds {
-            let new = || Finding::suspect(rule, resource, row, (live, limit), now);
+            let new = || {
+                let mut finding = Finding::suspect(rule, resource, row, (live, limit), now);
+                finding.ignored = settings.ignored(&finding, &[], &[]);
+                finding
+            };
             let finding = plain.entry(at).or_insert_with(new);
-            (finding.live, finding.limit, finding.baseline) = (live, limit, baseline);
+            (finding.live, finding.limit) = (live, limit);
+            finding.baseline = baseline.unwrap_or(finding.baseline);
         } else if !plain.is_empty() {
             plain.remove(&at);
         }
     };
     let base = track.base.get();
-    set(Rule::Utilisation, part > 0.0 && high, base.unwrap_or(live));
+    set(Rule::Utilisation, part > 0.0 && high, None);
     if resource == Resource::Thread && thresholds.threads_over_baseline > 0 {
         let more = floor.zip(base).map_or(0, |(floor, base)| floor.saturating_sub(base));
-        set(Rule::ThreadsOverBaseline, more > thresholds.threads_over_baseline, base.unwrap_or(live));
+        set(Rule::ThreadsOverBaseline, more > thresholds.threads_over_baseline, base);
     }
 }
 
@@ -87,6 +93,7 @@ impl Detector {
         let usage = super::usage(row, Resource::Thread, self.limits);
         let new = || Finding::suspect(Rule::ThreadAge, Resource::Thread, row, usage, now);
         let finding = self.plain.entry(at).or_insert_with(new);
+        finding.ignored = self.settings.ignored(finding, &examples, &[]);
         (finding.live, finding.examples) = (usage.0, examples);
     }
 }

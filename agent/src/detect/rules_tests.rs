@@ -135,6 +135,17 @@ fn functions_are_matched_where_they_are_known() {
 }
 
 #[test]
+fn a_glob_that_no_machine_can_be_made_of_is_an_error() {
+    let glob = |depth: usize| format!("path = '{}a{}'\nreason = 'x'", "{b,".repeat(depth), "}".repeat(depth));
+    let shallow: Ignore = toml::from_str(&glob(3)).unwrap();
+    let finding = Finding::suspect(Rule::Trend, Resource::Fd, &row(9, 1), (9, None), 0);
+    assert!(shallow.matches(&finding, &[example("file", "a", 1)], &[]));
+    assert!(!shallow.matches(&finding, &[example("file", "c", 1)], &[]));
+    let error = toml::from_str::<Ignore>(&glob(300)).unwrap_err();
+    assert!(error.message().contains("nested too deeply"), "{error}");
+}
+
+#[test]
 fn an_acknowledged_leak_is_told_again_when_it_has_doubled() {
     let mut play = Play::new().counts(leak());
     assert_eq!(play.leaking.len(), 1);
@@ -153,20 +164,21 @@ fn a_silence_postpones_what_was_not_told_and_repeats_nothing() {
     let suspect = || Play::new().counts((0..60).map(|second| 5 + second));
     let mut play = suspect();
     let id = play.detector.findings()[0].id();
-    play.detector.silence(&id, Some((BEGIN + 200) * SECOND)).unwrap();
+    play.detector.silence(&id, (BEGIN + 200) * SECOND).unwrap();
     let play = play.counts((60..300).map(|second| 5 + second));
     assert_eq!((play.leaking.clone(), play.states()), (vec![200], vec![State::Leaking]));
 
     let mut play = suspect().counts((60..150).map(|second| 5 + second));
     assert_eq!(play.leaking.len(), 1);
-    play.detector.silence(&id, Some((BEGIN + 200) * SECOND)).unwrap();
+    play.detector.silence(&id, (BEGIN + 200) * SECOND).unwrap();
     let mut play = play.counts((150..300).map(|second| 5 + second));
     assert_eq!(play.leaking.len(), 1);
-    play.detector.silence(&id, Some(u64::MAX)).unwrap();
+    play.detector.silence(&id, u64::MAX).unwrap();
     assert!(play.detector.findings()[0].mark.is_quiet(300, u64::MAX - 1));
-    play.detector.silence(&id, None).unwrap();
+    play.detector.unsilence(&id, 0).unwrap();
+    assert_eq!(play.detector.unsilence(&id, 0), Err(Refused::NotSilenced));
     assert_eq!(play.detector.findings()[0].mark, Mark::default());
-    assert_eq!(play.detector.ack("fd-1-2", None, 0), Err(NoSuchFinding));
+    assert_eq!(play.detector.ack("fd-1-2", None, 0), Err(Refused::NoSuchFinding));
 }
 
 proptest! {

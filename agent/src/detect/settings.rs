@@ -1,8 +1,8 @@
 //! What the detector is told: thresholds, by group where they differ, and what is to be ignored.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use globset::{Glob, GlobMatcher};
+use globset::{Glob, GlobSet};
 use serde::{Deserialize, Deserializer, de};
 
 use super::finding::{Example, Finding};
@@ -111,30 +111,39 @@ impl<'de> Deserialize<'de> for Detect {
 
 /// A glob: `*` stands for anything, also `/`; `?` for one letter; `[ab]` and `{one,two}` for a choice.
 #[derive(Clone)]
-pub(crate) struct Pattern(GlobMatcher);
+pub(crate) struct Pattern {
+    glob: Glob,
+    /// A set of one: unlike a matcher of the glob it says so when the glob is too large or too deep.
+    set: GlobSet,
+}
 
 impl Pattern {
     fn matches(&self, text: &str) -> bool {
-        self.0.is_match(text)
+        self.set.is_match(text)
     }
 }
 
 impl fmt::Debug for Pattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.glob().fmt(f)
+        self.glob.fmt(f)
     }
 }
 
 impl PartialEq for Pattern {
     fn eq(&self, other: &Self) -> bool {
-        self.0.glob() == other.0.glob()
+        self.glob == other.glob
     }
 }
 
 impl<'de> Deserialize<'de> for Pattern {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let text = String::deserialize(from)?;
-        Glob::new(&text).map(|glob| Self(glob.compile_matcher())).map_err(de::Error::custom)
+        let glob = Glob::new(&text).map_err(de::Error::custom)?;
+        let set = GlobSet::builder().add(glob.clone()).build();
+        set.map(|set| Self { glob, set }).map_err(|error| {
+            let why = error.kind();
+            de::Error::custom(format!("a glob is nested too deeply or too large: {why}"))
+        })
     }
 }
 
@@ -218,4 +227,18 @@ fn half(counts: impl Iterator<Item = (bool, u32)>) -> bool {
 pub(crate) struct Settings {
     pub detect: Detect,
     pub ignore: Vec<Ignore>,
+}
+
+impl Settings {
+    /// Why a finding is ignored, of which all that could be looked up is `held` and `functions`.
+    #[must_use]
+    pub(super) fn ignored(
+        &self,
+        finding: &Finding,
+        held: &[Example],
+        functions: &[(String, u32)],
+    ) -> Option<Arc<str>> {
+        let rule = self.ignore.iter().find(|rule| rule.matches(finding, held, functions))?;
+        Some(rule.reason.as_str().into())
+    }
 }

@@ -10,6 +10,7 @@ use super::{
     finding::{Example, Finding, Mark, Resource, Rule, State},
     floors::Point,
     growth::{MAX_POINTS, Precedents},
+    news::Topic,
     usage,
 };
 use crate::table::Row;
@@ -32,6 +33,9 @@ pub(crate) struct Saved {
     rule: Rule,
     state: State,
     told: bool,
+    /// People have been told that it is full.
+    #[serde(default)]
+    told_full: bool,
     leaking_since: Option<u64>,
     ignored: Option<String>,
     mark: Mark,
@@ -75,6 +79,7 @@ impl Saved {
             rule: Rule::Trend,
             state: State::Leaking,
             told: true,
+            told_full: false,
             leaking_since: Some(4),
             ignored: None,
             mark: Mark::default(),
@@ -94,12 +99,10 @@ impl Detector {
     #[must_use]
     pub(crate) fn save(&self) -> Vec<Saved> {
         let cases = self.cases.values().filter_map(|case| self.saved(&case.finding, Some(case)));
-        let marked = self
-            .plain
-            .values()
-            .filter(|finding| self.marks.contains_key(&(finding.key, finding.resource, finding.rule)));
-        let mut saved: Vec<Saved> =
-            cases.chain(marked.filter_map(|finding| self.saved(finding, None))).collect();
+        // What the plain rules find is found again; what was said of it and told of it is not.
+        let plain = self.plain.values().filter_map(|finding| self.saved(finding, None));
+        let plain = plain.filter(|saved| saved.told || saved.told_full || saved.mark != Mark::default());
+        let mut saved: Vec<Saved> = cases.chain(plain).collect();
         // What has not been taken up again yet is not lost by a second restart.
         saved.extend(self.pending.values().flatten().cloned());
         saved.sort_by_key(|saved| (std::cmp::Reverse(saved.state), saved.key(), saved.resource, saved.rule));
@@ -109,6 +112,7 @@ impl Detector {
 
     fn saved(&self, finding: &Finding, case: Option<&Case>) -> Option<Saved> {
         let at = (finding.key, finding.resource, finding.rule);
+        let was_told = |topic| self.warned.contains_key(&(finding.key, finding.resource, topic));
         let (window, points) = case.map_or((1, Vec::new()), Case::floors);
         let text = |example: &Example| Example {
             what: cut(&example.what),
@@ -122,7 +126,8 @@ impl Detector {
             resource: finding.resource,
             rule: finding.rule,
             state: finding.state,
-            told: case.is_some_and(|case| case.told),
+            told: case.map_or_else(|| was_told(Topic::Rule(finding.rule)), |case| case.told),
+            told_full: was_told(Topic::Full),
             leaking_since: finding.leaking_since,
             ignored: finding.ignored.as_deref().map(cut),
             mark: self.marks.get(&at).cloned().unwrap_or_default(),
@@ -162,7 +167,13 @@ impl Detector {
         if saved.mark != Mark::default() {
             self.marks.insert((row.key, saved.resource, saved.rule), saved.mark);
         }
+        if saved.told_full {
+            self.warned.insert((row.key, saved.resource, Topic::Full), now);
+        }
         if saved.rule != Rule::Trend {
+            if saved.told {
+                self.warned.insert((row.key, saved.resource, Topic::Rule(saved.rule)), now);
+            }
             return;
         }
         let (live, limit) = usage(row, saved.resource, self.limits);

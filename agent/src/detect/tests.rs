@@ -30,6 +30,8 @@ pub(super) fn row(fds: u32, threads: u32) -> Row {
     }
 }
 
+#[path = "news_tests.rs"]
+mod news;
 #[path = "rules_tests.rs"]
 mod rules;
 #[path = "snapshot_tests.rs"]
@@ -43,6 +45,8 @@ struct Play {
     /// Seconds of the first suspicion and of each verdict.
     suspect: Option<u64>,
     leaking: Vec<u64>,
+    /// Whatever was told beside that.
+    told: Vec<(u64, What, Rule)>,
     held: BTreeSet<u64>,
     /// What every look finds.
     examples: Vec<Example>,
@@ -56,6 +60,7 @@ impl Play {
             second: 0,
             suspect: None,
             leaking: Vec::new(),
+            told: Vec::new(),
             held: BTreeSet::new(),
             examples: Vec::new(),
         }
@@ -87,7 +92,12 @@ impl Play {
                 Change::Quiet(..) => {}
             }
         }
-        self.leaking.extend(self.detector.tell(now).iter().map(|_| self.second));
+        for News { what, finding } in self.detector.tell(now) {
+            match what {
+                What::Leak => self.leaking.push(self.second),
+                _ => self.told.push((self.second, what, finding.rule)),
+            }
+        }
         self.second += 1;
     }
 
@@ -268,7 +278,7 @@ proptest! {
                 }
             }
             detector.tell(now);
-            prop_assert!(detector.cases.len() <= 2 && detector.resolved.len() <= MAX_RESOLVED);
+            prop_assert!(detector.cases.len() <= 2 && detector.resolved.visible.len() <= MAX_RESOLVED);
         }
     }
 }

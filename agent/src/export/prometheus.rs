@@ -12,7 +12,7 @@ use plumb_common::counts;
 use prometheus::{IntCounterVec, Opts, Registry, TextEncoder};
 
 use crate::{
-    detect::{Finding, State},
+    detect::{Finding, News, Rule, State, What},
     supervisor::{self, Workers},
     table::Row,
     view::HostView,
@@ -44,9 +44,11 @@ impl Own {
         Ok(Self { registry, reports })
     }
 
-    /// Counts a report.
-    pub(crate) fn reported(&self, finding: &Finding) {
-        self.reports.with_label_values(&[finding.resource.word()]).inc();
+    /// Counts a report of a leak.
+    pub(crate) fn reported(&self, news: &News) {
+        if news.what == What::Leak {
+            self.reports.with_label_values(&[news.finding.resource.word()]).inc();
+        }
     }
 }
 
@@ -153,7 +155,9 @@ fn leaks(page: &mut Page, findings: &[Finding]) -> fmt::Result {
         let (group, resource) = (&*finding.info.group, finding.resource.word());
         let state = if finding.ignored.is_some() { "ignored" } else { finding.state.word() };
         *count.entry((group, resource, state)).or_default() += 1;
-        if state == State::Leaking.word()
+        // A leak may have settled because it is at its limit: the rule of high use still knows.
+        let by_use = || finding.rule == Rule::Utilisation && finding.is_full() && !finding.is_sealed();
+        if (state == State::Leaking.word() || (state == State::Suspect.word() && by_use()))
             && let Some(seconds) = finding.seconds_to_exhaustion()
         {
             let kept = soonest.entry((group, resource)).or_insert(f64::INFINITY);
@@ -171,7 +175,7 @@ fn leaks(page: &mut Page, findings: &[Finding]) -> fmt::Result {
     page.family(
         "plumb_leak_exhaustion_seconds",
         GAUGE,
-        "Time until the first leaking process of the group reaches its limit, at its present rate.",
+        "Time until the first leaking process of the group reaches its limit, at its present rate; 0 at the limit.",
         soonest
             .iter()
             .map(|((group, resource), seconds)| ([("group", *group), ("resource", *resource)], *seconds)),

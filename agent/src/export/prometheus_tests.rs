@@ -3,7 +3,10 @@ use std::sync::Arc;
 use plumb_common::task::ProcKey;
 
 use super::*;
-use crate::procfs::ProcStatic;
+use crate::{
+    detect::{Detector, HostLimits, Settings},
+    procfs::ProcStatic,
+};
 
 fn row(group: &str, fds: u32) -> Row {
     Row {
@@ -41,6 +44,25 @@ fn groups_add_up_and_keep_their_worst_process() {
     ] {
         assert!(page.lines().any(|found| found == line), "{line} is not in\n{page}");
     }
+}
+
+#[test]
+fn whatever_is_at_its_limit_has_no_time_left() {
+    let seconds = |fds: u32| {
+        let row = row("web", fds);
+        let mut detector = Detector::new(HostLimits { threads: 9_999 }, Settings::default());
+        for second in 9_000..9_060 {
+            detector.observe(std::slice::from_ref(&row), second * 1_000_000_000);
+        }
+        let view = HostView { findings: detector.findings(), ..HostView::default() };
+        let page = page(&view, &Workers::default(), &Own::new().unwrap()).unwrap();
+        assert!(page.contains("plumb_leak_findings{group=\"web\",resource=\"fd\",state=\"suspect\"} 1"));
+        let line = page.lines().find(|line| line.starts_with("plumb_leak_exhaustion_seconds{"));
+        line.map(|line| line.rsplit(' ').next().unwrap().to_owned())
+    };
+    assert_eq!(seconds(99), Some("0".to_owned()));
+    assert_eq!(seconds(90), None, "it may be meant to have so many");
+    assert_eq!(seconds(101), None, "a limit below what it has is");
 }
 
 #[test]

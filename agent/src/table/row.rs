@@ -35,6 +35,29 @@ pub(crate) struct Row {
     pub info: Arc<ProcStatic>,
 }
 
+#[cfg(test)]
+impl Row {
+    /// A process with one thread.
+    pub(crate) fn example(fds: u32, fd_limit: u64) -> Self {
+        let info = ProcStatic { comm: "app".into(), exe: None, group: "app.service".into() };
+        Self {
+            key: ProcKey::new(42, 7),
+            exec_id: 1,
+            fd_limit,
+            nproc_limit: u64::MAX,
+            rss_bytes: 0,
+            ppid: 1,
+            uid: 0,
+            fds,
+            threads: 1,
+            state: 0,
+            flags: 0,
+            exited: false,
+            info: Arc::new(info),
+        }
+    }
+}
+
 impl Row {
     /// A row as a pass saw it.
     #[must_use]

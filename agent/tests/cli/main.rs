@@ -183,8 +183,6 @@ fn what_cannot_be_an_id_is_not_asked_for() {
     let output = plumb().args(["leaks", "ack", "fd/../1"]).output().unwrap();
     let line = "plumb: \"fd/../1\" is not an id of a finding; `plumb leaks` lists the ids";
     assert_failure(&output, 1, line);
-    let output = plumb().args(["leaks", "silence", "fd-1-2", "--for", "99999years"]).output().unwrap();
-    assert_failure(&output, 1, "plumb: no calendar reaches that far; name an earlier time");
 }
 
 #[test]
@@ -197,6 +195,10 @@ fn wrong_usage_is_exit_code_2() {
         &["leaks", "ack"],
         &["leaks", "silence", "fd-1-2"],
         &["leaks", "silence", "fd-1-2", "--for", "soon"],
+        &["leaks", "silence", "fd-1-2", "--for", "0s"],
+        &["leaks", "silence", "fd-1-2", "--for", "366days"],
+        &["leaks", "silence", "fd-1-2", "--until", "2001-01-31T12:00:00Z"],
+        &["leaks", "ack", "fd-1-2", "--reason", " "],
         &["leaks", "silence", "fd-1-2", "--for", "1h", "--until", "2030-01-31T12:00:00Z"],
     ] {
         assert_eq!(plumb().args(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");

@@ -99,11 +99,15 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
     let shown = || agent.leaks().into_iter().find(|finding| finding["id"] == id).unwrap();
-    assert_eq!(say(&["ack", id, "--reason", "being fixed"]), (Some(0), String::new()));
+    let (status, line) = say(&["ack", id, "--reason", "being fixed"]);
+    assert!(status == Some(0) && line.starts_with(&format!("plumb: {id} is acknowledged")), "{line}");
     assert_eq!(shown()["acknowledged"]["reason"], "being fixed");
-    assert_eq!(say(&["silence", id, "--for", "2h"]), (Some(0), String::new()));
+    let (status, line) = say(&["silence", id, "--for", "2h"]);
+    assert!(status == Some(0) && line.starts_with(&format!("plumb: {id} is not told before 2")), "{line}");
     assert!(shown()["silenced_until"].is_string());
-    assert_eq!(say(&["unsilence", id]), (Some(0), String::new()));
+    assert_eq!(say(&["unsilence", id]), (Some(0), format!("plumb: the silence of {id} has ended\n")));
+    let not_silenced = format!("plumb: {id} is not silenced; there is nothing to end\n");
+    assert_eq!(say(&["unsilence", id]), (Some(1), not_silenced));
     assert!(shown()["silenced_until"].is_null());
     let unknown = "plumb: no finding has the id fd-1-2; `plumb leaks` lists the ids\n";
     assert_eq!(say(&["ack", "fd-1-2"]), (Some(1), unknown.to_owned()));

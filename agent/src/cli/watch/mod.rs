@@ -76,7 +76,8 @@ fn followed() -> String {
     names.dedup();
     format!(
         "Followed fd calls: {}. An fd that comes or goes on another way is seen through the kernel's functions \
-         (`--via functions`), else in `plumb fds` only; docs/fd-paths.md lists each.",
+         (`--via functions`), else in `plumb fds` only; docs/fd-paths.md lists each. \
+         With `-o json`, as with `-o jsonl`, each event is an object on a line of its own.",
         names.join(" ").replace("fcntl fcntl64", "fcntl(F_DUPFD)")
     )
 }

@@ -17,7 +17,7 @@ use self::{
     world::{Random, World},
 };
 use super::{
-    Change, Confirmation, Detector, HostLimits, Resource, Settings, State,
+    Change, Confirmation, Detector, HostLimits, Resource, Settings, State, What,
     cohorts::{Cohorts, identity},
     tests::row,
 };
@@ -83,7 +83,7 @@ fn run(family: &Family, seed: u64) -> Run {
                 Change::Quiet(..) => {}
             }
         }
-        if !detector.tell(now).is_empty() {
+        if detector.tell(now).iter().any(|news| news.what == What::Leak) {
             if plan.leaks_from.is_some() && since >= 0.0 {
                 run.leaking = run.leaking.or(Some(since));
             } else {
