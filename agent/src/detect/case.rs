@@ -193,6 +193,8 @@ impl Case {
         self.finding.growth_per_minute = (growth.slope() * 60.0).max(0.0);
         match shape {
             Shape::GivenBack => return Step::Ends(Why::GivenBack),
+            // It has stopped because there is no room.
+            Shape::Settled if self.finding.is_at_limit() => self.settled = 0,
             Shape::Settled if self.settled == 0 => self.settled = now,
             Shape::Settled if now.saturating_sub(self.settled) >= REST => return Step::Ends(Why::Settled),
             Shape::Settled => {}

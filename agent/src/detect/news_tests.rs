@@ -159,10 +159,9 @@ fn a_rule_that_ignores_a_process_ignores_its_warnings() {
     assert!(play.told.is_empty());
 }
 #[test]
-fn what_has_settled_at_its_limit_is_full_by_its_use() {
+fn what_has_stopped_at_its_limit_goes_on_as_a_leak_that_is_full() {
     let play = shell().counts(std::iter::repeat_n(1_017, 1_300));
-    assert_eq!(trend(&play).resolved.map(|end| end.why), Some(Why::Settled));
-    assert!(trend(&play).is_at_limit() && !trend(&play).is_full());
+    assert!(trend(&play).resolved.is_none() && trend(&play).is_full());
     assert!(play.detector.findings().iter().any(|of| of.rule == Rule::Utilisation && of.is_full()));
     assert_eq!(play.told.iter().filter(|told| told.1 == What::Full).count(), 1, "{:?}", play.told);
 }

@@ -287,13 +287,13 @@ impl Follower {
             }
         }
         for (key, _) in keys {
-            self.kill(key)?;
+            self.end(key)?;
         }
         Ok(())
     }
 
     /// Ends a process of the tree, and no other that may have its number by now.
-    fn kill(&mut self, key: ProcKey) -> Result<(), Failure> {
+    fn end(&mut self, key: ProcKey) -> Result<(), Failure> {
         let pid = i32::try_from(key.tgid).ok().and_then(Pid::from_raw);
         let Some(pidfd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
             return Ok(());

@@ -16,6 +16,8 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
 use super::command::Before;
 
 /// Time for one try.
@@ -95,6 +97,15 @@ fn answers(uri: &Uri) -> bool {
             .block_on(async { tokio::time::timeout(TRY, asked).await })
             .is_ok_and(|found| found == Some(true))
     })
+}
+
+/// Ends a script, and whatever its shell has become by exec.
+pub(super) fn end(script: &mut Child) -> std::io::Result<()> {
+    // It has not been waited for, so the number is its own.
+    let pidfd = pidfd_open(Pid::from_child(script), PidfdFlags::empty())?;
+    // It may have ended by itself.
+    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    script.wait().map(drop)
 }
 
 /// Starts a script in a shell. What it prints goes where plumb's messages go: stdout is the command's.

@@ -138,8 +138,7 @@ impl Session {
         self.took = began.elapsed();
         if let Some(mut load) = load {
             // A load that goes on without its server is of no use.
-            load.kill()?;
-            load.wait()?;
+            script::end(&mut load)?;
         }
         Ok(status)
     }
@@ -271,8 +270,7 @@ impl Session {
             }
             self.pump(running)?;
             if let Some(status) = running.try_wait()? {
-                child.kill()?;
-                child.wait()?;
+                script::end(child)?;
                 let cause = format!("the command ended ({}) during a round", ended(Some(status)));
                 return Err(Failure::new(Exit::Error, cause, "look at its own messages"));
             }
