@@ -205,7 +205,10 @@ fn what_cannot_be_run_is_told_as_a_shell_tells_it() {
     let (code, message) = refused(&["--", "/nonexistent/program"]);
     assert_eq!(code, 127, "{message}");
     assert!(message.contains("/nonexistent/program") && message.lines().count() == 1, "{message}");
-    assert_eq!(refused(&["--", "/etc/passwd"]).0, 126);
+    let dir = TempDir::new();
+    let no_program = dir.join("text");
+    fs::write(&no_program, "text").unwrap();
+    assert_eq!(refused(&["--", &no_program]).0, 126);
     assert_eq!(refused(&[]).0, 2);
     assert_eq!(refused(&["--stop", "NONSENSE", "--", "true"]).0, 2);
     assert_eq!(refused(&["--ready", "80", "--", "true"]).0, 2);

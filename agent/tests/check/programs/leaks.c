@@ -518,7 +518,7 @@ static void wait_for(pid_t child)
 
 static void exec_true(void)
 {
-    execv("/bin/true", (char *[]){"true", NULL});
+    execv("/proc/self/exe", (char *[]){"leaks", "nothing", NULL});
     _exit(1);
 }
 
@@ -952,6 +952,9 @@ static int run(const struct leak *leak)
 int main(int argc, char **argv)
 {
     fixed = argc == 3 && strcmp(argv[2], "fixed") == 0;
+    if (argc == 2 && strcmp(argv[1], "nothing") == 0) {
+        return 0;
+    }
     if (argc == 2 && strcmp(argv[1], "list") == 0) {
         return list();
     }
