@@ -30,11 +30,13 @@ Examples:
   plumb fds --pid 42              what a process has open
   plumb watch --comm nginx        fd, thread and process events as they happen
   plumb watch --origins --pid 42  with the lines of code that make fds and threads
+  plumb check -- cargo test       fail when a command leaks, for tests
   plumb doctor                    what this kernel lets plumb see";
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0 ok   1 error   2 usage   4 missing privilege   5 kernel cannot   6 agent unreachable   130 interrupted
+  0 ok   1 error   2 usage   3 findings   4 missing privilege   5 kernel cannot   6 agent unreachable   130 interrupted
+  plumb check without findings: that of the command
 
 Documentation: README.md and ARCHITECTURE.md of the source";
 

@@ -31,20 +31,24 @@ use crate::{
 
 const EXAMPLES: &str = "\
 Examples:
-  plumb check -- cargo test                                  fds, threads and children that tests leave
-  plumb check --iterations 5 -- ./cli --do-something         each run, and whether it becomes more
-  plumb check --steady 'wrk -d2 http://127.0.0.1:8080/' --ready 8080 -- ./server
-                                                             what grows from round to round under equal load
-  plumb check --stop TERM --within 10s --ready 8080 --load 'wrk -d5 http://127.0.0.1:8080/' -- ./server
-                                                             whether it stops when it is told to, and where it hangs
-  plumb check --gen-suppressions known.supp -- ./program     write down what is known; then --suppressions known.supp
+  what the tests leave: fds, threads, children
+    plumb check -- cargo test
+  five runs, and whether each leaves more
+    plumb check --iterations 5 -- ./import --all
+  what grows from round to round under equal load
+    plumb check --steady 'wrk -d2 http://127.0.0.1:8080/' --ready 8080 -- ./server
+  whether it stops when it is told to, and where it hangs
+    plumb check --stop TERM --within 10s --ready 8080 -- ./server
+  write down what is known, give the reasons, and go on without it
+    plumb check --gen-suppressions known.supp -- ./import
+    plumb check --suppressions known.supp -- ./import
 
-Exit code: 3 with findings, else that of the command (128 and the signal's number when a signal ended it; 0 when that was the
-signal of --stop). 126 and 127: it could not be run.
+Exit code: 3 with findings; else that of the command, 128 and the number of the signal that ended it, or 0 when that was \
+the signal of --stop. 126 and 127 when it could not be run.
 
-What is a leak: fds and threads that are there at the end of a process, several from one line of code; fds that reach
-another program without anybody's intention; children that nobody waited for, or that go on; closing twice. One file that is
-kept until the end is none. docs/check.md has more.";
+What is a leak: fds and threads that are there at the end of a process, several from one line of code; fds that reach \
+another program without anybody's intention; children that nobody waited for, or that go on; closing twice. One file \
+that is kept until the end is none. docs/check.md has more.";
 
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
@@ -94,7 +98,7 @@ pub(super) struct Arguments {
     /// Write the report there instead of to stderr
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Form of the report; jsonl is the same as json
+    /// Form of the report; json and jsonl are the same
     #[arg(short = 'o', long = "output", value_enum, default_value_t, value_name = "FORMAT")]
     format: Format,
     /// The command and its arguments
