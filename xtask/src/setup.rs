@@ -70,8 +70,24 @@ pub(crate) fn for_test() -> Result<()> {
         package("gcc", "/usr/bin/gcc", "builds programs whose stacks are sampled"),
         package("g++", "/usr/bin/g++", "builds programs whose stacks are sampled"),
         package("binutils", "/usr/bin/objcopy", "strips and spoils them"),
+        package("git", "/usr/bin/git", "a command that must be clean below plumb check"),
+        package(
+            "python3-pytest",
+            "/usr/lib/python3/dist-packages/pytest/__init__.py",
+            "a recipe of plumb check",
+        ),
     ])?;
+    // Another one than Debian's will do, and is mostly the newer one.
+    if !is_on_path("npm") {
+        install(&[package("npm", "/usr/bin/npm", "a recipe of plumb check, with nodejs")])?;
+    }
     go().map(drop)
+}
+
+/// Whether there is a program of this name.
+pub(crate) fn is_on_path(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
 /// The peers that the benchmark compares with.

@@ -26,7 +26,7 @@ const MAX_SITES: usize = 4096;
 const KILLED: u32 = 0x7f;
 /// Programs that run others' code from one place of their own: there the line of code is not in the stack.
 const INTERPRETERS: &[&str] =
-    &["python", "libpython", "bash", "dash", "sh", "zsh", "perl", "ruby", "libruby", "php", "lua"];
+    &["python", "libpython", "bash", "dash", "sh", "zsh", "perl", "node", "ruby", "libruby", "php", "lua"];
 
 /// What makes two things one site.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -178,6 +178,7 @@ fn is_go_standard(function: &str) -> bool {
 
 fn is_node_internal(line: &Line) -> bool {
     line.function.starts_with("Builtin:")
+        || line.function.starts_with("Builtins_")
         || line.function.starts_with("BytecodeHandler:")
         || line.function.starts_with("node::")
         || line.function.starts_with("v8::")

@@ -233,11 +233,12 @@ impl Follower {
             processes.entry(open.event.header.process).or_default().insert(open.event.file, open);
         }
         for (process, opens) in processes {
-            self.kernel.files(process, |record| {
+            let done = self.kernel.files(process, |record| {
                 if let Some(open) = opens.get(&record.file) {
                     open.describe(OpenFile::describe(record));
                 }
-            })?;
+            });
+            unless_gone(done)?;
         }
         Ok(())
     }
@@ -247,8 +248,9 @@ impl Follower {
         let keys: Vec<ProcKey> = self.tree.processes().map(|process| process.key).collect();
         for key in keys {
             let mut open = HashSet::new();
-            self.kernel.files(key, |record| _ = open.insert(record.fd))?;
-            let running: HashSet<u32> = self.kernel.threads(key)?.iter().map(|thread| thread.tid).collect();
+            unless_gone(self.kernel.files(key, |record| _ = open.insert(record.fd)))?;
+            let running: HashSet<u32> =
+                unless_gone(self.kernel.threads(key))?.iter().map(|thread| thread.tid).collect();
             if let Some(process) = self.tree.get_mut(key) {
                 process.fds.retain(|fd, _| open.contains(fd));
                 process.threads.retain(|tid, _| running.contains(tid));
@@ -264,7 +266,7 @@ impl Follower {
         let keys: Vec<(ProcKey, String)> =
             self.tree.processes().map(|process| (process.key, process.comm.clone())).collect();
         for (key, comm) in &keys {
-            let threads = self.kernel.threads(*key)?;
+            let threads = unless_gone(self.kernel.threads(*key))?;
             let wanted: Vec<u32> = threads.iter().map(|thread| thread.tid).collect();
             let census = Copied::take(*key, &threads, &wanted);
             let image = self.stacks.image(key.tgid, clock::boottime());
@@ -273,7 +275,7 @@ impl Follower {
                 None => census.map(|stacks| stacks.into_iter().map(|_| None).collect()),
             };
             let mut connections = 0;
-            self.kernel.files(*key, |record| connections += u32::from(is_connected(record)))?;
+            unless_gone(self.kernel.files(*key, |record| connections += u32::from(is_connected(record))))?;
             for blocked in census.blocked {
                 let at = if blocked.wait_channel.is_empty() { "running" } else { &blocked.wait_channel };
                 let target = format!(
@@ -393,6 +395,14 @@ fn key_of(kernel: &mut Kernel, tgid: u32) -> Result<ProcKey, Failure> {
             "in a container plumb needs the host's pid namespace; `plumb doctor` tells",
         )
     })
+}
+
+/// A process that has ended has nothing.
+fn unless_gone<T: Default>(listed: io::Result<T>) -> io::Result<T> {
+    match listed {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(T::default()),
+        listed => listed,
+    }
 }
 
 /// Whether it is a TCP connection (include/net/tcp_states.h: all but CLOSE and LISTEN).

@@ -156,7 +156,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let report = session.report(&arguments.command, status, &rules)?;
     write(arguments, &report)?;
     let is_clean = report.findings.is_empty();
-    Ok(if is_clean { Exit::Command(code(status, arguments.stop)) } else { Exit::Findings })
+    Ok(if is_clean { Exit::Command(code(status, is_server.then_some(server.stop))) } else { Exit::Findings })
 }
 
 fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {

@@ -125,6 +125,10 @@ impl Session {
                 self.pump(&running)?;
                 done = load.try_wait()?;
             }
+            if done.is_some() {
+                // What it has closed the server closes now.
+                self.settle(&running)?;
+            }
             if let Some(status) = done.filter(|status| !status.success()) {
                 self.follower.end_unstopped()?;
                 let cause = format!("the load failed ({})", ended(Some(status)));
@@ -256,6 +260,10 @@ impl Session {
                 "try it by hand against the server",
             ));
         }
+        self.settle(running)
+    }
+
+    fn settle(&mut self, running: &Running) -> Result<(), Failure> {
         let end = Instant::now() + SETTLE;
         while Instant::now() < end {
             self.pump(running)?;
