@@ -77,12 +77,12 @@ impl Arguments {
         }
         let tests = build_kernel_tests()?;
         if self.kernel.is_empty() && !self.bless {
-            let mut tests = cargo("test");
+            let mut all = cargo("test");
             if !setup::is_on_path("cargo-nextest") {
                 eprintln!("xtask: cargo-nextest is not there: its recipe is left out");
-                tests.env("PLUMB_NO_NEXTEST", "1");
+                all.env("PLUMB_NO_NEXTEST", "1");
             }
-            run(tests.arg("--release"))?;
+            run(all.arg("--release"))?;
             soak::Arguments::short(&tests, SOAK)?;
             zoo::all()?;
         }
