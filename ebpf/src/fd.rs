@@ -85,8 +85,10 @@ pub(crate) struct Removed {
 
 #[inline(always)]
 pub(crate) fn removed(header: Header, removed: &Removed) {
-    if matches!(removed.change, FD_CLOSED | FD_BAD_CLOSE) && removed.fd == removed.fd_last {
-        stack::take_short(&header, removed.fd);
+    match removed.change {
+        FD_CLOSED if removed.fd == removed.fd_last => stack::take_of_close(&header, removed.fd),
+        FD_BAD_CLOSE => stack::take_of_bad_close(&header, removed.fd),
+        _ => {}
     }
     emit::send_filled::<FdChange>(counts::FD, |event| {
         // SAFETY: the record has been reserved.
