@@ -34,8 +34,13 @@ pub const STACK_RING_BYTES: u32 = 1 << 20;
 /// Bytes of a user stack that a record has room for: the smaller one when that much is not there.
 pub const STACK_BYTES: [usize; 2] = [4 << 10, 16 << 10];
 
-/// Bytes kept of the user stack of whoever closes an fd, where trees are followed: the next few callers.
-pub const CLOSE_STACK_BYTES: usize = 1 << 10;
+/// More sizes, where trees are followed: whatever is copied is memory that two processors have to fetch.
+pub const TREE_STACK_BYTES: [usize; 3] = [1 << 10, 2 << 10, 8 << 10];
+
+/// Bytes kept of the user stack of whoever closes an fd, where trees are followed: the next few callers. And of whoever
+/// closes what is not open, which is told first.
+pub const CLOSE_STACK_BYTES: usize = 512;
+pub const BAD_CLOSE_STACK_BYTES: usize = 1 << 10;
 
 /// Fds of one received message, and messages of one call, that are followed.
 pub const MESSAGE_FDS: usize = 16;

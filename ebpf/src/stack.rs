@@ -5,7 +5,10 @@ use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_probe_read_user};
 use plumb_common::{
     counts,
     event::{Header, KIND_STACK, KIND_TABLE, Stack, Watch},
-    limits::{CLOSE_STACK_BYTES, FEW_STACKS, STACK_BYTES, STACKS_PER_SECOND},
+    limits::{
+        BAD_CLOSE_STACK_BYTES, CLOSE_STACK_BYTES, FEW_STACKS, STACK_BYTES, STACKS_PER_SECOND,
+        TREE_STACK_BYTES,
+    },
     offsets,
 };
 
@@ -39,12 +42,16 @@ fn is_asked(header: &Header) -> bool {
     if !maps::watched_only() {
         return maps::all_stacks();
     }
+    if maps::tree() {
+        // Nobody else has a header.
+        return true;
+    }
     let Some(watch) = maps::WATCHED.get_ptr_mut(header.process.tgid) else { return false };
     // SAFETY: a map value; what another CPU writes meanwhile makes the number a little larger.
     let watch = unsafe { &mut *watch };
     watch.stacks != 0
         && watch.start_boottime == header.process.start_boottime
-        && (maps::tree() || is_within_budget(watch, header))
+        && is_within_budget(watch, header)
 }
 
 #[inline(always)]
@@ -64,18 +71,26 @@ fn is_within_budget(watch: &mut Watch, header: &Header) -> bool {
 
 /// As `take`, of whoever closes an fd: only the next few callers, and only where trees are followed.
 #[inline(always)]
-pub(crate) fn take_short(header: &Header, closed: u32) {
-    if maps::tree() && is_asked(header) {
-        copy_short(header, closed);
+pub(crate) fn take_of_close(header: &Header, closed: u32) {
+    if maps::tree() {
+        copy_short::<CLOSE_STACK_BYTES>(header, closed);
+    }
+}
+
+/// As `take_of_close`, where nothing was open.
+#[inline(always)]
+pub(crate) fn take_of_bad_close(header: &Header, closed: u32) {
+    if maps::tree() {
+        copy_short::<BAD_CLOSE_STACK_BYTES>(header, closed);
     }
 }
 
 #[inline(never)]
-fn copy_short(header: &Header, closed: u32) {
+fn copy_short<const BYTES: usize>(header: &Header, closed: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
-    emit::send_stack::<Record<CLOSE_STACK_BYTES>>(|to| fill(to, header, &place, closed));
+    emit::send_stack::<Record<BYTES>>(|to| fill(to, header, &place, closed));
 }
 
 /// Sends which fds of the running process are open, as far as the record has room: 131,072 of them.
@@ -118,10 +133,17 @@ fn copy(header: &Header, made: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
-    if regs::stack_left(place.sp) > SHALLOW as u64 && is_readable(place.sp + SHALLOW as u64) {
-        emit::send_stack::<Record<DEEP>>(|to| fill(to, header, &place, made));
-    } else {
+    let left = regs::stack_left(place.sp);
+    if maps::tree() && left <= TREE_STACK_BYTES[0] as u64 {
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[0] }>>(|to| fill(to, header, &place, made));
+    } else if maps::tree() && left <= TREE_STACK_BYTES[1] as u64 {
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[1] }>>(|to| fill(to, header, &place, made));
+    } else if left <= SHALLOW as u64 || !is_readable(place.sp + SHALLOW as u64) {
         emit::send_stack::<Record<SHALLOW>>(|to| fill(to, header, &place, made));
+    } else if maps::tree() && left <= TREE_STACK_BYTES[2] as u64 {
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[2] }>>(|to| fill(to, header, &place, made));
+    } else {
+        emit::send_stack::<Record<DEEP>>(|to| fill(to, header, &place, made));
     }
 }
 

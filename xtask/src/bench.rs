@@ -30,6 +30,8 @@ enum Part {
     Rate,
     /// The agent's CPU time and memory on an idle host
     Agent,
+    /// What `plumb check` adds to commands, and Valgrind
+    Check,
     /// The detector over 10,000 made-up processes; without root, and only by its name
     Detect,
 }
@@ -44,7 +46,7 @@ impl Arguments {
         }
         setup::require_root("loading kernel programs")?;
         setup::for_build()?;
-        if self.parts.is_empty() || self.parts.contains(&Part::Peers) {
+        if self.parts.is_empty() || self.parts.iter().any(|part| matches!(part, Part::Peers | Part::Check)) {
             setup::for_bench()?;
         }
         let parts =

@@ -101,6 +101,8 @@ pub(crate) fn for_bench() -> Result<()> {
             "/usr/bin/prometheus-process-exporter",
             "a peer to measure: reads /proc at each scrape",
         ),
+        package("valgrind", "/usr/bin/valgrind", "a peer to measure: tells of fds that commands leave"),
+        package("gcc", "/usr/bin/gcc", "builds a command to measure, and is one"),
     ])
 }
 

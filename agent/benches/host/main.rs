@@ -7,6 +7,7 @@
 mod agent;
 mod attach;
 mod calm;
+mod check;
 mod crowd;
 mod overhead;
 mod rate;
@@ -66,7 +67,7 @@ struct Part {
     run: fn(Effort, Option<&str>) -> Result<()>,
 }
 
-static PARTS: [Part; 5] = [
+static PARTS: [Part; 6] = [
     Part { name: "snapshot", seconds: [20, 5], run: |effort, _| snapshot::run(effort) },
     Part {
         name: "overhead",
@@ -83,6 +84,7 @@ static PARTS: [Part; 5] = [
     },
     Part { name: "rate", seconds: [125, 15], run: |effort, _| rate::run(effort) },
     Part { name: "agent", seconds: [120, 60], run: |effort, _| agent::run(effort) },
+    Part { name: "check", seconds: [900, 180], run: check::run },
 ];
 
 fn main() -> Result<()> {
