@@ -101,6 +101,9 @@ fn answers(uri: &Uri) -> bool {
 
 /// Ends a script, and whatever its shell has become by exec.
 pub(super) fn end(script: &mut Child) -> std::io::Result<()> {
+    if script.try_wait()?.is_some() {
+        return Ok(());
+    }
     // It has not been waited for, so the number is its own.
     let pidfd = pidfd_open(Pid::from_child(script), PidfdFlags::empty())?;
     // It may have ended by itself.
