@@ -40,6 +40,10 @@ const fn fd(rule: &'static str, what: [&'static str; 2], stacks: [&'static [&'st
     Case { rule, kind: Kind::Fd, what, stacks }
 }
 
+const fn of(kind: Kind, rule: &'static str, stacks: [&'static [&'static str]; 2]) -> Case {
+    Case { rule, kind, what: ["/tmp/file"; 2], stacks }
+}
+
 const CREATE: &str = "pthread_create in /lib/x86_64-linux-gnu/libc.so.6";
 const JVM: &str =
     "os::create_thread(Thread*, os::ThreadType, unsigned long) in /usr/lib/jvm/17/lib/server/libjvm.so";
@@ -90,6 +94,14 @@ const CASES: &[Case] = &[
         [
             &["runtime.netpollinit", "runtime.netpollGenericInit", "internal/poll.runtime_pollServerInit"],
             &["syscall.EpollCreate1", "main.main"],
+        ],
+    ),
+    of(
+        Kind::Fd,
+        "go-asm-sources",
+        [
+            &["syscall.Open", "os.Open", "cmd/asm/internal/lex.NewLexer", "main.main", "runtime.main"],
+            &["syscall.Open", "os.Open", "main.NewLexer", "main.main", "runtime.main"],
         ],
     ),
     thread(
@@ -262,6 +274,57 @@ const CASES: &[Case] = &[
                 "v8::platform::DefaultWorkerThreadsTaskRunner::DefaultWorkerThreadsTaskRunner(unsigned int, double (*)())",
             ],
             &[CREATE, "v8::base::Thread::Start()", "app::Watch::Watch()"],
+        ],
+    ),
+    of(
+        Kind::ExecFd,
+        "v8-logs",
+        [
+            &[
+                "open in /lib/libc.so.6",
+                "fopen in /lib/libc.so.6",
+                "v8::base::OS::FOpen(char const*, char const*)",
+                "v8::internal::LinuxPerfBasicLogger::LinuxPerfBasicLogger(v8::internal::Isolate*)",
+            ],
+            &["open in /lib/libc.so.6", "fopen in /lib/libc.so.6", "addon::Init(v8::Local<v8::Object>)"],
+        ],
+    ),
+    of(
+        Kind::DoubleClose,
+        "shell-close",
+        [
+            &["__close in /lib/libc.so.6", "? in /usr/bin/bash", "execute_command_internal in /usr/bin/bash"],
+            // A builtin that was loaded, in C.
+            &[
+                "__close in /lib/libc.so.6",
+                "finfo_builtin in /usr/lib/bash/finfo",
+                "execute_command_internal in /usr/bin/bash",
+            ],
+        ],
+    ),
+    of(
+        Kind::ExecFd,
+        "bash-redirections",
+        [
+            &[
+                "open in /lib/libc.so.6",
+                "? in /usr/bin/bash",
+                "do_redirections in /usr/bin/bash",
+                "execute_command_internal in /usr/bin/bash",
+            ],
+            &[
+                "open in /lib/libc.so.6",
+                "finfo_builtin in /usr/lib/bash/finfo",
+                "execute_command_internal in /usr/bin/bash",
+            ],
+        ],
+    ),
+    of(
+        Kind::ExecFd,
+        "dash-redirections",
+        [
+            &["open64 in /lib/libc.so.6", "? in /usr/bin/dash", "? in /usr/bin/dash"],
+            &["pipe in /lib/libc.so.6", "? in /usr/bin/dash", "? in /usr/bin/dash"],
         ],
     ),
     thread(
