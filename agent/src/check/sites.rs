@@ -163,7 +163,9 @@ impl Sites {
             self.add_each(left.collect());
         }
         let fds = || ended.process.fds.iter().filter(|(fd, _)| **fd > 2);
-        let is_judged = |slot: &Slot| self.judged == Judged::AtEnd || !slot.open.is_accepted();
+        // The connections of whoever is killed or told to stop are no leak.
+        let is_ended = self.judged != Judged::AtEnd || ended.code & KILLED != 0;
+        let is_judged = |slot: &Slot| !is_ended || !slot.open.is_accepted();
         let own = fds().filter(|(_, slot)| slot.through == Through::Own && is_judged(slot));
         let own = self.repeated(own.map(|(fd, slot)| (*fd, &slot.open)).collect());
         let left = own.into_iter().map(|(fd, open)| fd_left(Kind::Fd, fd, open, process, namer));

@@ -51,15 +51,6 @@ const JVM_BARE: &str = "? in /usr/lib/jvm/17/lib/server/libjvm.so";
 const GLIB_NEW: &str = "g_thread_new in /usr/lib/libglib-2.0.so.0";
 
 const CASES: &[Case] = &[
-    Case {
-        rule: "bash-pipeline",
-        kind: Kind::DoubleClose,
-        what: ["pipe:[42]"; 2],
-        stacks: [
-            &["close in /lib/x86_64-linux-gnu/libc.so.6", "? in /usr/bin/bash"],
-            &["close in /lib/x86_64-linux-gnu/libc.so.6", "main"],
-        ],
-    },
     fd(
         "listening-sockets",
         ["tcp 127.0.0.1:80 LISTEN", "tcp 10.0.0.1:80 -> 10.0.0.2:9 CLOSE_WAIT"],
