@@ -18,5 +18,5 @@ pub(crate) use self::{
     sites::{Child, Example, Judged, Sites},
     suppress::{Kind, MAX_FILE, Suppressions},
     traces::{Namer, Traces, Wanted},
-    tree::{Beside, Open, Tree},
+    tree::{Beside, Drift, Open, Tree},
 };

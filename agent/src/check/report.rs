@@ -10,10 +10,12 @@ use serde::Serialize;
 use super::{
     sites::{Example, Site},
     suppress::{Kind, RuleId, Subject, Suppressions, generate},
+    tree::Drift,
 };
 use crate::{
     document::SCHEMA,
     stacks::{Function, Stack},
+    symbolise::is_runtime_file,
 };
 
 /// Functions of a stack that are printed for people.
@@ -32,6 +34,15 @@ pub(crate) struct Losses {
     pub mappings: u64,
     /// Processes for which there was no room.
     pub processes: u64,
+    /// Things left for whose origin there was no room.
+    pub sites: u64,
+}
+
+impl Losses {
+    /// Whether what is not told was not there.
+    fn is_whole(self) -> bool {
+        self == Self::default()
+    }
 }
 
 /// What following the command took.
@@ -63,6 +74,7 @@ pub(crate) struct Report {
     /// Fds and threads that were left, but not several of one origin.
     pub single: u32,
     pub lost: Losses,
+    pub drift: Drift,
     pub cost: Cost,
 }
 
@@ -239,11 +251,11 @@ impl Finding {
 
 /// From the first function outside of the C library on.
 fn own_part(stack: &[Function]) -> &[Function] {
-    let is_libc = |function: &Function| {
-        let file = function.module.as_deref().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-        file.starts_with("libc.so") || file.starts_with("libc-2.")
+    let is_runtime = |function: &Function| {
+        let path = function.module.as_deref().unwrap_or_default();
+        is_runtime_file(path.rsplit('/').next().unwrap_or_default())
     };
-    let at = stack.iter().position(|function| !is_libc(function)).unwrap_or(0);
+    let at = stack.iter().position(|function| !is_runtime(function)).unwrap_or(0);
     stack.get(at..).unwrap_or_default()
 }
 
@@ -279,7 +291,7 @@ impl Report {
     pub(crate) fn new(
         command: Vec<String>,
         (findings, suppressed, unused_rules): (Vec<Finding>, Vec<Suppressed>, Vec<String>),
-        (lost, cost): (Losses, Cost),
+        (lost, drift, cost): (Losses, Drift, Cost),
     ) -> Self {
         Self {
             schema: SCHEMA,
@@ -293,6 +305,7 @@ impl Report {
             unused_rules,
             single: 0,
             lost,
+            drift,
             cost,
         }
     }
@@ -302,7 +315,11 @@ impl Report {
         let mut lines = Vec::new();
         let name = self.command.first().map_or("", String::as_str);
         match self.findings.len() {
-            0 => lines.push(format!("plumb: {name} is clean{}", self.beside())),
+            0 if self.lost.is_whole() => lines.push(format!("plumb: {name} is clean{}", self.beside())),
+            0 => lines.push(format!(
+                "plumb: nothing was found in {name}, but not all of it was seen{}",
+                self.beside()
+            )),
             1 => lines.push(format!("plumb: 1 finding in {name}{}", self.beside())),
             count => lines.push(format!("plumb: {count} findings in {name}{}", self.beside())),
         }
@@ -319,7 +336,7 @@ impl Report {
         for rule in &self.unused_rules {
             lines.push(format!("plumb: the rule {rule} matched nothing"));
         }
-        let Losses { events, stacks, mappings, processes } = self.lost;
+        let Losses { events, stacks, mappings, processes, sites } = self.lost;
         if events > 0 {
             lines.push(format!(
                 "plumb: {events} events were lost: fds and threads may be missing above, or wrong"
@@ -332,6 +349,9 @@ impl Report {
             lines.push(format!(
                 "plumb: {processes} processes could not be followed: there were too many at a time"
             ));
+        }
+        if sites > 0 {
+            lines.push(format!("plumb: {sites} more were left, of too many different origins"));
         }
         lines.push(self.cost_line());
         lines.join("\n") + "\n"

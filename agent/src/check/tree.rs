@@ -25,6 +25,8 @@ use plumb_common::{
     task::ProcKey,
 };
 
+use serde::Serialize;
+
 use super::{
     closes::{BadClose, Closes},
     traces::Trace,
@@ -160,13 +162,13 @@ pub(crate) struct Beside {
     pub table: Option<BTreeSet<u32>>,
 }
 
-/// How many differences there were between events and the kernel's tables.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// How far the events were from the kernel's own tables, at the ends of processes. Mended, and told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Drift {
+    /// Fds that were open, by a call that is not followed.
     pub opens_unseen: u64,
+    /// Fds that were not open any more.
     pub closes_unseen: u64,
-    /// Processes for which there was no room.
-    pub left_out: u64,
 }
 
 #[derive(Debug, Default)]
@@ -175,6 +177,8 @@ pub(crate) struct Tree {
     /// What was opened since this was asked for.
     fresh: Vec<Weak<Open>>,
     drift: Drift,
+    /// Processes for which there was no room.
+    left_out: u64,
 }
 
 impl Tree {
@@ -188,6 +192,11 @@ impl Tree {
 
     pub(crate) fn drift(&self) -> Drift {
         self.drift
+    }
+
+    /// Processes for which there was no room.
+    pub(crate) fn left_out(&self) -> u64 {
+        self.left_out
     }
 
     /// What was opened since this was asked last and is still there.
@@ -265,7 +274,7 @@ impl Tree {
 
     fn forked(&mut self, clone: &CloneEvent, trace: Option<Rc<Trace>>) {
         if clone.left_out != 0 {
-            self.drift.left_out += 1;
+            self.left_out += 1;
             return;
         }
         let parent = self.processes.get(&clone.header.process);
@@ -290,6 +299,7 @@ impl Tree {
             process.fds.retain(|fd, _| table.contains(fd));
             self.drift.closes_unseen += (seen - process.fds.len()) as u64;
             unseen = table.into_iter().filter(|fd| !process.fds.contains_key(fd)).collect();
+            self.drift.opens_unseen += unseen.len() as u64;
         }
         let bad_closes = std::mem::take(&mut process.closes).into_bad();
         Some(Ended { process, code: exit.code, unseen, bad_closes })

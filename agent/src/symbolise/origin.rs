@@ -100,8 +100,12 @@ pub fn origin_frame(frames: &[Frame]) -> Option<(usize, usize)> {
 /// Whether a frame is in a file of a C or C++ runtime.
 #[must_use]
 pub fn is_in_runtime_file(frame: &Frame) -> bool {
-    let file = file_name(frame);
-    RUNTIME_FILES.iter().any(|name| file.starts_with(name))
+    is_runtime_file(file_name(frame))
+}
+
+/// Whether a file of this name, without its folder, is of a C or C++ runtime.
+pub(crate) fn is_runtime_file(name: &str) -> bool {
+    RUNTIME_FILES.iter().any(|start| name.starts_with(start))
 }
 
 /// The first line that is not of a runtime; the function itself counts as much as what was inlined into it.

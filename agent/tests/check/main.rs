@@ -142,6 +142,13 @@ fn a_server_that_leaves_its_connections_had_work() {
     assert_eq!((code, findings(&document)), (0, vec![]), "{document}");
 }
 
+/// Whether there is a process with this argument, but for one that has ended.
+fn is_running(argument: &str) -> bool {
+    let processes = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let lines = processes.filter_map(|process| fs::read(process.path().join("cmdline")).ok());
+    lines.into_iter().any(|line| line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes()))
+}
+
 #[test]
 fn a_server_that_is_never_ready_or_ends_by_itself_is_an_error_and_not_clean() {
     let refused = |arguments: &[&str]| {
@@ -154,6 +161,15 @@ fn a_server_that_is_never_ready_or_ends_by_itself_is_an_error_and_not_clean() {
     assert!(code == 1 && message.contains("not ready"), "{code} {message}");
     let (code, message) = refused(&[&stop[..], &["true"]].concat());
     assert!(code == 1 && message.contains("before it was ready"), "{code} {message}");
+    // A question that gets no answer does not keep anybody waiting either, and nothing goes on.
+    let mark = format!("31.{}", std::process::id());
+    let hangs =
+        ["--stop", "TERM", "--ready", "exec sleep 32", "--ready-within", "500ms", "--", "sleep", &mark];
+    let began = Instant::now();
+    let (code, message) = refused(&hangs);
+    assert!(code == 1 && message.contains("not ready"), "{code} {message}");
+    assert!(began.elapsed() < Duration::from_secs(25), "it waited for the script");
+    assert!(!is_running(&mark), "the command goes on");
     let (code, message) = refused(&["--steady", "false", "--", "sleep", "30"]);
     assert!(code == 1 && message.contains("the script of the rounds failed"), "{code} {message}");
 }

@@ -197,6 +197,21 @@ fn runs_are_counted_one_by_one() {
 }
 
 #[test]
+fn a_signal_ends_all_runs() {
+    let dir = TempDir::new();
+    let (ready, report) = (dir.join("ready"), dir.join("report"));
+    let script = format!("echo run >> {ready}; while :; do :; done");
+    let check = ["check", "--iterations", "3", "--report", &report, "--", "/bin/sh", "-c", &script];
+    let mut child = Running(plumb().args(check).spawn().unwrap());
+    while !Path::new(&ready).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    child.signal(rustix::process::Signal::TERM);
+    assert_eq!(child.0.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(fs::read_to_string(&ready).unwrap(), "run\n");
+}
+
+#[test]
 fn what_cannot_be_run_is_told_as_a_shell_tells_it() {
     let refused = |arguments: &[&str]| {
         let output = plumb().arg("check").args(arguments).output().unwrap();
@@ -214,4 +229,12 @@ fn what_cannot_be_run_is_told_as_a_shell_tells_it() {
     assert_eq!(refused(&["--ready", "80", "--", "true"]).0, 2);
     assert_eq!(refused(&["--suppressions", "/nonexistent", "--", "true"]).0, 2);
     assert_eq!(refused(&["--repeats", "0", "--", "true"]).0, 2);
+    // A report that cannot be written is told before the command runs.
+    let ran = dir.join("ran");
+    let script = format!(": > {ran}");
+    for option in ["--report", "--gen-suppressions"] {
+        let (code, message) = refused(&[option, "/nonexistent/file", "--", "/bin/sh", "-c", &script]);
+        assert_eq!(code, 2, "{message}");
+    }
+    assert!(!Path::new(&ran).exists());
 }

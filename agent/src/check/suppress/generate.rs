@@ -3,24 +3,11 @@
 use std::fmt::Write;
 
 use super::{Field, Subject, parse::NO_REASON, pattern};
-use crate::{stacks::Function, text};
+use crate::{stacks::Function, symbolise::is_runtime_file, text};
 
 /// Most functions of a generated stack.
 const FUNCTIONS: usize = 6;
 
-/// Files of C and C++ runtimes: how their names begin.
-const RUNTIME_FILES: &[&str] = &[
-    "libc.so",
-    "libc-2.",
-    "ld-linux",
-    "ld-2.",
-    "ld-musl",
-    "libc.musl",
-    "libpthread",
-    "libstdc++",
-    "libc++",
-    "libgcc_s",
-];
 /// Standard libraries of Rust and C++.
 const RUNTIME_FUNCTIONS: &[&str] =
     &["std::", "core::", "alloc::", "<std::", "<core::", "<alloc::", "__libc_", "__GI_", "_start"];
@@ -102,7 +89,7 @@ fn is_runtime(function: &Function) -> bool {
     let file = function.module.as_deref().map(base).unwrap_or_default();
     let name = function.function.as_deref().unwrap_or_default();
     let source = function.file.as_deref().unwrap_or_default();
-    RUNTIME_FILES.iter().any(|start| file.starts_with(start))
+    is_runtime_file(file)
         || RUNTIME_FUNCTIONS.iter().any(|start| name.starts_with(start))
         || source.contains("/library/") && source.starts_with("/rustc/")
         || source.starts_with("library/std/")

@@ -1,7 +1,7 @@
 //! Follows a command: reads what the kernel programs tell of it, and keeps the books.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     io,
     os::fd::AsFd,
     rc::{Rc, Weak},
@@ -15,7 +15,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::command::reap;
 use crate::{
     census::Copied,
-    check::{Beside, Child, Cost, Example, Kind, Losses, Namer, Open, Rounds, Sites, Traces, Tree, Wanted},
+    check::{
+        Beside, Child, Cost, Drift, Example, Kind, Losses, Namer, Open, Rounds, Sites, Traces, Tree, Wanted,
+    },
     clock,
     decode::{Event, Sample},
     failure::{Exit, Failure},
@@ -37,6 +39,8 @@ const TRIES: u32 = 20;
 
 /// For children whose parents have ended, after the end of the command.
 const SETTLE: Duration = Duration::from_millis(100);
+/// Ended children that are remembered of one process: `make` has thousands, and waits for each.
+const MAX_CHILDREN: usize = 4096;
 /// Between two looks at new sockets.
 const SOCKETS_EVERY: Duration = Duration::from_millis(500);
 
@@ -103,7 +107,7 @@ pub(super) struct Follower {
     pub(super) sites: Sites,
     pub(super) rounds: Rounds,
     /// Ended children of processes that have not ended.
-    ended: HashMap<ProcKey, Vec<Child>>,
+    ended: HashMap<ProcKey, VecDeque<Child>>,
     left: Vec<Left>,
     /// First processes of the runs of the command.
     roots: HashSet<ProcKey>,
@@ -111,6 +115,8 @@ pub(super) struct Follower {
     sockets: Vec<Weak<Open>>,
     look_at_sockets: Instant,
     pub(super) processes: u64,
+    /// When the first process of the last run ended, nanoseconds since boot; 0 until then.
+    pub(super) root_ended: u64,
 }
 
 impl Follower {
@@ -133,6 +139,7 @@ impl Follower {
             sockets: Vec::new(),
             look_at_sockets: Instant::now(),
             processes: 0,
+            root_ended: 0,
         })
     }
 
@@ -147,9 +154,14 @@ impl Follower {
             self.ring.wake_for(fd)?;
         }
         self.mappings = Some(mappings);
+        if self.alive() == 0 {
+            // Nobody is left of the runs before.
+            self.stacks.images.clear();
+        }
         self.stacks.images.push(Images::new(key));
         self.tree.begin(key, comm, handed(tgid));
         self.roots.insert(key);
+        self.root_ended = 0;
         self.processes += 1;
         Ok(())
     }
@@ -202,6 +214,9 @@ impl Follower {
         let Some(ended) = self.tree.apply(event, beside) else { return };
         self.sites.ended(&ended, &mut self.stacks);
         let key = ended.process.key;
+        if self.roots.contains(&key) {
+            self.root_ended = event.header().time;
+        }
         let children = self.ended.remove(&key).unwrap_or_default();
         // Its files are closed soon: what others have of it gets its names now.
         let of_children = children.iter().filter_map(|child| child.trace.clone());
@@ -220,7 +235,12 @@ impl Follower {
             words: ended.process.comm.clone(),
         };
         if parent_comm.is_some() {
-            self.ended.entry(parent).or_default().push(child);
+            let of_parent = self.ended.entry(parent).or_default();
+            // The newest are the ones that nobody can have waited for yet.
+            if of_parent.len() >= MAX_CHILDREN {
+                of_parent.pop_front();
+            }
+            of_parent.push_back(child);
         } else {
             self.left.push(Left { child, is_zombie: false, tries: 0 });
         }
@@ -341,10 +361,13 @@ impl Follower {
         self.tree.processes().count()
     }
 
-    /// Notes those that still run: the command has ended.
-    pub(super) fn note_orphans(&mut self) {
+    /// Notes those that still run, by the word of the kernel: the command has ended.
+    pub(super) fn note_orphans(&mut self) -> Result<(), Failure> {
+        let records = self.kernel.processes()?;
+        let running: HashSet<ProcKey> =
+            records.iter().filter(|record| record.exit_state == 0).map(|record| record.key).collect();
         let orphans: Vec<Child> = (self.tree.processes())
-            .filter(|process| !self.roots.contains(&process.key))
+            .filter(|process| !self.roots.contains(&process.key) && running.contains(&process.key))
             .map(|process| {
                 let parent = process.parent.and_then(|parent| self.tree.get(parent));
                 Child {
@@ -358,6 +381,7 @@ impl Follower {
         for orphan in orphans {
             self.sites.process(Kind::Orphan, &orphan, &mut self.stacks);
         }
+        Ok(())
     }
 
     /// What was not seen.
@@ -370,8 +394,14 @@ impl Follower {
             mappings: self.mappings_lost
                 + self.mappings.as_ref().map_or(0, Mappings::lost)
                 + self.stacks.dropped(),
-            processes: self.tree.drift().left_out,
+            processes: self.tree.left_out(),
+            sites: u64::from(self.sites.too_many),
         })
+    }
+
+    /// How far the events were from the truth.
+    pub(super) fn drift(&self) -> Drift {
+        self.tree.drift()
     }
 
     /// What it took so far.

@@ -1,7 +1,13 @@
 //! `plumb check`: runs a command, follows it and all its descendants, and says what they left behind.
 
 use std::{
-    ffi::OsString, fs, os::unix::process::ExitStatusExt, path::PathBuf, process::ExitStatus, time::Duration,
+    ffi::OsString,
+    fs::{self, File},
+    io::Write,
+    os::unix::process::ExitStatusExt,
+    path::PathBuf,
+    process::ExitStatus,
+    time::Duration,
 };
 
 use clap::Args;
@@ -127,6 +133,7 @@ fn signal(name: &str) -> Result<Signal, String> {
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
     let rules = rules(arguments)?;
+    let files = Files::create(arguments)?;
     let before = Before::take();
     let signals = Signals::block()?;
     // Whoever loses its parent is plumb's child then.
@@ -154,7 +161,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         session.iterate(&arguments.command, arguments.iterations)?
     };
     let report = session.report(&arguments.command, status, &rules)?;
-    write(arguments, &report)?;
+    files.write(arguments.format, &report)?;
     let is_clean = report.findings.is_empty();
     Ok(if is_clean { Exit::Command(code(status, is_server.then_some(server.stop))) } else { Exit::Findings })
 }
@@ -185,28 +192,44 @@ fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {
     Ok(rules)
 }
 
-fn write(arguments: &Arguments, report: &Report) -> Result<(), Failure> {
-    let text = match arguments.format {
-        Format::Table => report.text(),
-        Format::Json | Format::Jsonl => output::json(report)? + "\n",
-    };
-    let save = |path: &PathBuf, text: &str| {
-        fs::write(path, text).map_err(|error| {
-            Failure::new(
-                Exit::Error,
-                format!("cannot write {}: {error}", path.display()),
-                "name a file in a folder that exists",
-            )
+/// The files that were asked for. Opened before the command runs: after it a wrong name would cost its report.
+struct Files {
+    report: Option<File>,
+    rules: Option<File>,
+}
+
+impl Files {
+    fn create(arguments: &Arguments) -> Result<Self, Failure> {
+        let create = |path: &PathBuf| {
+            File::create(path).map_err(|error| {
+                let cause = format!("cannot write {}: {error}", path.display());
+                Failure::new(Exit::Usage, cause, "name a file in a folder that exists")
+            })
+        };
+        let [report, rules] = [&arguments.report, &arguments.gen_suppressions];
+        Ok(Self {
+            report: report.as_ref().map(create).transpose()?,
+            rules: rules.as_ref().map(create).transpose()?,
         })
-    };
-    match &arguments.report {
-        Some(path) => save(path, &text)?,
-        None => output::message(text.trim_end()),
     }
-    if let Some(path) = &arguments.gen_suppressions {
-        save(path, &report.suppressions())?;
+
+    fn write(self, format: Format, report: &Report) -> Result<(), Failure> {
+        let text = match format {
+            Format::Table => report.text(),
+            Format::Json | Format::Jsonl => output::json(report)? + "\n",
+        };
+        let saved = self.report.as_ref().map(|mut file| file.write_all(text.as_bytes()));
+        if !matches!(saved, Some(Ok(()))) {
+            output::message(text.trim_end());
+        }
+        let rules = self.rules.as_ref().map(|mut file| file.write_all(report.suppressions().as_bytes()));
+        for done in [saved, rules].into_iter().flatten() {
+            done.map_err(|error| {
+                Failure::new(Exit::Error, format!("cannot write a file: {error}"), "the report is on stderr")
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// As a shell has it; what ended by the signal that it was to end by has done as it was told.

@@ -1,10 +1,13 @@
 //! What runs beside the command and is not followed: scripts that drive it, and whatever tells that it is ready.
 
 use std::{
+    io,
     net::{SocketAddr, TcpStream},
     os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
     str::FromStr,
+    sync::mpsc::{Receiver, TryRecvError, channel},
+    thread,
     time::Duration,
 };
 
@@ -57,16 +60,49 @@ impl FromStr for Ready {
     }
 }
 
-impl Ready {
-    /// Whether it is now. Blocks for a second at most, but for a script.
-    pub(super) fn is(&self, before: &Before) -> bool {
+/// A question whether a server is ready, on its way.
+pub(super) enum Asking {
+    /// For a second at most.
+    Thread(Receiver<bool>),
+    Script(Child),
+}
+
+impl Asking {
+    /// `None` until it is known.
+    pub(super) fn answer(&mut self) -> io::Result<Option<bool>> {
         match self {
-            Self::Port(address) => TcpStream::connect_timeout(address, TRY).is_ok(),
-            Self::Url(uri) => answers(uri),
-            Self::Script(script) => {
-                let child = start(script, before);
-                child.is_ok_and(|mut child| child.wait().is_ok_and(|status| status.success()))
+            Self::Thread(answer) => match answer.try_recv() {
+                Err(TryRecvError::Empty) => Ok(None),
+                // It panicked.
+                Err(TryRecvError::Disconnected) => Ok(Some(false)),
+                Ok(answer) => Ok(Some(answer)),
+            },
+            Self::Script(script) => Ok(script.try_wait()?.map(|status| status.success())),
+        }
+    }
+
+    /// The answer is of no use any more.
+    pub(super) fn end(self) -> io::Result<()> {
+        match self {
+            Self::Thread(_) => Ok(()),
+            Self::Script(mut script) => end(&mut script),
+        }
+    }
+}
+
+impl Ready {
+    /// Asks whether it is now.
+    pub(super) fn ask(&self, before: &Before) -> io::Result<Asking> {
+        match self {
+            Self::Port(address) => {
+                let address = *address;
+                Ok(in_thread(move || TcpStream::connect_timeout(&address, TRY).is_ok()))
             }
+            Self::Url(uri) => {
+                let uri = uri.clone();
+                Ok(in_thread(move || answers(&uri)))
+            }
+            Self::Script(script) => start(script, before).map(Asking::Script),
         }
     }
 
@@ -77,6 +113,13 @@ impl Ready {
             Self::Script(script) => format!("`{script}`"),
         }
     }
+}
+
+fn in_thread(ask: impl FnOnce() -> bool + Send + 'static) -> Asking {
+    let (sender, answer) = channel();
+    // Nobody may be left to be told.
+    thread::spawn(move || _ = sender.send(ask()));
+    Asking::Thread(answer)
 }
 
 fn answers(uri: &Uri) -> bool {
@@ -100,7 +143,7 @@ fn answers(uri: &Uri) -> bool {
 }
 
 /// Ends a script, and whatever its shell has become by exec.
-pub(super) fn end(script: &mut Child) -> std::io::Result<()> {
+pub(super) fn end(script: &mut Child) -> io::Result<()> {
     if script.try_wait()?.is_some() {
         return Ok(());
     }
@@ -112,9 +155,9 @@ pub(super) fn end(script: &mut Child) -> std::io::Result<()> {
 }
 
 /// Starts a script in a shell. What it prints goes where plumb's messages go: stdout is the command's.
-pub(super) fn start(script: &str, before: &Before) -> std::io::Result<Child> {
+pub(super) fn start(script: &str, before: &Before) -> io::Result<Child> {
     let mut shell = Command::new("/bin/sh");
-    shell.arg("-c").arg(script).stdin(Stdio::null()).stdout(std::io::stderr());
+    shell.arg("-c").arg(script).stdin(Stdio::null()).stdout(io::stderr());
     let before = before.clone();
     // SAFETY: between fork and exec it makes system calls only.
     unsafe { shell.pre_exec(move || before.restore()) };

@@ -6,7 +6,6 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::Path,
     process::{Child, ExitStatus},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -20,6 +19,7 @@ use super::{
 };
 use crate::{
     check::{Cost, Judged, Report, Subjects, Suppressions},
+    clock,
     failure::{Exit, Failure},
 };
 
@@ -49,6 +49,8 @@ pub(super) struct Session {
     grace: Duration,
     /// How long the command ran.
     took: Duration,
+    /// Somebody wants all of it to end.
+    interrupted: bool,
     /// What plumb had used before.
     loaded: Cost,
 }
@@ -62,7 +64,7 @@ impl Session {
     ) -> Result<Self, Failure> {
         follower.wake_for(&signals)?;
         let loaded = follower.cost()?;
-        Ok(Self { follower, signals, before, grace, took: Duration::ZERO, loaded })
+        Ok(Self { follower, signals, before, grace, took: Duration::ZERO, interrupted: false, loaded })
     }
 
     /// Runs a command again and again. The status is the first that is not 0, or 0.
@@ -72,15 +74,17 @@ impl Session {
             if count > 1 {
                 progress(&format!("run {round} of {count}"));
             }
-            let running = self.start(command)?;
-            let began = Instant::now();
+            let (running, began) = self.start(command)?;
             let status = self.until_end(&running)?;
-            self.took += began.elapsed();
             // All it did is in the ring by now.
             self.follower.pump(Duration::ZERO)?;
+            self.took += self.since(began);
             self.wait_for_rest(self.grace)?;
             if first.success() {
                 first = status;
+            }
+            if self.interrupted {
+                break;
             }
             if round < count {
                 self.follower.sites.next_round();
@@ -89,25 +93,34 @@ impl Session {
         if count > 1 {
             progress("");
         }
-        self.follower.note_orphans();
+        self.follower.note_orphans()?;
         Ok(first)
     }
 
-    /// Starts a server, drives it as wanted, and stops it.
+    /// Starts a server, drives it as wanted, and stops it. Whatever fails, nothing of it goes on.
     pub(super) fn serve(&mut self, command: &[OsString], server: &Server<'_>) -> Result<ExitStatus, Failure> {
-        let running = self.start(command)?;
-        let began = Instant::now();
+        let (running, began) = self.start(command)?;
+        let driven = self.drive(&running, server);
+        if driven.is_err() {
+            // It was started by plumb, and nobody else will end it. Why it failed is what matters.
+            let _ = self.follower.end_unstopped();
+        }
+        self.took = self.since(began);
+        driven
+    }
+
+    fn drive(&mut self, running: &Running, server: &Server<'_>) -> Result<ExitStatus, Failure> {
         if server.steady.is_some() {
             self.follower.sites.judge(Judged::ByRounds);
         }
         if let Some((ready, within)) = &server.ready {
-            self.until_ready(&running, ready, *within)?;
+            self.until_ready(running, ready, *within)?;
         }
         if let Some((script, warmup, rounds)) = server.steady {
             for round in 1..=warmup + rounds {
                 let phase = if round <= warmup { "warm-up, " } else { "" };
                 progress(&format!("{phase}round {round} of {}", warmup + rounds));
-                self.round(&running, script)?;
+                self.round(running, script)?;
                 if round > warmup {
                     self.follower.end_round()?;
                 }
@@ -122,15 +135,14 @@ impl Session {
             let end = Instant::now() + LOAD_BEFORE;
             let mut done = None;
             while done.is_none() && Instant::now() < end {
-                self.pump(&running)?;
+                self.pump(running)?;
                 done = load.try_wait()?;
             }
             if done.is_some() {
                 // What it has closed the server closes now.
-                self.settle(&running)?;
+                self.settle(running)?;
             }
             if let Some(status) = done.filter(|status| !status.success()) {
-                self.follower.end_unstopped()?;
                 let cause = format!("the load failed ({})", ended(Some(status)));
                 return Err(Failure::new(Exit::Error, cause, "try it by hand against the server"));
             }
@@ -138,13 +150,12 @@ impl Session {
         if server.steady.is_none() {
             self.follower.sites.judge(Judged::Stopping);
         }
-        let status = self.stop(&running, server.stop, server.within)?;
-        self.took = began.elapsed();
+        let status = self.stop(running, server.stop, server.within);
         if let Some(mut load) = load {
             // A load that goes on without its server is of no use.
             script::end(&mut load)?;
         }
-        Ok(status)
+        status
     }
 
     fn stop(&mut self, running: &Running, signal: Signal, within: Duration) -> Result<ExitStatus, Failure> {
@@ -181,19 +192,28 @@ impl Session {
         Ok(status.unwrap_or_else(|| ExitStatus::from_raw(Signal::KILL.as_raw())))
     }
 
-    fn start(&mut self, command: &[OsString]) -> Result<Running, Failure> {
+    /// The command, and when it began to run, nanoseconds since boot.
+    fn start(&mut self, command: &[OsString]) -> Result<(Running, u64), Failure> {
         let stopped = Stopped::start(command, &self.before)?;
         let name = command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
         self.follower.follow(stopped.pid, &name.to_string_lossy())?;
+        let began = clock::boottime();
         let running = stopped.release()?;
         self.follower.wake_for(&running.pidfd)?;
-        Ok(running)
+        Ok((running, began))
+    }
+
+    /// How long the command ran, by the kernel's own word of its end.
+    fn since(&self, began: u64) -> Duration {
+        let end = self.follower.root_ended;
+        Duration::from_nanos(if end == 0 { clock::boottime() } else { end }.saturating_sub(began))
     }
 
     /// Takes in what happens next, and passes signals on.
     fn pump(&mut self, running: &Running) -> Result<(), Failure> {
         self.follower.pump(TICK)?;
         for (signal, by_terminal) in self.signals.take() {
+            self.interrupted |= matches!(signal, Signal::INT | Signal::TERM | Signal::HUP | Signal::QUIT);
             if !by_terminal {
                 // It may have ended just now.
                 let _ = running.signal(signal);
@@ -223,21 +243,23 @@ impl Session {
     fn until_ready(&mut self, running: &Running, ready: &Ready, within: Duration) -> Result<(), Failure> {
         let end = Instant::now() + within;
         loop {
-            let (asked, before) = (ready.clone(), self.before.clone());
-            let asking = thread::spawn(move || asked.is(&before));
-            while !asking.is_finished() {
+            let mut asking = ready.ask(&self.before)?;
+            let mut answer = None;
+            while answer.is_none() && Instant::now() < end {
                 self.pump(running)?;
+                answer = asking.answer()?;
             }
-            if asking.join().unwrap_or(false) {
+            if answer == Some(true) {
                 return Ok(());
+            }
+            if answer.is_none() {
+                asking.end()?;
             }
             if let Some(status) = running.try_wait()? {
                 let cause = format!("the command ended ({}) before it was ready", ended(Some(status)));
                 return Err(Failure::new(Exit::Error, cause, "look at its own messages"));
             }
             if Instant::now() >= end {
-                // It was started by plumb, and nobody else will end it.
-                self.follower.end_unstopped()?;
                 let cause = format!("the command was not ready within {within:?}: {}", ready.words());
                 return Err(Failure::new(
                     Exit::Error,
@@ -253,7 +275,6 @@ impl Session {
         let mut child = script::start(script, &self.before)?;
         let status = self.beside(running, &mut child)?;
         if !status.success() {
-            self.follower.end_unstopped()?;
             return Err(Failure::new(
                 Exit::Error,
                 format!("the script of the rounds failed ({})", ended(Some(status))),
@@ -291,12 +312,13 @@ impl Session {
         status: ExitStatus,
         rules: &Suppressions,
     ) -> Result<Report, Failure> {
-        let (losses, mut cost) = (self.follower.losses()?, self.follower.cost()?);
+        let (losses, drift, mut cost) =
+            (self.follower.losses()?, self.follower.drift(), self.follower.cost()?);
         cost.plumb_seconds -= self.loaded.plumb_seconds;
         let processes = self.follower.processes;
         let (sites, single) = self.follower.sites.into_findings();
         let words = command.iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        let mut report = Report::new(words, Subjects::judge(&sites, rules), (losses, cost));
+        let mut report = Report::new(words, Subjects::judge(&sites, rules), (losses, drift, cost));
         (report.exit_code, report.signal) = (status.code(), status.signal());
         (report.seconds, report.processes, report.single) = (self.took.as_secs_f64(), processes, single);
         Ok(report)
