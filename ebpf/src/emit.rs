@@ -1,6 +1,6 @@
 //! The only writer of the ring, and of the ledger beside it.
 
-use aya_ebpf::helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, generated::bpf_ktime_get_boot_ns};
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_boot_ns};
 use bytemuck::Pod;
 use plumb_common::{counts, event::Header, limits::COMM_LEN, offsets, task::ProcKey};
 
@@ -155,14 +155,14 @@ pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
         count(source, counts::FILTERED);
         return None;
     }
-    let leader = kernel::read::<u64>(kernel::current(), offsets::TASK_GROUP_LEADER);
-    let start = leader.and_then(|leader| kernel::read::<u64>(leader, offsets::TASK_START_BOOTTIME));
-    let (Some(leader), Some(start), Ok(comm)) = (leader, start, bpf_get_current_comm()) else {
+    let start = kernel::beyond_current::<u64>(offsets::TASK_GROUP_LEADER, offsets::TASK_START_BOOTTIME);
+    let Some(comm) = kernel::current_comm().filter(|_| start != 0) else {
         count(source, counts::FAULT);
         return None;
     };
     // The number of a watched process that has ended may be another's by now.
     let is_another = if let Watched::Since(watched) = watched { watched != start } else { false };
+    let leader = || kernel::read(kernel::current(), offsets::TASK_GROUP_LEADER);
     if is_another || !wanted(tgid, leader) {
         count(source, counts::FILTERED);
         return None;
@@ -194,7 +194,7 @@ pub(crate) unsafe fn about(
         return None;
     };
     let is_outside = maps::tree() && !follows(process);
-    if is_outside || !wanted(process.tgid, leader) {
+    if is_outside || !wanted(process.tgid, || Some(leader)) {
         count(source, counts::FILTERED);
         return None;
     }
@@ -235,7 +235,7 @@ fn follows(process: ProcKey) -> bool {
 }
 
 #[inline(always)]
-fn wanted(tgid: u32, leader: u64) -> bool {
+fn wanted(tgid: u32, leader: impl FnOnce() -> Option<u64>) -> bool {
     let only = maps::filter_tgid();
     if only != 0 && only != tgid {
         return false;
@@ -244,7 +244,8 @@ fn wanted(tgid: u32, leader: u64) -> bool {
     if asked[0] == 0 {
         return true;
     }
-    let Some(comm) = kernel::read::<[u8; COMM_LEN]>(leader, offsets::TASK_COMM) else { return false };
+    let comm = leader().and_then(|leader| kernel::read::<[u8; COMM_LEN]>(leader, offsets::TASK_COMM));
+    let Some(comm) = comm else { return false };
     // Up to the NUL: on 5.10 the rest of an older, longer name may stand behind it.
     for (have, want) in comm.iter().zip(&asked) {
         if have != want {

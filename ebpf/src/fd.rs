@@ -8,6 +8,7 @@
 use plumb_common::{
     counts,
     event::{FD_BAD_CLOSE, FD_CLOSED, FdChange, Header, KIND_FD, MARK_CLOEXEC, MARK_REUSED},
+    limits::NAME_LEN,
     offsets, syscalls,
 };
 
@@ -15,8 +16,8 @@ use crate::{emit, kernel, maps, regs, stack};
 
 /// Whether the running task came through the 32-bit entry.
 #[inline(always)]
-pub(crate) fn is_compat(task: u64) -> bool {
-    let status = kernel::read::<u32>(task, offsets::TASK_THREAD_STATUS).unwrap_or(0);
+pub(crate) fn is_compat() -> bool {
+    let status = kernel::of_current::<u32>(offsets::TASK_THREAD_STATUS);
     status & regs::TS_COMPAT != 0
 }
 
@@ -55,19 +56,18 @@ pub(crate) fn added(header: Header, added: &Added) {
         let event = unsafe { begin(event, header) };
         (event.files, event.file) = (added.files, added.file);
         (event.fd, event.fd_last, event.change, event.how) = (added.fd, added.fd, added.change, added.how);
-        let goes = maps::tree() && is_closed_on_exec(added.files, added.fd);
+        let goes = maps::tree() && is_closed_on_exec(added.fd);
         event.marks = added.marks | if goes { MARK_CLOEXEC } else { 0 };
         describe(added.file, event);
     });
 }
 
-/// Whether an fd goes at the next exec.
+/// Whether an fd of the running task goes at the next exec.
 #[inline(always)]
-fn is_closed_on_exec(files: u64, fd: u32) -> bool {
-    let bitmap = kernel::read::<u64>(files, offsets::FILES_FDT)
-        .and_then(|fdt| kernel::read::<u64>(fdt, offsets::FDT_CLOSE_ON_EXEC));
-    let word = bitmap.and_then(|bitmap| kernel::read_at::<u64>(bitmap + u64::from(fd / 64) * 8));
-    word.is_some_and(|word| word >> (fd % 64) & 1 == 1)
+fn is_closed_on_exec(fd: u32) -> bool {
+    let fdt = kernel::beyond_current::<u64>(offsets::TASK_FILES, offsets::FILES_FDT);
+    let bitmap = kernel::read_or_zero::<u64>(fdt, offsets::FDT_CLOSE_ON_EXEC);
+    kernel::read_at_or_zero::<u64>(bitmap + u64::from(fd / 64) * 8) >> (fd % 64) & 1 == 1
 }
 
 /// Slots of the running task's table that have been emptied or marked.
@@ -103,19 +103,20 @@ pub(crate) fn removed(header: Header, removed: &Removed) {
     });
 }
 
-/// An event of which only the header is known.
+/// An event of which only the header is known, and that it has no file; the caller fills in the rest.
 ///
 /// # Safety
 /// `event` can be written.
 #[inline(always)]
 unsafe fn begin<'a>(event: *mut FdChange, header: Header) -> &'a mut FdChange {
-    // SAFETY: as required; all zero is an event.
-    let event = unsafe {
-        event.write_bytes(0, 1);
+    // SAFETY: as required. By the word: zeroing the whole record would be a call that goes byte by byte.
+    unsafe {
+        (&raw mut (*event).header).write(header);
+        (&raw mut (*event).mode).write(0);
+        let name = (&raw mut (*event).name).cast::<u64>();
+        (0..NAME_LEN / 8).for_each(|word| name.add(word).write_volatile(0));
         &mut *event
-    };
-    event.header = header;
-    event
+    }
 }
 
 #[inline(always)]

@@ -19,10 +19,9 @@ use crate::{
 /// Table and call of the running task; `OTHER` for a call that is not followed.
 #[inline(always)]
 fn caller() -> (u64, u32, u64) {
-    let task = kernel::current();
-    let files = kernel::read::<u64>(task, offsets::TASK_FILES).unwrap_or(0);
-    let compat = is_compat(task);
-    let (number, first) = regs::current_call(task, compat).unwrap_or((u64::MAX, 0));
+    let files = kernel::read::<u64>(kernel::current(), offsets::TASK_FILES).unwrap_or(0);
+    let compat = is_compat();
+    let (number, first) = regs::current_call(compat).unwrap_or((u64::MAX, 0));
     let how = call(number, compat);
     (files, if how < syscalls::TABLE.len() { how as u32 } else { syscalls::OTHER }, first)
 }

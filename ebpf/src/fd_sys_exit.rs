@@ -68,8 +68,7 @@ pub(crate) fn sys_exit(ctx: BtfTracePointContext) -> i32 {
 /// A call that is followed natively, through the 32-bit entry, or both.
 #[inline(always)]
 fn followed(regs: *const PtRegs, ret: i64, number: u64) {
-    let task = kernel::current();
-    let compat = is_compat(task);
+    let compat = is_compat();
     let how = call(number, compat);
     if how >= syscalls::TABLE.len() {
         return;
@@ -93,31 +92,31 @@ fn followed(regs: *const PtRegs, ret: i64, number: u64) {
         _ => false,
     };
     match shape {
-        syscalls::PAIR if ret == 0 => pair(task, first, how),
-        syscalls::PAIR_IN_FOURTH if ret == 0 => pair(task, fourth, how),
+        syscalls::PAIR if ret == 0 => pair(first, how),
+        syscalls::PAIR_IN_FOURTH if ret == 0 => pair(fourth, how),
         // Whatever else close reports, the fd is gone.
-        syscalls::CLOSES if ret != -EBADF => emptied(task, [first as u32; 2], FD_CLOSED, how),
-        syscalls::CLOSES if maps::tree() => emptied(task, [first as u32; 2], FD_BAD_CLOSE, how),
-        syscalls::MESSAGE if ret >= 0 => _ = plumb_message(task, second, u64::from(how)),
-        syscalls::MESSAGES if ret > 0 => messages(task, second, ret as u64, how),
+        syscalls::CLOSES if ret != -EBADF => emptied([first as u32; 2], FD_CLOSED, how),
+        syscalls::CLOSES if maps::tree() => emptied([first as u32; 2], FD_BAD_CLOSE, how),
+        syscalls::MESSAGE if ret >= 0 => _ = plumb_message(second, u64::from(how)),
+        syscalls::MESSAGES if ret > 0 => messages(second, ret as u64, how),
         syscalls::CLOSES_RANGE if ret == 0 => {
             let change = if third & CLOSE_RANGE_CLOEXEC == 0 { FD_CLOSED } else { FD_CLOSE_ON_EXEC };
-            emptied(task, [first as u32, second as u32], change, how);
+            emptied([first as u32, second as u32], change, how);
         }
-        syscalls::REPLACES if returns && ret >= 0 => filled(task, ret as u32, FD_REPLACED, how, 0),
-        _ if returns && ret >= 0 => filled(task, ret as u32, FD_OPENED, how, 0),
+        syscalls::REPLACES if returns && ret >= 0 => filled(ret as u32, FD_REPLACED, how, 0),
+        _ if returns && ret >= 0 => filled(ret as u32, FD_OPENED, how, 0),
         _ => {}
     }
 }
 
 #[inline(always)]
-fn pair(task: u64, address: u64, how: u32) {
+fn pair(address: u64, how: u32) {
     // SAFETY: the helper checks the user address. The process may rewrite the memory: both numbers are
     // verified against the table like any other.
     match unsafe { bpf_probe_read_user(address as *const [u32; 2]) } {
         Ok([one, two]) => {
-            filled(task, one, FD_OPENED, how, 0);
-            filled(task, two, FD_OPENED, how, MARK_SAME_CALL);
+            filled(one, FD_OPENED, how, 0);
+            filled(two, FD_OPENED, how, MARK_SAME_CALL);
         }
         Err(_) => pair_unread(),
     }
@@ -139,12 +138,12 @@ const SCM_RIGHTS: u32 = 1;
 /// Pieces of control data of one message that are looked at: credentials or a time stamp may come first.
 const PIECES: usize = 4;
 
-fn messages(task: u64, address: u64, received: u64, how: u32) {
+fn messages(address: u64, received: u64, how: u32) {
     for index in 0..MESSAGES as u64 {
         if index >= received {
             break;
         }
-        plumb_message(task, address + index * MESSAGE_SIZE, u64::from(how));
+        plumb_message(address + index * MESSAGE_SIZE, u64::from(how));
     }
 }
 
@@ -154,7 +153,7 @@ fn messages(task: u64, address: u64, received: u64, how: u32) {
 /// Global: verified once, for any arguments.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn plumb_message(task: u64, message: u64, how: u64) -> u64 {
+extern "C" fn plumb_message(message: u64, how: u64) -> u64 {
     // SAFETY: the helper checks the user address.
     let Ok([mut at, len]) = (unsafe { bpf_probe_read_user((message + CONTROL) as *const [u64; 2]) }) else {
         return 0;
@@ -167,7 +166,7 @@ extern "C" fn plumb_message(task: u64, message: u64, how: u64) -> u64 {
         // SAFETY: as above.
         let Ok(head) = (unsafe { bpf_probe_read_user(at as *const ControlHead) }) else { break };
         if head.level == SOL_SOCKET && head.kind == SCM_RIGHTS {
-            return plumb_received(task, at + size_of::<ControlHead>() as u64, head.len, how);
+            return plumb_received(at + size_of::<ControlHead>() as u64, head.len, how);
         }
         // Each piece begins at a multiple of eight.
         at += (head.len.max(1) + 7) & !7;
@@ -178,7 +177,7 @@ extern "C" fn plumb_message(task: u64, message: u64, how: u64) -> u64 {
 /// The fds of one piece of control data of `len` bytes with its head.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn plumb_received(task: u64, at: u64, len: u64, how: u64) -> u64 {
+extern "C" fn plumb_received(at: u64, len: u64, how: u64) -> u64 {
     let count = len.saturating_sub(size_of::<ControlHead>() as u64) / 4;
     for index in 0..MESSAGE_FDS as u64 {
         if index >= count {
@@ -187,17 +186,9 @@ extern "C" fn plumb_received(task: u64, at: u64, len: u64, how: u64) -> u64 {
         // SAFETY: as above.
         let Ok(fd) = (unsafe { bpf_probe_read_user((at + index * 4) as *const u32) }) else { break };
         let marks = if index == 0 { 0 } else { MARK_SAME_CALL };
-        plumb_filled(task, u64::from(fd), how, u64::from(marks));
+        filled(fd, FD_OPENED, how as u32, marks);
     }
     count
-}
-
-/// As `filled`, and global.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn plumb_filled(task: u64, fd: u64, how: u64, marks: u64) -> u64 {
-    filled(task, fd as u32, FD_OPENED, how as u32, marks as u32);
-    0
 }
 
 /// Two fds were made, and the memory that says which cannot be read.
@@ -212,21 +203,30 @@ fn pair_unread() {
 }
 
 /// A call claims to have filled a slot.
+#[inline(always)]
+fn filled(fd: u32, change: u32, how: u32, marks: u32) {
+    plumb_filled(u64::from(fd), u64::from(change), u64::from(how), u64::from(marks));
+}
+
+/// As `filled`, and global.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn filled(task: u64, fd: u32, change: u32, how: u32, marks: u32) {
-    let Some(header) = header() else { return };
-    match slot(task, fd) {
+extern "C" fn plumb_filled(fd: u64, change: u64, how: u64, marks: u64) -> u64 {
+    let (fd, change, how, marks) = (fd as u32, change as u32, how as u32, marks as u32);
+    let Some(header) = header() else { return 0 };
+    match slot(fd) {
         None => emit::count(counts::FD, counts::FAULT),
         Some((_, 0)) => emit::count(counts::FD, counts::FORGED),
         Some((files, file)) => added(header, &Added { files, file, fd, change, how, marks }),
     }
+    0
 }
 
 #[inline(never)]
-fn emptied(task: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
+fn emptied([fd, fd_last]: [u32; 2], change: u32, how: u32) {
     let Some(header) = header() else { return };
     // At the end of a close another thread may have filled the slot again, and its event may come first.
-    match slot(task, fd) {
+    match slot(fd) {
         None => emit::count(counts::FD, counts::FAULT),
         Some((files, file)) => {
             let reused = change == FD_CLOSED && fd == fd_last && file != 0;
@@ -236,15 +236,36 @@ fn emptied(task: u64, [fd, fd_last]: [u32; 2], change: u32, how: u32) {
     }
 }
 
-/// The fd table of a task and the file in one slot of it; file 0 when the slot is empty or beyond the
+/// The fd table of the running task and the file in one slot of it; file 0 when the slot is empty or beyond the
 /// table, `None` when the table could not be read.
 #[inline(always)]
-fn slot(task: u64, fd: u32) -> Option<(u64, u64)> {
-    let files = kernel::read::<u64>(task, offsets::TASK_FILES)?;
-    let fdt = kernel::read::<u64>(files, offsets::FILES_FDT)?;
-    if fd >= kernel::read::<u32>(fdt, offsets::FDT_MAX_FDS)? {
+fn slot(fd: u32) -> Option<(u64, u64)> {
+    let (mut files, mut fdt, mut max_fds) = (0, 0, 0);
+    match kernel::typed_current() {
+        // SAFETY: a typed task, and what it points to.
+        Some(task) => unsafe {
+            if let Some(table) = kernel::follow(task, offsets::TASK_FILES) {
+                files = table as u64;
+                if let Some(table) = kernel::follow(table, offsets::FILES_FDT) {
+                    fdt = table as u64;
+                    max_fds = kernel::load::<u32>(table, offsets::FDT_MAX_FDS).unwrap_or(0);
+                }
+            }
+        },
+        None => {
+            files = kernel::read_or_zero::<u64>(kernel::current(), offsets::TASK_FILES);
+            fdt = kernel::read_or_zero::<u64>(files, offsets::FILES_FDT);
+            max_fds = kernel::read_or_zero::<u32>(fdt, offsets::FDT_MAX_FDS);
+        }
+    }
+    // No table is without slots.
+    if max_fds == 0 {
+        return None;
+    }
+    if fd >= max_fds {
         return Some((files, 0));
     }
+    // Not by a plain load: the result is a number to add to.
     let array = kernel::read::<u64>(fdt, offsets::FDT_FD)?;
     Some((files, kernel::read_at::<u64>(array + u64::from(fd) * 8)?))
 }

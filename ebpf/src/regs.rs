@@ -85,21 +85,22 @@ pub(crate) unsafe fn arguments(regs: *const PtRegs, compat: bool) -> [u64; 4] {
 /// Number and first argument of the syscall that the running task is in, from inside the kernel. A kernel
 /// thread is in none; whatever its stack says there is found in no table.
 #[inline(always)]
-pub(crate) fn current_call(task: u64, compat: bool) -> Option<(u64, u64)> {
-    let regs = user_registers(task)?;
+pub(crate) fn current_call(compat: bool) -> Option<(u64, u64)> {
+    let regs = user_registers();
     let field = |offset: usize| kernel::read_at::<u64>(regs + offset as u64);
     let first = if compat { core::mem::offset_of!(PtRegs, bx) } else { core::mem::offset_of!(PtRegs, di) };
     Some((field(core::mem::offset_of!(PtRegs, orig_ax))?, field(first)?))
 }
 
-/// Address of the registers that the running task entered the kernel with.
+/// Address of the registers that the running task entered the kernel with; where nothing can be read if there are none.
 #[inline(always)]
-fn user_registers(task: u64) -> Option<u64> {
+fn user_registers() -> u64 {
     if maps::has_task_pt_regs() {
         // SAFETY: the running task has registers; the result is only read through a helper.
-        return Some(unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as u64 });
+        return unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as u64 };
     }
-    Some(kernel::read::<u64>(task, offsets::TASK_STACK)? + STACK_SIZE - size_of::<PtRegs>() as u64)
+    let stack = kernel::read_or_zero::<u64>(kernel::current(), offsets::TASK_STACK);
+    stack + STACK_SIZE - size_of::<PtRegs>() as u64
 }
 
 /// `__NR_exit_group`.
@@ -108,8 +109,7 @@ const EXIT_GROUP: u64 = 231;
 /// Whether the running task is in exit_group(2), through the 64-bit entry.
 #[inline(always)]
 pub(crate) fn is_exiting_group() -> bool {
-    let task = kernel::current();
-    matches!(current_call(task, false), Some((EXIT_GROUP, _)))
+    matches!(current_call(false), Some((EXIT_GROUP, _)))
 }
 
 /// Where a thread is in user space.
@@ -123,7 +123,24 @@ pub(crate) struct Place {
 /// Where the running task entered the kernel; `None` for one that did not come from 64-bit user space.
 #[inline(always)]
 pub(crate) fn place() -> Option<Place> {
-    place_in(user_registers(kernel::current())?)
+    let (cs, place) = match kernel::typed_current() {
+        // SAFETY: the running task has registers, and the verifier knows their type.
+        Some(task) => unsafe {
+            let regs = bpf_task_pt_regs(task.cast_mut().cast()) as *const PtRegs;
+            let field = |field: *const u64| core::ptr::read_volatile(field);
+            let (ip, sp, bp) = (&raw const (*regs).ip, &raw const (*regs).sp, &raw const (*regs).bp);
+            (field(&raw const (*regs).cs), Place { ip: field(ip), sp: field(sp), bp: field(bp) })
+        },
+        None => {
+            let regs = user_registers();
+            // In one piece: ip, cs, flags, sp.
+            let at = regs + core::mem::offset_of!(PtRegs, ip) as u64;
+            let [ip, cs, _, sp] = kernel::read_at_or_zero::<[u64; 4]>(at);
+            let bp = kernel::read_at_or_zero(regs + core::mem::offset_of!(PtRegs, bp) as u64);
+            (cs, Place { ip, sp, bp })
+        }
+    };
+    if cs == USER_CS { Some(place) } else { None }
 }
 
 /// Bytes of the running task's stack from `sp` up, as far as that is known; else `u64::MAX`. The first thread's ends where
@@ -132,14 +149,9 @@ pub(crate) fn place() -> Option<Place> {
 /// shallow copy reaches up to it.
 #[inline(always)]
 pub(crate) fn stack_left(sp: u64) -> u64 {
-    let task = kernel::current();
-    let start = kernel::read::<u64>(task, offsets::TASK_MM)
-        .and_then(|mm| kernel::read::<u64>(mm, offsets::MM_START_STACK));
-    let base = kernel::read::<u64>(task, offsets::TASK_FSBASE);
-    let left = |end: Option<u64>| match end {
-        Some(end) if end > sp => end - sp,
-        _ => u64::MAX,
-    };
+    let start = kernel::beyond_current::<u64>(offsets::TASK_MM, offsets::MM_START_STACK);
+    let base = kernel::of_current::<u64>(offsets::TASK_FSBASE);
+    let left = |end: u64| if end > sp { end - sp } else { u64::MAX };
     left(start).min(left(base))
 }
 

@@ -69,7 +69,7 @@ static SUBJECTS: [Subject; 10] = [
         ],
         kind: Kind::Long,
         ..subject(
-            "`cargo build`, 16 crates",
+            "`cargo build`, 25 crates",
             &[
                 "{cargo}",
                 "build",
@@ -83,7 +83,7 @@ static SUBJECTS: [Subject; 10] = [
     },
 ];
 
-/// What a program costs that does nothing.
+/// What is left of this is set-up and report.
 static NOTHING: Subject = subject("`true`", &["/bin/true"]);
 
 /// In two pieces, so that git does not find it here.
@@ -118,27 +118,40 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 "#;
 
-/// Below what a command runs.
+/// Whatever the command starts is followed too.
+const VALGRIND: &[&str] =
+    &["valgrind", "-q", "--tool=none", "--track-fds=yes", "--trace-children=yes", "--log-file=/dev/null"];
+
+/// What is measured of a command.
 #[derive(Clone, Copy)]
-enum Below {
-    Nothing,
+enum What {
+    /// From the fork to the end, without anything.
+    Alone,
+    /// The same of the command itself below plumb check.
+    Own,
+    /// Of plumb check, with its set-up and its report.
     Plumb,
+    /// Of Valgrind.
     Valgrind,
 }
 
-/// What a run took.
-struct Time {
-    /// From the moment on in which the command had been executed.
-    own: Duration,
-    /// With whatever comes before and after.
-    whole: Duration,
+/// The first argument of `timed`.
+pub(crate) const ROLE: &str = "timed";
+
+/// Runs a command and writes down how long it took and how it ended. Below plumb check this tells what the command itself
+/// takes: whatever plumb does before it starts and after it has ended is not in it.
+pub(crate) fn timed(file: &str, words: &[String]) -> Result<()> {
+    let (program, arguments) = words.split_first().context("no command")?;
+    let start = Instant::now();
+    let status = Command::new(program).args(arguments).status().with_context(|| program.clone())?;
+    let took = start.elapsed().as_nanos();
+    Ok(fs::write(file, format!("{took} {}", status.code().context("a signal ended it")?))?)
 }
 
 /// What is read of the report.
 #[derive(Deserialize)]
 struct Report {
     exit_code: Option<i32>,
-    seconds: f64,
     lost: Lost,
     cost: Cost,
 }
@@ -156,14 +169,25 @@ struct Cost {
     events: u64,
 }
 
-/// All runs of a subject, by round.
+/// Seconds of all runs of a command, by round.
 #[derive(Default)]
 struct Rounds {
-    alone: Vec<Time>,
-    plumb: Vec<Time>,
-    valgrind: Vec<Time>,
+    times: [Vec<f64>; 4],
     events: Vec<f64>,
     lost: u64,
+}
+
+impl Rounds {
+    fn of(&self, what: What) -> &[f64] {
+        &self.times[what as usize]
+    }
+
+    /// To the command alone.
+    fn ratio(&self, what: What) -> String {
+        let ratios = self.of(what).iter().zip(self.of(What::Alone)).map(|(with, without)| with / without);
+        let Median { low, median, high } = Median::of(ratios.collect());
+        format!("{median:.2} ({low:.2} to {high:.2})")
+    }
 }
 
 pub(crate) fn run(effort: Effort, only: Option<&str>) -> Result<()> {
@@ -179,13 +203,13 @@ pub(crate) fn run(effort: Effort, only: Option<&str>) -> Result<()> {
         rows.push((subject, folder.rounds(subject, effort.pairs)));
     }
     print(&rows);
+    eprintln!("bench: {}", NOTHING.name);
     let nothing = folder.rounds(&NOTHING, effort.pairs)?;
-    let whole = |times: &[Time]| milliseconds(times.iter().map(|time| time.whole));
     println!(
         "\nA program that does nothing takes {} ms alone, {} below plumb check and {} below Valgrind.",
-        whole(&nothing.alone),
-        whole(&nothing.plumb),
-        whole(&nothing.valgrind)
+        milliseconds(nothing.of(What::Alone).iter().copied()),
+        milliseconds(nothing.of(What::Plumb).iter().copied()),
+        milliseconds(nothing.of(What::Valgrind).iter().copied())
     );
     Ok(())
 }
@@ -212,6 +236,7 @@ impl Folder {
         Ok(word
             .replace("{dir}", self.0.to_str().context("the folder")?)
             .replace("{root}", root().to_str().context("the project")?)
+            .replace("{self}", env::current_exe()?.to_str().context("the path of the benchmark")?)
             .replace("{cargo}", &cargo))
     }
 
@@ -236,25 +261,21 @@ impl Folder {
         Ok(())
     }
 
-    /// Each round begins with another of the three: what changes with time meets all of them.
+    /// Each round begins with another of them: what changes with time meets all.
     fn rounds(&self, subject: &Subject, count: usize) -> Result<Rounds> {
-        let count = if subject.kind == Kind::Long { count.div_ceil(3) } else { count };
-        let all: &[Below] = match subject.kind {
-            Kind::Short => &[Below::Nothing, Below::Plumb, Below::Valgrind],
-            _ => &[Below::Nothing, Below::Plumb],
+        let count = if subject.kind == Kind::Long { count.div_ceil(2) } else { count };
+        let all: &[What] = match subject.kind {
+            Kind::Short => &[What::Alone, What::Own, What::Plumb, What::Valgrind],
+            _ => &[What::Alone, What::Own, What::Plumb],
         };
         let mut rounds = Rounds::default();
         // Once for the caches.
-        self.time(subject, Below::Nothing)?;
+        self.time(subject, What::Alone)?;
         for round in 0..count {
             for index in 0..all.len() {
-                let below = all[(round + index) % all.len()];
-                let (time, report) = self.time(subject, below)?;
-                match below {
-                    Below::Nothing => rounds.alone.push(time),
-                    Below::Plumb => rounds.plumb.push(time),
-                    Below::Valgrind => rounds.valgrind.push(time),
-                }
+                let what = all[(round + index) % all.len()];
+                let (time, report) = self.time(subject, what)?;
+                rounds.times[what as usize].push(time.as_secs_f64());
                 if let Some(Report { lost, cost, .. }) = report {
                     rounds.events.push(cost.events as f64);
                     rounds.lost += lost.events + lost.stacks + lost.mappings + lost.processes;
@@ -264,42 +285,42 @@ impl Folder {
         Ok(rounds)
     }
 
-    fn time(&self, subject: &Subject, below: Below) -> Result<(Time, Option<Report>)> {
+    fn time(&self, subject: &Subject, what: What) -> Result<(Duration, Option<Report>)> {
         if !subject.before.is_empty() {
             self.prepare(subject.before)?;
         }
-        let plumb = env!("CARGO_BIN_EXE_plumb");
-        let before: &[&str] = match below {
-            Below::Nothing => &[],
-            Below::Plumb => &[plumb, "check", "-o", "json", "--report", "{dir}/report.json", "--"],
-            // Whatever the command starts is followed too.
-            Below::Valgrind => &[
-                "valgrind",
-                "-q",
-                "--tool=none",
-                "--track-fds=yes",
-                "--trace-children=yes",
-                "--log-file=/dev/null",
-            ],
+        let plumb =
+            [env!("CARGO_BIN_EXE_plumb"), "check", "-o", "json", "--report", "{dir}/report.json", "--"];
+        let before = match what {
+            What::Alone => Vec::new(),
+            What::Own => [&plumb[..], &["{self}", ROLE, "{dir}/time"]].concat(),
+            What::Plumb => plumb.to_vec(),
+            What::Valgrind => VALGRIND.to_vec(),
         };
-        let mut command = self.command(&[before, subject.words].concat())?;
+        let mut command = self.command(&[&before[..], subject.words].concat())?;
         let start = Instant::now();
-        // It returns when the program has been executed, which is where plumb's own clock begins.
-        let mut child = command.spawn().with_context(|| subject.name.to_owned())?;
-        let executed = Instant::now();
-        let status = child.wait()?;
-        let (mut own, whole) = (executed.elapsed(), start.elapsed());
-        let (mut code, mut report) = (status.code(), None);
-        if let Below::Plumb = below {
-            let path = self.0.join("report.json");
-            let text = fs::read(&path).with_context(|| self.last_words())?;
-            fs::remove_file(path)?;
-            let told: Report = serde_json::from_slice(&text)?;
-            (own, code) = (Duration::from_secs_f64(told.seconds), told.exit_code);
-            report = Some(told);
+        let status = command.status().with_context(|| subject.name.to_owned())?;
+        let (mut took, mut code) = (start.elapsed(), status.code());
+        let report: Option<Report> = match what {
+            What::Own | What::Plumb => Some(serde_json::from_str(&self.take("report.json")?)?),
+            What::Alone | What::Valgrind => None,
+        };
+        code = report.as_ref().map_or(code, |report| report.exit_code);
+        if let What::Own = what {
+            let text = self.take("time")?;
+            let (nanos, ended) = text.split_once(' ').context("the time of a command")?;
+            (took, code) = (Duration::from_nanos(nanos.parse()?), Some(ended.parse()?));
         }
-        ensure!(code == Some(subject.code), "{}: {status}: {}", subject.name, self.last_words());
-        Ok((Time { own, whole }, report))
+        ensure!(code == Some(subject.code), "it ended with {code:?}: {}", self.last_words());
+        Ok((took, report))
+    }
+
+    /// What a run has written: what is there next time is of that run.
+    fn take(&self, name: &str) -> Result<String> {
+        let path = self.0.join(name);
+        let text = fs::read_to_string(&path).with_context(|| self.last_words())?;
+        fs::remove_file(path)?;
+        Ok(text)
     }
 }
 
@@ -316,13 +337,12 @@ fn root() -> &'static Path {
 fn print(rows: &[(&Subject, Result<Rounds>)]) {
     println!(
         "\nTimes of a command below plumb check or Valgrind to alone: median of the ratios of rounds (95 % interval). Its own \
-         time is that from its execution to its end; the whole one has the set-up and the report.\n"
+         time is that from its fork to its end; the whole one has the set-up and the report.\n"
     );
     println!(
         "| command | alone, ms | rounds | events | lost | own time below plumb | whole time below plumb | whole time below Valgrind |"
     );
     println!("|{}", "---|".repeat(8));
-    let mut around = Vec::new();
     for (subject, rounds) in rows {
         let rounds = match rounds {
             Ok(rounds) => rounds,
@@ -331,34 +351,25 @@ fn print(rows: &[(&Subject, Result<Rounds>)]) {
                 continue;
             }
         };
-        around.extend(rounds.plumb.iter().map(|time| time.whole.saturating_sub(time.own)));
         let valgrind = match subject.kind {
-            Kind::Short => ratio(&rounds.valgrind, &rounds.alone, |time| time.whole),
+            Kind::Short => rounds.ratio(What::Valgrind),
             _ => "not measured: minutes".to_owned(),
         };
         println!(
-            "| {} | {} | {} | {} | {} | {} | {} | {valgrind} |",
+            "| {} | {} | {} | {:.0} | {} | {} | {} | {valgrind} |",
             subject.name,
-            milliseconds(rounds.alone.iter().map(|time| time.own)),
-            rounds.alone.len(),
+            milliseconds(rounds.of(What::Alone).iter().copied()),
+            rounds.of(What::Alone).len(),
             Median::of(rounds.events.clone()).median,
             rounds.lost,
-            ratio(&rounds.plumb, &rounds.alone, |time| time.own),
-            ratio(&rounds.plumb, &rounds.alone, |time| time.whole),
+            rounds.ratio(What::Own),
+            rounds.ratio(What::Plumb),
         );
     }
-    if !around.is_empty() {
-        println!("\nSet-up and report of plumb check: {} ms.", milliseconds(around.into_iter()));
-    }
 }
 
-fn ratio(with: &[Time], without: &[Time], of: impl Fn(&Time) -> Duration) -> String {
-    let ratio = |(with, without)| of(with).as_secs_f64() / of(without).as_secs_f64();
-    let Median { low, median, high } = Median::of(with.iter().zip(without).map(ratio).collect());
-    format!("{median:.2} ({low:.2} to {high:.2})")
-}
-
-fn milliseconds(times: impl Iterator<Item = Duration>) -> String {
-    let median = Median::of(times.map(|time| time.as_secs_f64() * 1e3).collect()).median;
+/// The median of so many seconds.
+fn milliseconds(seconds: impl Iterator<Item = f64>) -> String {
+    let median = Median::of(seconds.map(|seconds| seconds * 1e3).collect()).median;
     if median < 10.0 { format!("{median:.1}") } else { format!("{median:.0}") }
 }

@@ -84,7 +84,7 @@ static PARTS: [Part; 6] = [
     },
     Part { name: "rate", seconds: [125, 15], run: |effort, _| rate::run(effort) },
     Part { name: "agent", seconds: [120, 60], run: |effort, _| agent::run(effort) },
-    Part { name: "check", seconds: [900, 180], run: check::run },
+    Part { name: "check", seconds: [1200, 240], run: check::run },
 ];
 
 fn main() -> Result<()> {
@@ -92,6 +92,7 @@ fn main() -> Result<()> {
     match &arguments[..] {
         [role, cpu] if role == worker::ROLE => return worker::run(cpu),
         [role, address] if role == "scrape" => return attach::scrape(address),
+        [role, file, words @ ..] if role == check::ROLE => return check::timed(file, words),
         _ => {}
     }
     let mut quick = false;
