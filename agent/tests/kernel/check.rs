@@ -35,6 +35,8 @@ const EMULATED: [&str; 17] = [
     "sweep",
     "short",
 ];
+/// How often a run is made again whose events were not all seen.
+const RUNS: usize = 3;
 /// What each leak leaves.
 const REPEATS: u64 = 3;
 
@@ -55,8 +57,21 @@ fn leaks(dir: &TempDir) -> PathBuf {
     program
 }
 
-/// Runs a command below plumb; its exit code and the report.
+/// Runs a command below plumb; its exit code and the report. Preemptible kernels skip a kernel program that is already
+/// running, on an emulated machine more than once in an hour, and plumb counts it: such a run says nothing of the
+/// command and is made again.
 fn check(dir: &TempDir, options: &[&str], command: &[&str]) -> (i32, Value, Output) {
+    let mut checked = check_once(dir, options, command);
+    for _ in 0..RUNS {
+        if !is_emulated() || checked.1["lost"]["events"] == 0 {
+            break;
+        }
+        checked = check_once(dir, options, command);
+    }
+    checked
+}
+
+fn check_once(dir: &TempDir, options: &[&str], command: &[&str]) -> (i32, Value, Output) {
     let path = dir.join("report.json");
     let _ = fs::remove_file(&path);
     let report = ["-o", "json", "--report", &path];
