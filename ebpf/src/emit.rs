@@ -150,24 +150,25 @@ pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
     let tgid = (ids >> 32) as u32;
     // Asked before anything is read: on a busy host most events are nobody's.
     let is_chosen = source == counts::FD || maps::tree();
-    let watched = if is_chosen { watched(tgid, ids as u32) } else { Watched::Everybody };
-    if let Watched::No = watched {
+    let since = if is_chosen { watched(tgid, ids as u32) } else { EVERYBODY };
+    if since == NOBODY {
         count(source, counts::FILTERED);
         return None;
     }
     let start = kernel::beyond_current::<u64>(offsets::TASK_GROUP_LEADER, offsets::TASK_START_BOOTTIME);
-    let Some(comm) = kernel::current_comm().filter(|_| start != 0) else {
+    if start == 0 {
         count(source, counts::FAULT);
         return None;
-    };
+    }
     // The number of a watched process that has ended may be another's by now.
-    let is_another = if let Watched::Since(watched) = watched { watched != start } else { false };
+    let is_another = since != EVERYBODY && since != start;
     let leader = || kernel::read(kernel::current(), offsets::TASK_GROUP_LEADER);
     if is_another || !wanted(tgid, leader) {
         count(source, counts::FILTERED);
         return None;
     }
-    Some(Header { kind, tid: ids as u32, time: now(), process: ProcKey::new(tgid, start), comm })
+    let (process, comm) = (ProcKey::new(tgid, start), kernel::current_comm());
+    Some(Header { kind, tid: ids as u32, time: now(), process, comm })
 }
 
 /// The header of an event about `task`, which need not be the running one.
@@ -201,28 +202,26 @@ pub(crate) unsafe fn about(
     Some(Header { kind, tid, time: now(), process, comm })
 }
 
-/// Whether the fd events of a process are asked for.
-enum Watched {
-    No,
-    Everybody,
-    /// Those of the process that started then.
-    Since(u64),
-}
+/// In the place of a start time.
+const EVERYBODY: u64 = 0;
+const NOBODY: u64 = u64::MAX;
 
+/// Start time of the process of that number whose fd events are asked for, or whether everybody's or nobody's are. Numbers
+/// and no enum: the compiler compares the time of an `EVERYBODY` too, and nobody has written it.
 #[inline(always)]
-fn watched(tgid: u32, tid: u32) -> Watched {
+fn watched(tgid: u32, tid: u32) -> u64 {
     if !maps::watched_only() {
-        return Watched::Everybody;
+        return EVERYBODY;
     }
     if let Some(control) = maps::FD_CONTROL.get(0)
         && (control.all != 0 || control.canary_tid == tid)
     {
-        return Watched::Everybody;
+        return EVERYBODY;
     }
     // SAFETY: the value is read at once; a change in between only makes the answer an old one.
     match unsafe { maps::WATCHED.get(tgid) } {
-        Some(watch) => Watched::Since(watch.start_boottime),
-        None => Watched::No,
+        Some(watch) => watch.start_boottime,
+        None => NOBODY,
     }
 }
 

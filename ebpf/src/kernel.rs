@@ -124,14 +124,14 @@ pub(crate) fn beyond_current<T: Copy + Zeroable>(pointer: usize, index: usize) -
     }
 }
 
-/// The name of the running thread.
+/// The name of the running thread. The helper fails for no running task.
 #[inline(always)]
-pub(crate) fn current_comm() -> Option<[u8; COMM_LEN]> {
+pub(crate) fn current_comm() -> [u8; COMM_LEN] {
     let mut comm = MaybeUninit::<[u8; COMM_LEN]>::uninit();
     // SAFETY: the helper writes all of it, whatever it returns.
     unsafe {
-        let status = bpf_get_current_comm(comm.as_mut_ptr().cast(), COMM_LEN as u32);
-        if status == 0 { Some(comm.assume_init()) } else { None }
+        bpf_get_current_comm(comm.as_mut_ptr().cast(), COMM_LEN as u32);
+        comm.assume_init()
     }
 }
 
