@@ -288,13 +288,15 @@ struct Lines {
     requests: Asker,
     views: watch::Receiver<Arc<HostView>>,
     calendar: Calendar,
+    /// Passes when the process had exited. What was lost before that, the next one tells.
+    exited: Option<u64>,
     ended: bool,
 }
 
 impl Lines {
     fn begin(subscription: Subscription, requests: Asker, views: watch::Receiver<Arc<HostView>>) -> Self {
         requests.ask(Request::Follow(subscription.who));
-        Self { subscription, requests, views, calendar: Calendar::now(), ended: false }
+        Self { subscription, requests, views, calendar: Calendar::now(), exited: None, ended: false }
     }
 
     async fn next(&mut self) -> Option<String> {
@@ -313,7 +315,8 @@ impl Lines {
                     changed.ok()?;
                     // An exit event may be lost; a process that no pass shows has ended all the same.
                     let view = self.views.borrow_and_update();
-                    self.ended = !view.rows.iter().any(|row| who == Who::Everybody || who == Who::Process(row.key));
+                    let is_there = view.rows.iter().any(|row| who == Who::Everybody || who == Who::Process(row.key));
+                    self.ended = !is_there || self.exited.is_some_and(|passes| passes < view.passes);
                 }
             }
         }
@@ -336,8 +339,11 @@ impl Lines {
         for event in events.iter().filter(|event| subscribe::is_about(event, who)) {
             page += &Line::new(event, self.calendar, None).json();
             page.push('\n');
-            self.ended |= matches!(event, Event::Exit(exit)
-                if exit.group_dead != 0 && who == Who::Process(exit.header.process));
+            if matches!(event, Event::Exit(exit)
+                if exit.group_dead != 0 && who == Who::Process(exit.header.process))
+            {
+                self.exited = Some(self.views.borrow().passes);
+            }
         }
         page
     }
