@@ -5,6 +5,7 @@
 //! what is meant, `report` says the rest.
 
 mod closes;
+mod interpreter;
 mod report;
 mod rounds;
 mod sites;

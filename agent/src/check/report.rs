@@ -18,10 +18,11 @@ use crate::{
     symbolise::is_runtime_file,
 };
 
-/// Functions of a stack that are printed for people.
+/// What is printed for people: functions of a stack, those of the other places that belong to a finding, and rules
+/// that matched nothing.
 const MAX_FUNCTIONS: usize = 16;
-/// And of the other places that belong to a finding.
 const MAX_OTHER: usize = 4;
+const MAX_UNUSED: usize = 3;
 
 /// What was not seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -64,6 +65,9 @@ pub(crate) struct Report {
     pub exit_code: Option<i32>,
     /// That ended it.
     pub signal: Option<i32>,
+    /// The signal that it was told to end by.
+    #[serde(skip)]
+    pub told: Option<i32>,
     pub seconds: f64,
     pub processes: u64,
     pub findings: Vec<Finding>,
@@ -95,6 +99,8 @@ pub(crate) struct Finding {
     pub function: Option<Function>,
     pub caller: Option<Function>,
     pub stack: Vec<Function>,
+    /// Ways on which that function was reached; `stack` is one of them.
+    pub ways: usize,
     pub others: Vec<Place>,
     /// How many in each run, or after each round.
     pub rounds: Vec<u32>,
@@ -152,6 +158,7 @@ impl Finding {
             function,
             caller,
             stack: site.stack.as_ref().map(|stack| stack.functions()).unwrap_or_default(),
+            ways: site.ways.len(),
             others: site.others.iter().map(place).collect(),
             rounds: site.rounds.clone(),
             grows: site.grows,
@@ -175,8 +182,7 @@ impl Finding {
     /// What happened, in one line.
     fn title(&self) -> String {
         let Self { count, comm, syscall, .. } = self;
-        let some =
-            |one: &str, many: &str| if *count == 1 { format!("1 {one}") } else { format!("{count} {many}") };
+        let some = |one: &str, many: &str| some(u64::from(*count), one, many);
         if self.grows {
             let course: Vec<String> = self.rounds.iter().map(u32::to_string).collect();
             let what = if self.kind == Kind::Thread { "threads" } else { "fds" };
@@ -204,8 +210,10 @@ impl Finding {
                 format!("{} of {comm} closed by a thread that did not own it", some("fd", "fds"))
             }
             Kind::Zombie => format!("{} of {comm} that nobody waited for", some("child", "children")),
-            Kind::Orphan => format!("{} of {comm} still running", some("child", "children")),
-            Kind::Unstopped => format!("{} of {comm} did not stop", some("thread", "threads")),
+            Kind::Orphan => format!("{} that {comm} started still running", some("process", "processes")),
+            Kind::Unstopped => {
+                format!("{} of {comm} did not stop in time; it was killed", some("thread", "threads"))
+            }
             Kind::InFlight => {
                 format!(
                     "{} of {comm} open when it ended",
@@ -225,12 +233,20 @@ impl Finding {
             }
             (Kind::Unstopped, [Some(function), _]) => lines.push(format!("     blocked in {function}")),
             (_, [Some(function), Some(caller)]) => {
-                lines.push(format!("     from {function}, called by {caller}"));
+                let more = match self.ways {
+                    0 | 1 => String::new(),
+                    ways => format!(", and on {} more", some(ways as u64 - 1, "way", "ways")),
+                };
+                lines.push(format!("     from {function}, called by {caller}{more}"));
             }
             (_, [Some(function), None]) => lines.push(format!("     from {function}")),
         }
-        let stack = self.stack.iter().take(MAX_FUNCTIONS);
-        lines.extend(stack.map(|function| format!("          {}", function.words())));
+        let stack = without_start(&self.stack);
+        let shown = stack.iter().take(MAX_FUNCTIONS);
+        lines.extend(shown.map(|function| format!("          {}", function.words())));
+        if stack.len() > MAX_FUNCTIONS {
+            lines.push(format!("          and {} more", stack.len() - MAX_FUNCTIONS));
+        }
         for place in &self.others {
             lines.push(format!("     {}:", place.what));
             let own = own_part(&place.stack).iter().take(MAX_OTHER);
@@ -247,6 +263,21 @@ impl Finding {
         lines.extend(self.examples.iter().map(|one| format!("     e.g. {}", example(one))));
         lines
     }
+}
+
+/// So many of something, in words.
+fn some(count: u64, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
+/// Without what calls main, which is the same in each program.
+fn without_start(stack: &[Function]) -> &[Function] {
+    const START: [&str; 4] =
+        ["__libc_start_call_main", "__libc_start_main_impl", "__libc_start_main", "_start"];
+    let starts =
+        |function: &&Function| function.function.as_deref().is_some_and(|name| START.contains(&name));
+    let outer = stack.iter().rev().take_while(starts).count();
+    if outer == stack.len() { stack } else { &stack[..stack.len() - outer] }
 }
 
 /// From the first function outside of the C library on.
@@ -298,6 +329,7 @@ impl Report {
             command,
             exit_code: None,
             signal: None,
+            told: None,
             seconds: 0.0,
             processes: 0,
             findings,
@@ -315,13 +347,9 @@ impl Report {
         let mut lines = Vec::new();
         let name = self.command.first().map_or("", String::as_str);
         match self.findings.len() {
-            0 if self.lost.is_whole() => lines.push(format!("plumb: {name} is clean{}", self.beside())),
-            0 => lines.push(format!(
-                "plumb: nothing was found in {name}, but not all of it was seen{}",
-                self.beside()
-            )),
-            1 => lines.push(format!("plumb: 1 finding in {name}{}", self.beside())),
-            count => lines.push(format!("plumb: {count} findings in {name}{}", self.beside())),
+            0 if self.lost.is_whole() => lines.push(format!("plumb: {name} is clean")),
+            0 => lines.push(format!("plumb: nothing was found in {name}, but not all of it was seen")),
+            count => lines.push(format!("plumb: {} in {name}", some(count as u64, "finding", "findings"))),
         }
         for (number, finding) in (1..).zip(&self.findings) {
             lines.push(String::new());
@@ -330,11 +358,20 @@ impl Report {
         if !self.findings.is_empty() {
             lines.push(String::new());
         }
-        for Suppressed { rule, reason, count, kind, .. } in &self.suppressed {
-            lines.push(format!("plumb: {count} {} suppressed by `{rule}`: {reason}", kind.word()));
+        lines.extend(self.own_end(name));
+        if self.single > 0 {
+            let what = some(u64::from(self.single), "fd or thread was", "fds or threads were");
+            lines.push(format!(
+                "plumb: {what} left too, not often enough from one line (--repeats 1 lists them)"
+            ));
         }
-        for rule in &self.unused_rules {
-            lines.push(format!("plumb: the rule {rule} matched nothing"));
+        for Suppressed { rule, reason, count, kind, .. } in &self.suppressed {
+            lines.push(format!("plumb: {count} × {} suppressed by `{rule}`: {reason}", kind.word()));
+        }
+        let unused = self.unused_rules.iter();
+        lines.extend(unused.take(MAX_UNUSED).map(|rule| format!("plumb: the rule {rule} matched nothing")));
+        if self.unused_rules.len() > MAX_UNUSED {
+            lines.push(format!("plumb: and so did {} more", self.unused_rules.len() - MAX_UNUSED));
         }
         let Losses { events, stacks, mappings, processes, sites } = self.lost;
         if events > 0 {
@@ -353,34 +390,36 @@ impl Report {
         if sites > 0 {
             lines.push(format!("plumb: {sites} more were left, of too many different origins"));
         }
-        lines.push(self.cost_line());
+        lines.extend(self.cost_lines());
         lines.join("\n") + "\n"
     }
 
-    fn beside(&self) -> String {
-        match self.single {
-            0 => String::new(),
-            single => format!(
-                "; {single} other fds or threads were left, too few of one origin (--repeats 1 lists them)"
-            ),
+    /// How the command itself ended, when that was not well.
+    fn own_end(&self, name: &str) -> Option<String> {
+        match (self.exit_code, self.signal) {
+            (_, Some(signal)) if Some(signal) == self.told => None,
+            (_, Some(signal)) => Some(format!("plumb: {name} itself was ended by signal {signal}")),
+            (Some(code), _) if code != 0 => Some(format!("plumb: {name} itself ended with exit code {code}")),
+            _ => None,
         }
     }
 
-    fn cost_line(&self) -> String {
+    fn cost_lines(&self) -> [String; 2] {
         let Cost { kernel_seconds, plumb_seconds, events } = self.cost;
         let share = kernel_seconds / self.seconds.max(f64::EPSILON) * 100.0;
-        let processes = if self.processes == 1 {
-            "1 process".to_owned()
-        } else {
-            format!("{} processes", self.processes)
-        };
-        format!(
-            "plumb: followed {processes} for {:.2} s: {events} events, {:.1} ms in kernel programs ({share:.1} %), {:.0} ms \
-             beside the command",
-            self.seconds,
-            kernel_seconds * 1000.0,
-            plumb_seconds * 1000.0,
-        )
+        let processes = some(self.processes, "process", "processes");
+        [
+            format!(
+                "plumb: followed {processes} for {:.2} s: {}",
+                self.seconds,
+                some(events, "event", "events")
+            ),
+            format!(
+                "plumb: that took {:.1} ms in the kernel ({share:.1} %) and {:.0} ms beside the command",
+                kernel_seconds * 1000.0,
+                plumb_seconds * 1000.0,
+            ),
+        ]
     }
 
     /// Blocks that would suppress what was found.

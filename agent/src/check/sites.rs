@@ -12,11 +12,15 @@ use plumb_common::task::ProcKey;
 
 use super::{
     closes::BadClose,
+    interpreter::is_interpreter,
     suppress::Kind,
     traces::{Namer, Trace},
     tree::{Ended, Open, Slot, Thread, Through},
 };
-use crate::{stacks::Stack, thread_type::thread_type};
+use crate::{
+    stacks::{Function, Stack},
+    thread_type::thread_type,
+};
 
 /// Examples of one site.
 const MAX_EXAMPLES: usize = 3;
@@ -24,16 +28,12 @@ const MAX_EXAMPLES: usize = 3;
 const MAX_SITES: usize = 4096;
 /// Bits of an exit code, as wait(2) has it, that name the signal that killed.
 const KILLED: u32 = 0x7f;
-/// Programs that run others' code from one place of their own: there the line of code is not in the stack.
-const INTERPRETERS: &[&str] =
-    &["python", "libpython", "bash", "dash", "sh", "zsh", "perl", "node", "ruby", "libruby", "php", "lua"];
-
 /// What makes two things one site.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     kind: Kind,
-    /// Of the stack, the words of its functions: two calls in one line are one place.
-    stack: Option<u64>,
+    /// Of the line that it is put down to, whoever called that: two calls in one line are one place.
+    place: Option<u64>,
     /// Of the second place that matters.
     other: Option<u64>,
     syscall: &'static str,
@@ -63,6 +63,8 @@ pub(crate) struct Site {
     /// Type of the threads.
     pub thread: String,
     pub stack: Option<Arc<Stack>>,
+    /// Ways on which that line was reached.
+    pub ways: HashSet<u64>,
     /// Other places that belong to it, each with what happened there.
     pub others: Vec<(&'static str, Arc<Stack>)>,
     /// How many there were in all.
@@ -95,6 +97,10 @@ pub(super) struct Left {
     others: Vec<(&'static str, Arc<Stack>)>,
     /// What was made by one call has it in common.
     call: u64,
+    /// Of the whole stack.
+    way: u64,
+    /// Of what it is, but for numbers.
+    like: u64,
     pub(super) example: Example,
 }
 
@@ -193,7 +199,7 @@ impl Sites {
     ) {
         let key = Key::new(Kind::Unstopped, stack.as_ref(), "", thread, comm);
         let call = u64::from(example.number);
-        self.add_each(vec![Left { key, stack, others: Vec::new(), call, example }]);
+        self.add_each(vec![Left::new(key, stack, call, example)]);
     }
 
     /// Takes a site that was found otherwise.
@@ -211,7 +217,7 @@ impl Sites {
             resource: "process".to_owned(),
             target: child.words.clone(),
         };
-        self.add_each(vec![Left { key, stack, others: Vec::new(), call: child.key.start_boottime, example }]);
+        self.add_each(vec![Left::new(key, stack, child.key.start_boottime, example)]);
     }
 
     /// Without names, those that may have an origin in common with so many others that it counts.
@@ -226,17 +232,25 @@ impl Sites {
         repeated
     }
 
-    /// Adds what one process left; only what repeats in it counts.
+    /// Adds what one process left; only what repeats in it counts. From one line that is reached on different ways, as
+    /// a function that opens whatever it is told, it does so when it is of one kind.
     fn of_one_process(&mut self, left: Vec<Left>) {
         let mut groups: HashMap<Key, Vec<Left>> = HashMap::new();
         left.into_iter().for_each(|one| groups.entry(one.key.clone()).or_default().push(one));
         for (key, group) in groups {
             // Both ends of a pipe come from one call.
-            let calls: HashSet<u64> = group.iter().map(|left| left.call).collect();
-            if calls.len() < self.repeats as usize {
-                self.single += group.len() as u32;
-            } else {
-                self.add(key, group);
+            let (mut ways, mut likes): (HashMap<_, HashSet<u64>>, HashMap<_, HashSet<u64>>) =
+                Default::default();
+            for left in &group {
+                ways.entry(left.way).or_default().insert(left.call);
+                likes.entry(left.like).or_default().insert(left.call);
+            }
+            let is_enough = |calls: &HashSet<u64>| calls.len() >= self.repeats as usize;
+            let repeats = |left: &Left| is_enough(&ways[&left.way]) || is_enough(&likes[&left.like]);
+            let (repeated, single): (Vec<_>, Vec<_>) = group.into_iter().partition(repeats);
+            self.single += single.len() as u32;
+            if !repeated.is_empty() {
+                self.add(key, repeated);
             }
         }
     }
@@ -271,6 +285,7 @@ impl Sites {
         }
         let round = self.round;
         let of_process = group.len() as u32;
+        let ways: Vec<u64> = group.iter().map(|left| left.way).collect();
         let mut group = group.into_iter();
         let site = match self.sites.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
@@ -279,6 +294,7 @@ impl Sites {
                 None => return,
             },
         };
+        site.ways.extend(ways);
         site.count += of_process;
         site.most = site.most.max(of_process);
         site.processes += 1;
@@ -290,9 +306,24 @@ impl Sites {
 }
 
 impl Left {
+    fn new(key: Key, stack: Option<Arc<Stack>>, call: u64, example: Example) -> Self {
+        let way = stack.as_ref().map_or(0, |stack| hash_of(&stack.functions()));
+        let mut hasher = DefaultHasher::new();
+        example.resource.hash(&mut hasher);
+        // Addresses and numbers differ each time.
+        let is_path = example.target.contains('/') || example.resource == "file";
+        example.target.split(|char: char| char.is_ascii_digit()).for_each(|part| {
+            if is_path {
+                part.hash(&mut hasher);
+            }
+        });
+        let like = hasher.finish();
+        Self { key, stack, others: Vec::new(), call, way, like, example }
+    }
+
     /// The site of it.
     pub(super) fn into_site(self) -> Site {
-        let Self { key, stack, others, example, .. } = self;
+        let Self { key, stack, others, example, way, .. } = self;
         let thread =
             if matches!(key.kind, Kind::Thread | Kind::Unstopped) { key.what } else { String::new() };
         Site {
@@ -301,6 +332,7 @@ impl Left {
             syscall: key.syscall,
             thread,
             stack,
+            ways: [way].into(),
             others,
             count: 0,
             most: 0,
@@ -314,14 +346,21 @@ impl Left {
 
 impl Key {
     fn new(kind: Kind, stack: Option<&Arc<Stack>>, syscall: &'static str, what: String, comm: &str) -> Self {
-        Self { kind, stack: stack.map(words_of), other: None, syscall, what, comm: comm.to_owned() }
+        Self { kind, place: stack.map(place_of), other: None, syscall, what, comm: comm.to_owned() }
     }
 }
 
-/// Equal for stacks with the same functions and lines.
-fn words_of(stack: &Arc<Stack>) -> u64 {
+/// Equal for stacks that are put down to the same line; without one, for stacks with the same functions and lines.
+fn place_of(stack: &Arc<Stack>) -> u64 {
+    match stack.headline() {
+        Some([Some(function), _]) => hash_of(&[function]),
+        _ => hash_of(&stack.functions()),
+    }
+}
+
+fn hash_of(functions: &[Function]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    for function in stack.functions() {
+    for function in functions {
         function.words().hash(&mut hasher);
         if function.line.is_none() {
             function.offset.hash(&mut hasher);
@@ -361,7 +400,7 @@ pub(super) fn fd_left(
     };
     let key = Key::new(kind, stack.as_ref(), open.syscall(), what, comm);
     let example = Example { pid: process.tgid, number: fd, resource, target };
-    Left { key, stack, others: Vec::new(), call: open.call, example }
+    Left::new(key, stack, open.call, example)
 }
 
 /// An fd that no event told of.
@@ -369,7 +408,7 @@ fn unseen_left(fd: u32, (process, comm): (ProcKey, &str)) -> Left {
     let key = Key::new(Kind::Fd, None, "other", String::new(), comm);
     let example =
         Example { pid: process.tgid, number: fd, resource: "unknown".to_owned(), target: String::new() };
-    Left { key, stack: None, others: Vec::new(), call: u64::from(fd), example }
+    Left::new(key, None, u64::from(fd), example)
 }
 
 pub(super) fn thread_left(
@@ -383,7 +422,7 @@ pub(super) fn thread_left(
     let key = Key::new(Kind::Thread, stack.as_ref(), "clone", kind, comm);
     let target = thread.comm.clone();
     let example = Example { pid: process.tgid, number: tid, resource: "thread".to_owned(), target };
-    Left { key, stack, others: Vec::new(), call: thread.since, example }
+    Left::new(key, stack, thread.since, example)
 }
 
 fn bad_close(bad: &BadClose, (process, comm): (ProcKey, &str), namer: &mut impl Namer) -> Left {
@@ -405,18 +444,15 @@ fn bad_close(bad: &BadClose, (process, comm): (ProcKey, &str), namer: &mut impl 
     };
     others.extend(opened.map(|stack| ("opened", stack)));
     let mut key = Key::new(kind, stack.as_ref(), "close", String::new(), comm);
-    key.other = if kind == Kind::DoubleClose { before } else { failed }.as_ref().map(words_of);
+    key.other = if kind == Kind::DoubleClose { before } else { failed }.as_ref().map(place_of);
     let example = Example { pid: process.tgid, number: bad.fd, resource, target };
-    Left { key, stack, others, call: 0, example }
+    Left { others, ..Left::new(key, stack, 0, example) }
 }
 
 /// Whether a stack ends in a program that runs others' code, and does not say which.
 fn is_in_interpreter(stack: &Stack) -> bool {
     let Some(at) = stack.origin else { return true };
     let module = stack.frames.get(at.0).and_then(|frame| frame.module.as_deref()).unwrap_or_default();
-    let file = module.rsplit('/').next().unwrap_or_default();
     let is_script = stack.frames[at.0].lines.first().is_some_and(|line| line.function.starts_with("py::"));
-    let is_one =
-        |name: &str| file.strip_prefix(name).is_some_and(|rest| !rest.starts_with(char::is_alphabetic));
-    !is_script && INTERPRETERS.iter().any(|name| is_one(name))
+    !is_script && is_interpreter(module)
 }

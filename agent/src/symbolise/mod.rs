@@ -27,7 +27,7 @@ use plumb_common::task::ProcKey;
 use rustix::fs::makedev;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::origin::is_runtime_file;
+pub(crate) use self::origin::{is_go_standard, is_runtime_file};
 pub use self::{
     images::Images,
     origin::{is_in_runtime_file, origin_frame},

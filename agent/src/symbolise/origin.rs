@@ -169,15 +169,68 @@ fn is_rust_source(file: &str) -> bool {
     standard || package.is_some_and(of)
 }
 
-/// The first element of an import path of Go's own has no dot, and is not `main`.
-fn is_go_standard(function: &str) -> bool {
+/// First elements of the import paths of Go's standard library (`go list std`, Go 1.27). Modules of one's own may have
+/// names without a dot, too.
+const GO_STANDARD: &[&str] = &[
+    "archive",
+    "arena",
+    "bufio",
+    "bytes",
+    "cmp",
+    "compress",
+    "container",
+    "context",
+    "crypto",
+    "database",
+    "debug",
+    "embed",
+    "encoding",
+    "errors",
+    "expvar",
+    "flag",
+    "fmt",
+    "go",
+    "hash",
+    "html",
+    "image",
+    "index",
+    "internal",
+    "io",
+    "iter",
+    "log",
+    "maps",
+    "math",
+    "mime",
+    "net",
+    "os",
+    "path",
+    "plugin",
+    "reflect",
+    "regexp",
+    "runtime",
+    "slices",
+    "sort",
+    "strconv",
+    "strings",
+    "structs",
+    "sync",
+    "syscall",
+    "testing",
+    "text",
+    "time",
+    "unicode",
+    "unique",
+    "unsafe",
+    "vendor",
+    "weak",
+];
+
+/// Whether a function of Go is in a package of its standard library.
+pub(crate) fn is_go_standard(function: &str) -> bool {
     let function = function.strip_prefix("go:").unwrap_or(function);
     // Type parameters and receivers may hold other paths.
     let head = function.split(['[', '(']).next().unwrap_or_default();
-    match head.split_once('/') {
-        Some((first, _)) => !first.contains('.'),
-        None => head.split('.').next() != Some("main"),
-    }
+    head.split(['/', '.']).next().is_some_and(|first| GO_STANDARD.contains(&first))
 }
 
 fn is_node_internal(line: &Line) -> bool {

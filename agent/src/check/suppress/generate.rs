@@ -3,7 +3,12 @@
 use std::fmt::Write;
 
 use super::{Field, Subject, parse::NO_REASON, pattern};
-use crate::{stacks::Function, symbolise::is_runtime_file, text};
+use crate::{
+    check::interpreter::is_interpreter,
+    stacks::Function,
+    symbolise::{is_go_standard, is_runtime_file},
+    text,
+};
 
 /// Most functions of a generated stack.
 const FUNCTIONS: usize = 6;
@@ -14,11 +19,13 @@ const RUNTIME_FUNCTIONS: &[&str] =
 
 /// A block that matches the finding as soon as it has a reason. The stack begins at the first function outside of
 /// libc and the standard libraries. Where there is one, the target is left out: it tends to be another one the next
-/// time.
+/// time. In an interpreter the functions are its own, and only the target tells one script's line from another's.
 #[must_use]
 pub(crate) fn generate(subject: &Subject<'_>) -> String {
     let own = own(subject.stack);
     let named = own.iter().find_map(|function| function.function.as_deref());
+    let module = own.first().and_then(|function| function.module.as_deref()).unwrap_or_default();
+    let tells = named.is_some() && !is_interpreter(module);
     let mut name = format!("{} of {}", subject.kind.word(), plain(subject.comm));
     if let Some(function) = named {
         name = format!("{} in {}", subject.kind.word(), plain(function));
@@ -28,8 +35,9 @@ pub(crate) fn generate(subject: &Subject<'_>) -> String {
     for field in Field::ALL {
         let value = field.of(subject);
         let glob = match field {
-            Field::Target if named.is_some() => continue,
+            Field::Target if tells => continue,
             Field::Target => pattern::generalised(value),
+            Field::Comm => pattern::without_hash(value),
             _ => pattern::escaped(value),
         };
         // Without any field or function a rule would suppress everything, and is refused.
@@ -94,13 +102,4 @@ fn is_runtime(function: &Function) -> bool {
         || source.contains("/library/") && source.starts_with("/rustc/")
         || source.starts_with("library/std/")
         || (source.ends_with(".go") || source.ends_with(".s")) && is_go_standard(name)
-}
-
-/// The first element of an import path of Go's own has no dot, and is not `main`.
-fn is_go_standard(name: &str) -> bool {
-    let head = name.split(['[', '(']).next().unwrap_or_default();
-    match head.split_once('/') {
-        Some((first, _)) => !first.contains('.'),
-        None => head.split('.').next() != Some("main"),
-    }
 }

@@ -160,7 +160,12 @@ pub(crate) struct Rule {
 impl Rule {
     fn matches(&self, subject: &Subject<'_>) -> bool {
         self.kinds.contains(&subject.kind)
-            && self.fields.iter().all(|(field, pattern)| pattern.matches(field.of(subject)))
+            && self.fields.iter().all(|(field, pattern)| {
+                let value = field.of(subject);
+                // Of a process that had ended before it was looked at only the name of a file is known.
+                let is_name = *field == Field::Target && !value.contains('/');
+                pattern.matches(value) || is_name && pattern.matches_name(value)
+            })
             && frames::matches(&self.stack, subject.stack)
     }
 }

@@ -8,6 +8,8 @@ use crate::text;
 pub(super) const MAX_GLOB: usize = 4096;
 /// Longest part of a text that a generated glob spells out, in bytes.
 const MAX_SPELLED: usize = 1024;
+/// Bytes of a name that the kernel keeps.
+const COMM: usize = 15;
 /// Runs of digits at least so long are chance: inodes, pids, ephemeral ports.
 const CHANCE_DIGITS: usize = 4;
 
@@ -17,23 +19,37 @@ const CHANCE_DIGITS: usize = 4;
 pub(super) struct Pattern {
     exact: String,
     glob: Option<GlobSet>,
+    /// Of a path, its last part, where that says something.
+    name: Option<Box<Self>>,
 }
+
+/// A last part of so many letters and digits says something: `*.log` does, `*` does not.
+const TELLING: usize = 3;
 
 impl Pattern {
     /// # Errors
     /// What is wrong with the glob.
     pub(super) fn new(written: &str) -> Result<Self, String> {
+        let last = written.strip_prefix('/').and_then(|path| path.rsplit('/').next());
+        let tells = |last: &&str| last.chars().filter(char::is_ascii_alphanumeric).count() >= TELLING;
+        // What is between braces or brackets may not be whole.
+        let name = last.filter(tells).and_then(|last| Self::new(last).ok()).map(Box::new);
         if let Some(exact) = literal(written) {
-            return Ok(Self { exact, glob: None });
+            return Ok(Self { exact, glob: None, name });
         }
         // A set of one: a matcher of its own panics where braces are nested too deeply.
         let one = Glob::new(written).map_err(|error| error.kind().to_string())?;
         let set = GlobSet::new([one]).map_err(|error| error.kind().to_string())?;
-        Ok(Self { exact: written.to_owned(), glob: Some(set) })
+        Ok(Self { exact: written.to_owned(), glob: Some(set), name })
     }
 
     pub(super) fn matches(&self, text: &str) -> bool {
         self.exact == text || self.glob.as_ref().is_some_and(|glob| glob.is_match(text))
+    }
+
+    /// Whether the last part of a path that it stands for may be this.
+    pub(super) fn matches_name(&self, name: &str) -> bool {
+        self.name.as_ref().is_some_and(|pattern| pattern.matches(name))
     }
 }
 
@@ -65,6 +81,17 @@ pub(super) fn escaped(text: &str) -> String {
 #[must_use]
 pub(super) fn generalised(text: &str) -> String {
     glob_for(text, CHANCE_DIGITS)
+}
+
+/// As `escaped`, for the name of a process: without the hash that cargo puts at the end of a test binary's name, of which
+/// the kernel keeps as much as has room.
+#[must_use]
+pub(super) fn without_hash(comm: &str) -> String {
+    let hashed = comm.rsplit_once('-').filter(|(name, hash)| {
+        let is_hash = hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        !name.is_empty() && is_hash && (hash.len() == 16 || hash.len() >= 4 && comm.len() == COMM)
+    });
+    hashed.map_or_else(|| escaped(comm), |(name, _)| escaped(name) + "-*")
 }
 
 fn glob_for(text: &str, chance: usize) -> String {

@@ -2,10 +2,10 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::Write,
     os::unix::process::ExitStatusExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitStatus,
     time::Duration,
 };
@@ -80,9 +80,9 @@ pub(super) struct Arguments {
     /// The command is a server: stop it with this signal, and say what did not stop [default with --steady: TERM]
     #[arg(long, value_name = "SIGNAL", value_parser = signal, conflicts_with = "iterations")]
     stop: Option<Signal>,
-    /// Time that it has to stop; what still runs then is killed
-    #[arg(long, default_value = "10s", value_name = "DURATION", value_parser = humantime::parse_duration)]
-    within: Duration,
+    /// Time that it has to stop; what still runs then is killed [default: 10s]
+    #[arg(long, value_name = "DURATION", value_parser = within)]
+    within: Option<Duration>,
     /// When the server is ready: a port, an address, a URL that it answers, or a script that ends with 0
     #[arg(long, value_name = "PORT|URL|SCRIPT")]
     ready: Option<Ready>,
@@ -98,7 +98,7 @@ pub(super) struct Arguments {
     /// Leave out the rules that come with plumb, for threads that runtimes keep
     #[arg(long)]
     no_builtin_suppressions: bool,
-    /// Write a rule for each finding, for you to give the reasons
+    /// Add a rule for each finding to this file, for you to give the reasons
     #[arg(long, value_name = "FILE")]
     gen_suppressions: Option<PathBuf>,
     /// Write the report there instead of to stderr
@@ -110,6 +110,14 @@ pub(super) struct Arguments {
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+}
+
+/// Time that a server has to stop.
+const WITHIN: Duration = Duration::from_secs(10);
+
+fn within(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| format!("{error}; such as 10s"))?;
+    if time.is_zero() { Err("nothing stops in no time: such as 10s".to_owned()) } else { Ok(time) }
 }
 
 fn signal(name: &str) -> Result<Signal, String> {
@@ -132,8 +140,14 @@ fn signal(name: &str) -> Result<Signal, String> {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
+    let is_server = arguments.stop.is_some() || arguments.steady.is_some();
+    let of_server = [("--ready", arguments.ready.is_some()), ("--within", arguments.within.is_some())];
+    if let Some((option, _)) = of_server.iter().find(|(_, given)| *given && !is_server) {
+        let cause = format!("{option} needs --stop or --steady");
+        return Err(Failure::new(Exit::Usage, cause, "say what is to be done then"));
+    }
     let rules = rules(arguments)?;
-    let files = Files::create(arguments)?;
+    let files = Files::open(arguments)?;
     let before = Before::take();
     let signals = Signals::block()?;
     // Whoever loses its parent is plumb's child then.
@@ -144,25 +158,25 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         ready: arguments.ready.clone().map(|ready| (ready, arguments.ready_within)),
         steady: arguments.steady.as_ref().map(|script| (script.as_str(), arguments.warmup, arguments.rounds)),
         stop: arguments.stop.unwrap_or(Signal::TERM),
-        within: arguments.within,
+        within: arguments.within.unwrap_or(WITHIN),
         load: arguments.load.as_deref(),
     };
-    let is_server = arguments.stop.is_some() || arguments.steady.is_some();
-    if !is_server && arguments.ready.is_some() {
-        return Err(Failure::new(
-            Exit::Usage,
-            "--ready needs --stop or --steady",
-            "say what is to be done then",
-        ));
-    }
     let status = if is_server {
         session.serve(&arguments.command, &server)?
     } else {
         session.iterate(&arguments.command, arguments.iterations)?
     };
-    let report = session.report(&arguments.command, status, &rules)?;
-    files.write(arguments.format, &report)?;
+    let report =
+        session.report(&arguments.command, (status, is_server.then_some(server.stop.as_raw())), &rules)?;
+    let written = files.write(arguments.format, &report);
     let is_clean = report.findings.is_empty();
+    if let Err(failure) = written {
+        if is_clean {
+            return Err(failure);
+        }
+        // That there are findings matters more.
+        output::message(&format!("plumb: {failure}"));
+    }
     Ok(if is_clean { Exit::Command(code(status, is_server.then_some(server.stop))) } else { Exit::Findings })
 }
 
@@ -192,43 +206,65 @@ fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {
     Ok(rules)
 }
 
-/// The files that were asked for. Opened before the command runs: after it a wrong name would cost its report.
-struct Files {
-    report: Option<File>,
-    rules: Option<File>,
+/// The files that were asked for. Opened before the command runs: after it a wrong name would cost its report. What is in
+/// them stays until there is something new.
+struct Files<'a> {
+    report: Option<(&'a Path, File)>,
+    rules: Option<(&'a Path, File)>,
 }
 
-impl Files {
-    fn create(arguments: &Arguments) -> Result<Self, Failure> {
-        let create = |path: &PathBuf| {
-            File::create(path).map_err(|error| {
-                let cause = format!("cannot write {}: {error}", path.display());
-                Failure::new(Exit::Usage, cause, "name a file in a folder that exists")
-            })
+impl<'a> Files<'a> {
+    fn open(arguments: &'a Arguments) -> Result<Self, Failure> {
+        let open = |path: &'a Option<PathBuf>, options: &mut OpenOptions| {
+            let Some(path) = path else { return Ok(None) };
+            match options.create(true).open(path) {
+                Ok(file) => Ok(Some((path.as_path(), file))),
+                Err(error) => {
+                    let cause = format!("cannot write {}: {error}", path.display());
+                    Err(Failure::new(Exit::Usage, cause, "name a file in a folder that exists"))
+                }
+            }
         };
-        let [report, rules] = [&arguments.report, &arguments.gen_suppressions];
         Ok(Self {
-            report: report.as_ref().map(create).transpose()?,
-            rules: rules.as_ref().map(create).transpose()?,
+            report: open(&arguments.report, File::options().write(true).truncate(false))?,
+            rules: open(&arguments.gen_suppressions, File::options().append(true))?,
         })
     }
 
+    /// Writes what was found. An error is told, and takes nothing from the outcome.
     fn write(self, format: Format, report: &Report) -> Result<(), Failure> {
         let text = match format {
             Format::Table => report.text(),
             Format::Json | Format::Jsonl => output::json(report)? + "\n",
         };
-        let saved = self.report.as_ref().map(|mut file| file.write_all(text.as_bytes()));
-        if !matches!(saved, Some(Ok(()))) {
+        let mut failed = Vec::new();
+        let mut is_saved = false;
+        if let Some((path, mut file)) = self.report {
+            // A pipe or a terminal has no length.
+            let cut =
+                if file.metadata().is_ok_and(|found| found.is_file()) { file.set_len(0) } else { Ok(()) };
+            let saved = cut.and_then(|()| file.write_all(text.as_bytes()));
+            is_saved = saved.is_ok();
+            failed.extend(saved.err().map(|error| (path, error)));
+        }
+        if !is_saved {
             output::message(text.trim_end());
         }
-        let rules = self.rules.as_ref().map(|mut file| file.write_all(report.suppressions().as_bytes()));
-        for done in [saved, rules].into_iter().flatten() {
-            done.map_err(|error| {
-                Failure::new(Exit::Error, format!("cannot write a file: {error}"), "the report is on stderr")
-            })?;
+        if let Some((path, mut file)) = self.rules {
+            let done = file.write_all(report.suppressions().as_bytes());
+            failed.extend(done.err().map(|error| (path, error)));
+            if file.metadata().is_ok_and(|found| found.is_file() && found.len() == 0) {
+                // Nothing was found, and nothing was there.
+                let _ = fs::remove_file(path);
+            }
         }
-        Ok(())
+        match failed.first() {
+            None => Ok(()),
+            Some((path, error)) => {
+                let cause = format!("cannot write {}: {error}", path.display());
+                Err(Failure::new(Exit::Error, cause, "the report is on stderr"))
+            }
+        }
     }
 }
 

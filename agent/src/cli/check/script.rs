@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
     os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
     str::FromStr,
@@ -44,8 +44,20 @@ impl FromStr for Ready {
         if let Ok(port) = text.parse::<u16>() {
             return Ok(Self::Port(SocketAddr::from(([127, 0, 0, 1], port))));
         }
+        if text.bytes().all(|byte| byte.is_ascii_digit()) && !text.is_empty() {
+            return Err(format!("{text} is no port: 1 to 65535"));
+        }
         if let Ok(address) = text.parse() {
             return Ok(Self::Port(address));
+        }
+        // A word with a number after a colon is no command, but the name of a host.
+        if let Some((host, port)) = text.rsplit_once(':')
+            && port.parse::<u16>().is_ok()
+            && !host.contains([' ', '/', ':'])
+        {
+            let found =
+                text.to_socket_addrs().map_err(|error| format!("{host} is no known host: {error}"))?;
+            return found.into_iter().next().map(Self::Port).ok_or_else(|| format!("{host} has no address"));
         }
         if text.starts_with("https://") {
             return Err("https is not spoken; give the port, or a script such as 'curl -fsk URL'".to_owned());
@@ -77,7 +89,13 @@ impl Asking {
                 Err(TryRecvError::Disconnected) => Ok(Some(false)),
                 Ok(answer) => Ok(Some(answer)),
             },
-            Self::Script(script) => Ok(script.try_wait()?.map(|status| status.success())),
+            Self::Script(script) => match script.try_wait()? {
+                // As the shell has it: there is no such command, and there will be none.
+                Some(status) if matches!(status.code(), Some(126 | 127)) => {
+                    Err(io::Error::other(format!("the script of --ready cannot be run ({status})")))
+                }
+                status => Ok(status.map(|status| status.success())),
+            },
         }
     }
 

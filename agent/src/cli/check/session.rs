@@ -27,8 +27,8 @@ use crate::{
 const TICK: Duration = Duration::from_millis(50);
 /// A server may settle for so long after a round: connections that were closed are closed on both ends.
 const SETTLE: Duration = Duration::from_millis(500);
-/// How long a load runs before the signal comes.
-const LOAD_BEFORE: Duration = Duration::from_secs(1);
+/// How long a server runs, with its load, before the signal comes.
+const BEFORE_STOP: Duration = Duration::from_secs(1);
 /// For processes that were killed.
 const DEATH: Duration = Duration::from_secs(5);
 
@@ -131,21 +131,23 @@ impl Session {
             }
         }
         let mut load = server.load.map(|script| script::start(script, &self.before)).transpose()?;
-        if let Some(load) = &mut load {
-            let end = Instant::now() + LOAD_BEFORE;
-            let mut done = None;
-            while done.is_none() && Instant::now() < end {
-                self.pump(running)?;
-                done = load.try_wait()?;
+        let end = Instant::now() + BEFORE_STOP;
+        let mut done = None;
+        // After rounds it has run long enough.
+        while (server.steady.is_none() || load.is_some()) && done.is_none() && Instant::now() < end {
+            self.pump(running)?;
+            done = load.as_mut().map(Child::try_wait).transpose()?.flatten();
+            if let Some(status) = running.try_wait()? {
+                return Err(ended_early(status, "it was told to stop"));
             }
-            if done.is_some() {
-                // What it has closed the server closes now.
-                self.settle(running)?;
-            }
-            if let Some(status) = done.filter(|status| !status.success()) {
-                let cause = format!("the load failed ({})", ended(Some(status)));
-                return Err(Failure::new(Exit::Error, cause, "try it by hand against the server"));
-            }
+        }
+        if done.is_some() {
+            // What it has closed the server closes now.
+            self.settle(running)?;
+        }
+        if let Some(status) = done.filter(|status| !status.success()) {
+            let cause = format!("the load failed ({status})");
+            return Err(Failure::new(Exit::Error, cause, "try it by hand against the server"));
         }
         if server.steady.is_none() {
             self.follower.sites.judge(Judged::Stopping);
@@ -159,13 +161,9 @@ impl Session {
     }
 
     fn stop(&mut self, running: &Running, signal: Signal, within: Duration) -> Result<ExitStatus, Failure> {
-        let mut status = running.try_wait()?;
-        if status.is_some() {
-            return Err(Failure::new(
-                Exit::Error,
-                format!("the command had ended ({}) before it was told to stop", ended(status)),
-                "look at its own messages",
-            ));
+        let mut status = None;
+        if let Some(status) = running.try_wait()? {
+            return Err(ended_early(status, "it was told to stop"));
         }
         running.signal(signal)?;
         let end = Instant::now() + within;
@@ -256,8 +254,7 @@ impl Session {
                 asking.end()?;
             }
             if let Some(status) = running.try_wait()? {
-                let cause = format!("the command ended ({}) before it was ready", ended(Some(status)));
-                return Err(Failure::new(Exit::Error, cause, "look at its own messages"));
+                return Err(ended_early(status, "it was ready"));
             }
             if Instant::now() >= end {
                 let cause = format!("the command was not ready within {within:?}: {}", ready.words());
@@ -277,7 +274,7 @@ impl Session {
         if !status.success() {
             return Err(Failure::new(
                 Exit::Error,
-                format!("the script of the rounds failed ({})", ended(Some(status))),
+                format!("the script of the rounds failed ({status})"),
                 "try it by hand against the server",
             ));
         }
@@ -300,8 +297,7 @@ impl Session {
             self.pump(running)?;
             if let Some(status) = running.try_wait()? {
                 script::end(child)?;
-                let cause = format!("the command ended ({}) during a round", ended(Some(status)));
-                return Err(Failure::new(Exit::Error, cause, "look at its own messages"));
+                return Err(ended_early(status, "the rounds were over"));
             }
         }
     }
@@ -309,7 +305,7 @@ impl Session {
     pub(super) fn report(
         self,
         command: &[OsString],
-        status: ExitStatus,
+        (status, told): (ExitStatus, Option<i32>),
         rules: &Suppressions,
     ) -> Result<Report, Failure> {
         let (losses, drift, mut cost) =
@@ -319,14 +315,21 @@ impl Session {
         let (sites, single) = self.follower.sites.into_findings();
         let words = command.iter().map(|word| word.to_string_lossy().into_owned()).collect();
         let mut report = Report::new(words, Subjects::judge(&sites, rules), (losses, drift, cost));
-        (report.exit_code, report.signal) = (status.code(), status.signal());
+        (report.exit_code, report.signal, report.told) = (status.code(), status.signal(), told);
         (report.seconds, report.processes, report.single) = (self.took.as_secs_f64(), processes, single);
         Ok(report)
     }
 }
 
-fn ended(status: Option<ExitStatus>) -> String {
-    status.map_or_else(|| "still running".to_owned(), |status| status.to_string())
+/// A server that is gone before its time.
+fn ended_early(status: ExitStatus, before: &str) -> Failure {
+    let cause = format!("the command ended ({status}) before {before}");
+    let remedy = if status.success() {
+        "if it goes into the background by itself, keep it in the foreground; else look at its own messages"
+    } else {
+        "look at its own messages"
+    };
+    Failure::new(Exit::Error, cause, remedy)
 }
 
 /// Where a long check is, on a terminal.
