@@ -179,14 +179,18 @@ impl Finding {
         }
     }
 
+    /// How many in each run, or after each round.
+    fn course(&self) -> String {
+        self.rounds.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+    }
+
     /// What happened, in one line.
     fn title(&self) -> String {
         let Self { count, comm, syscall, .. } = self;
         let some = |one: &str, many: &str| some(u64::from(*count), one, many);
         if self.grows {
-            let course: Vec<String> = self.rounds.iter().map(u32::to_string).collect();
             let what = if self.kind == Kind::Thread { "threads" } else { "fds" };
-            return format!("{what} of {comm} grow from round to round: {}", course.join(", "));
+            return format!("{what} of {comm} grow from round to round: {}", self.course());
         }
         let within =
             if self.processes > 1 { format!(" in {} processes", self.processes) } else { String::new() };
@@ -225,6 +229,9 @@ impl Finding {
 
     fn text(&self, number: usize) -> Vec<String> {
         let mut lines = vec![format!("{number:>3}  {}", self.title())];
+        if self.rounds.len() > 1 && !self.grows {
+            lines.push(format!("     in each run: {}", self.course()));
+        }
         let from = [&self.function, &self.caller].map(|function| function.as_ref().map(Function::words));
         match (self.kind, from) {
             (_, [None, _]) => {

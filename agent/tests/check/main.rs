@@ -122,6 +122,12 @@ fn what_does_not_stop_is_told_with_where_it_is_blocked_and_is_ended() {
     assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it has been ended");
     let (code, document) = stop("deaf");
     assert_eq!((code, findings(&document)[0].0), (3, "unstopped"), "{document}");
+    // Without a word when it is ready it has a second to get there.
+    let port = free_port().to_string();
+    let stop = ["check", "--stop", "TERM", "--within", "1s", "--", &SERVER.1, &port, "deaf"];
+    let output = plumb().args(stop).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(3) && text.contains("did not stop in time"), "{text}");
 }
 
 #[test]

@@ -197,9 +197,16 @@ fn what_a_rule_says_is_meant_is_no_finding_and_rules_are_written_for_the_rest() 
     assert_eq!((code, findings(&document)), (0, Vec::new()), "{document}");
     assert_eq!(document["suppressed"][0]["reason"], "a test wants it");
     assert_eq!(document["suppressed"][0]["count"], REPEATS);
-    let (code, document, _) = check(&dir, &["--suppressions", &rules], &[program, "socket4"]);
+    let both = ["--suppressions", &rules, "--gen-suppressions", &rules];
+    let (code, document, _) = check(&dir, &both, &[program, "socket4"]);
     assert_eq!(code, 3, "another leak is told");
     assert_eq!(document["unused_rules"].as_array().unwrap().len(), 1);
+    let longer = fs::read_to_string(&rules).unwrap();
+    assert!(longer.contains("a test wants it") && longer.contains("leak_socket4"), "{longer}");
+    // Where nothing is found nothing is left, nor taken.
+    let none = dir.join("none.supp");
+    assert_eq!(check(&dir, &["--gen-suppressions", &none], &[program, "open", "fixed"]).0, 0);
+    assert!(!Path::new(&none).exists());
 }
 
 #[test]
@@ -252,4 +259,14 @@ fn what_cannot_be_run_is_told_as_a_shell_tells_it() {
         assert_eq!(code, 2, "{message}");
     }
     assert!(!Path::new(&ran).exists());
+    // An older one stays when there is nothing new.
+    let report = dir.join("old");
+    fs::write(&report, "old").unwrap();
+    assert_eq!(refused(&["--report", &report, "--", "/nonexistent/program"]).0, 127);
+    assert_eq!(fs::read_to_string(&report).unwrap(), "old");
+    for ready in ["99999", "no such host:80"] {
+        let (code, message) =
+            refused(&["--stop", "TERM", "--ready", ready, "--", "/bin/sh", "-c", "while :; do :; done"]);
+        assert!(matches!(code, 1 | 2) && message.lines().count() < 6, "{ready}: {code} {message}");
+    }
 }

@@ -39,7 +39,7 @@ const EXAMPLES: &str = "\
 Examples:
   what the tests leave: fds, threads, children
     plumb check -- cargo test
-  five runs, and whether each leaves more
+  five runs, and what each leaves
     plumb check --iterations 5 -- ./import --all
   what grows from round to round under equal load
     plumb check --steady 'wrk -d2 http://127.0.0.1:8080/' --ready 8080 -- ./server

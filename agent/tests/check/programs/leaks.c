@@ -827,6 +827,31 @@ static void thread_leaks_fd(void)
     pthread_join(thread, NULL);
 }
 
+// One line that is reached on three ways, by recursion too.
+
+OWN static int leak_on_ways(void)
+{
+    return check(open("/dev/null", O_RDONLY | O_CLOEXEC), "open"); // MARK ways
+}
+
+OWN static int first_way(void)
+{
+    return leak_on_ways() + (int)sink;
+}
+
+OWN static int second_way(int depth)
+{
+    return (depth > 0 ? second_way(depth - 1) : leak_on_ways()) + (int)sink;
+}
+
+static void ways(void)
+{
+    int fds[] = {first_way(), second_way(0), second_way(3)};
+    for (int i = 0; fixed && i < 3; i++) {
+        close(fds[i]);
+    }
+}
+
 // One file and one thread, for as long as the program runs.
 
 OWN static int keep_file(void)
@@ -907,6 +932,7 @@ static const struct leak {
     {"handoff", 0, "clean", .all = handoff},
     {"sweep", 0, "clean", .all = sweep},
     {"close_minus_one", 0, "clean", .all = close_minus_one},
+    {"ways", 1, "fd", .all = ways},
     {"once", 1, "clean", .all = once},
 };
 
