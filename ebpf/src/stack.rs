@@ -13,7 +13,8 @@ use plumb_common::{
 };
 
 use crate::{
-    emit, kernel, maps,
+    emit::{self, MOST, WHOLE},
+    kernel, maps,
     regs::{self, Place},
 };
 
@@ -90,7 +91,7 @@ fn copy_short<const BYTES: usize>(header: &Header, closed: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
-    emit::send_stack::<Record<BYTES>>(|to| fill(to, header, &place, closed));
+    emit::send_stack::<Record<BYTES>>(MOST, |to| fill(to, header, &place, closed));
 }
 
 /// Sends which fds of the running process are open, as far as the record has room: 131,072 of them.
@@ -104,9 +105,9 @@ pub(crate) fn table(header: &Header) {
         return emit::count(counts::STACK, counts::FAULT);
     };
     if slots as usize <= CLOSE_STACK_BYTES * 8 {
-        emit::send_stack::<Record<CLOSE_STACK_BYTES>>(|to| fill_table(to, header, slots, bitmap));
+        emit::send_stack::<Record<CLOSE_STACK_BYTES>>(WHOLE, |to| fill_table(to, header, slots, bitmap));
     } else {
-        emit::send_stack::<Record<DEEP>>(|to| fill_table(to, header, slots, bitmap));
+        emit::send_stack::<Record<DEEP>>(WHOLE, |to| fill_table(to, header, slots, bitmap));
     }
 }
 
@@ -135,15 +136,15 @@ fn copy(header: &Header, made: u32) {
     };
     let left = regs::stack_left(place.sp);
     if maps::tree() && left <= TREE_STACK_BYTES[0] as u64 {
-        emit::send_stack::<Record<{ TREE_STACK_BYTES[0] }>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[0] }>>(MOST, |to| fill(to, header, &place, made));
     } else if maps::tree() && left <= TREE_STACK_BYTES[1] as u64 {
-        emit::send_stack::<Record<{ TREE_STACK_BYTES[1] }>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[1] }>>(MOST, |to| fill(to, header, &place, made));
     } else if left <= SHALLOW as u64 || !is_readable(place.sp + SHALLOW as u64) {
-        emit::send_stack::<Record<SHALLOW>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<SHALLOW>>(MOST, |to| fill(to, header, &place, made));
     } else if maps::tree() && left <= TREE_STACK_BYTES[2] as u64 {
-        emit::send_stack::<Record<{ TREE_STACK_BYTES[2] }>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[2] }>>(MOST, |to| fill(to, header, &place, made));
     } else {
-        emit::send_stack::<Record<DEEP>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<DEEP>>(MOST, |to| fill(to, header, &place, made));
     }
 }
 
