@@ -50,7 +50,7 @@ Examples:
     plumb check --suppressions known.supp -- ./import
 
 Exit code: 3 with findings; else that of the command, 128 and the number of the signal that ended it, or 0 when that was \
-the signal of --stop. 126 and 127 when it could not be run.
+the signal of --stop; but 1 instead of 0 when events were lost that may hide a finding. 126 and 127 when it could not be run.
 
 What is a leak: fds and threads that are there at the end of a process, several from one line of code; fds that reach \
 another program without anybody's intention; children that nobody waited for, or that go on; closing twice. One file \
@@ -134,7 +134,7 @@ fn signal(name: &str) -> Result<Signal, String> {
 pub(super) fn run(arguments: &Arguments) -> Outcome {
     let rules = rules(arguments)?;
     let files = Files::create(arguments)?;
-    let before = Before::take();
+    let before = Before::take()?;
     let signals = Signals::block()?;
     // Whoever loses its parent is plumb's child then.
     set_child_subreaper(Some(getpid())).map_err(std::io::Error::from)?;
@@ -160,10 +160,17 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     } else {
         session.iterate(&arguments.command, arguments.iterations)?
     };
-    let report = session.report(&arguments.command, status, &rules)?;
+    let mut report = session.report(&arguments.command, status, &rules)?;
+    let code = code(status, is_server.then_some(server.stop));
+    let has_found = !report.findings.is_empty();
+    // A command that failed has its own word for it.
+    report.is_unsure = !has_found && !report.complete && code == 0;
     files.write(arguments.format, &report)?;
-    let is_clean = report.findings.is_empty();
-    Ok(if is_clean { Exit::Command(code(status, is_server.then_some(server.stop))) } else { Exit::Findings })
+    Ok(match report.is_unsure {
+        _ if has_found => Exit::Findings,
+        true => Exit::Error,
+        false => Exit::Command(code),
+    })
 }
 
 fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {
