@@ -25,6 +25,9 @@ struct Record<const BYTES: usize> {
     bytes: [u8; BYTES],
 }
 
+/// The parent waits until its child runs another program or ends (linux/sched.h).
+const CLONE_VFORK: u64 = 0x4000;
+
 /// Pieces in which a stack is read that ends inside the record.
 const PIECES: usize = 16;
 const SHALLOW: usize = STACK_BYTES[0];
@@ -34,7 +37,17 @@ const DEEP: usize = STACK_BYTES[1];
 #[inline(always)]
 pub(crate) fn take(header: &Header, made: u32) {
     if is_asked(header) {
-        copy(header, made);
+        copy::<false>(header, made);
+    }
+}
+
+/// As `take`, of whoever made a child, where trees are followed.
+#[inline(always)]
+pub(crate) fn take_of_fork(header: &Header, child: u32, flags: u64) {
+    if flags & CLONE_VFORK == 0 {
+        copy::<false>(header, child);
+    } else {
+        copy::<true>(header, child);
     }
 }
 
@@ -129,11 +142,13 @@ fn fill_table<const BYTES: usize>(to: *mut Record<BYTES>, header: &Header, slots
     }
 }
 
+/// Once for each of its two users, so that what it calls has one each and is inlined: a call costs a frame.
 #[inline(never)]
-fn copy(header: &Header, made: u32) {
+fn copy<const IS_VFORK: bool>(header: &Header, made: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
+    let place = if IS_VFORK { regs::behind_vfork(place) } else { place };
     let left = regs::stack_left(place.sp);
     if maps::tree() && left <= TREE_STACK_BYTES[0] as u64 {
         emit::send_stack::<Record<{ TREE_STACK_BYTES[0] }>>(MOST, |to| fill(to, header, &place, made));

@@ -20,7 +20,7 @@ use crate::{
 
 const SOURCE: &str = include_str!("../check/programs/leaks.c");
 /// On an emulated machine each takes seconds: one of each kind, and what is most likely to differ between kernels.
-const EMULATED: [&str; 17] = [
+const EMULATED: [&str; 18] = [
     "open",
     "dup2",
     "dupfd",
@@ -35,6 +35,7 @@ const EMULATED: [&str; 17] = [
     "foreign_close",
     "thread_unjoined",
     "zombie",
+    "vfork_zombie",
     "orphan",
     "sweep",
     "short",

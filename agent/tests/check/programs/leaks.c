@@ -638,6 +638,28 @@ static void zombie(void)
     }
 }
 
+OWN static pid_t leak_vfork_zombie(void)
+{
+    pid_t child = vfork(); // MARK vfork_zombie
+    if (child == 0) {
+        _exit(0);
+    }
+    return check(child, "vfork");
+}
+
+static void vfork_zombie(void)
+{
+    for (int i = 0; i < repeats; i++) {
+        siginfo_t info;
+        pid_t child = leak_vfork_zombie();
+        // vfork returns a little earlier.
+        check(waitid(P_PID, (id_t)child, &info, WEXITED | WNOWAIT), "waitid");
+        if (fixed) {
+            wait_for(child);
+        }
+    }
+}
+
 // The children close what whoever reads the output would wait for.
 OWN static pid_t leak_orphan(void)
 {
@@ -934,6 +956,7 @@ static const struct leak {
     {"thread_detached", 1, "thread", .all = thread_detached},
     {"thread_finished_unjoined", 1, "finished_thread", .all = thread_finished_unjoined},
     {"zombie", 1, "zombie", .all = zombie},
+    {"vfork_zombie", 1, "zombie", .all = vfork_zombie},
     {"orphan", 1, "orphan", .all = orphan},
     {"exec_deliberate", 0, "clean", .all = exec_deliberate},
     {"exec_dup2", 0, "clean", .all = exec_dup2},
