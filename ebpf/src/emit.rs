@@ -17,6 +17,11 @@ const CONSUMED: u64 = 2;
 /// Bytes before each record of the ring (`BPF_RINGBUF_HDR_SZ`).
 const HEADER: u64 = 8;
 
+/// Eighths of a ring that records may fill where trees are followed: all of it is for what tells of whole processes,
+/// without which nothing can be said of the rest.
+pub(crate) const WHOLE: u64 = 8;
+pub(crate) const MOST: u64 = 7;
+
 /// Adds one to a counter of the ledger.
 #[inline(always)]
 pub(crate) fn count(source: u32, outcome: u32) {
@@ -81,14 +86,21 @@ pub(crate) fn send<T: Pod>(source: u32, event: T) {
 pub(crate) fn send_filled<T: Pod>(source: u32, fill: impl FnOnce(*mut T)) {
     let size = maps::EVENTS.query(SIZE);
     let used = maps::EVENTS.query(AVAILABLE);
-    if used >= size / 2 && !is_within_share(used, size, size_of::<T>() as u64) {
+    if maps::tree() {
+        let part = if matches!(source, counts::FD | counts::RENAME) { MOST } else { WHOLE };
+        if !fits(used, size, part) {
+            return count(source, counts::RING_FULL);
+        }
+    } else if used >= size / 2 && !is_within_share(used, size, size_of::<T>() as u64) {
         return count(source, counts::QUOTA);
     }
+    // One number, and not two, to keep on the stack while the record is filled.
+    let flag = wake_up(used, size, size_of::<T>() as u64);
     let Some(mut entry) = maps::EVENTS.reserve::<T>(0) else {
         return count(source, counts::RING_FULL);
     };
     fill(entry.as_mut_ptr());
-    entry.submit(wake_up(used, size, size_of::<T>() as u64));
+    entry.submit(flag);
     count(source, counts::SENT);
 }
 
@@ -100,21 +112,32 @@ fn wake_up(used: u64, size: u64, bytes: u64) -> u64 {
     if used / eighth == (used + HEADER + bytes) / eighth { NO_WAKEUP } else { FORCE_WAKEUP }
 }
 
+/// Whether a ring of which so much is used has room within its first eighths.
+#[inline(always)]
+fn fits(used: u64, size: u64, part: u64) -> bool {
+    part == WHOLE || used < size / 8 * part
+}
+
 /// Whether the ring of stacks is half empty.
 #[inline(always)]
 pub(crate) fn has_room_for_stacks() -> bool {
     maps::STACKS.query(AVAILABLE) < maps::STACKS.query(SIZE) / 2
 }
 
-/// Makes room for a record of the ring of stacks, has it filled and sends it; or counts why not.
+/// Makes room for a record within so many eighths of the ring of stacks, has it filled and sends it; or counts why not.
 #[inline(always)]
-pub(crate) fn send_stack<T: 'static>(fill: impl FnOnce(*mut T)) {
+pub(crate) fn send_stack<T: 'static>(part: u64, fill: impl FnOnce(*mut T)) {
+    let size = maps::STACKS.query(SIZE);
     let used = maps::STACKS.query(AVAILABLE);
+    if maps::tree() && !fits(used, size, part) {
+        return count(counts::STACK, counts::RING_FULL);
+    }
+    let flag = wake_up(used, size, size_of::<T>() as u64);
     let Some(mut entry) = maps::STACKS.reserve::<T>(0) else {
         return count(counts::STACK, counts::RING_FULL);
     };
     fill(entry.as_mut_ptr());
-    entry.submit(wake_up(used, maps::STACKS.query(SIZE), size_of::<T>() as u64));
+    entry.submit(flag);
     count(counts::STACK, counts::SENT);
 }
 

@@ -1,7 +1,10 @@
 //! x86_64: the only file that knows registers. At syscall exit `orig_ax` still holds the number and the
 //! argument registers are untouched (only rcx and r11 are clobbered, by the instruction itself).
 
-use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_task_pt_regs};
+use aya_ebpf::helpers::{
+    bpf_probe_read_user,
+    generated::{bpf_get_current_task_btf, bpf_task_pt_regs},
+};
 use plumb_common::offsets;
 
 use crate::{
@@ -141,6 +144,28 @@ pub(crate) fn place() -> Option<Place> {
         }
     };
     if cs == USER_CS { Some(place) } else { None }
+}
+
+/// `__NR_vfork`, and the instructions behind the syscall in the C library's vfork: child and parent share a stack, so it
+/// keeps its return address in a register, and then pushes it again. `push %rdi` in glibc, `push %rdx` in musl.
+const VFORK: u64 = 58;
+const PUSH_DI: u8 = 0x57;
+const PUSH_DX: u8 = 0x52;
+
+/// Where vfork(2) was called from, if the running task is in it; else the place itself.
+#[inline(always)]
+pub(crate) fn behind_vfork(mut place: Place) -> Place {
+    let regs = user_registers();
+    let field = |offset: usize| kernel::read_at_or_zero::<u64>(regs + offset as u64);
+    if field(core::mem::offset_of!(PtRegs, orig_ax)) == VFORK {
+        // SAFETY: the helper checks the user address.
+        match unsafe { bpf_probe_read_user(place.ip as *const u8) } {
+            Ok(PUSH_DI) => place.ip = field(core::mem::offset_of!(PtRegs, di)),
+            Ok(PUSH_DX) => place.ip = field(core::mem::offset_of!(PtRegs, dx)),
+            _ => {}
+        }
+    }
+    place
 }
 
 /// Bytes of the running task's stack from `sp` up, as far as that is known; else `u64::MAX`. The first thread's ends where

@@ -13,7 +13,8 @@ use plumb_common::{
 };
 
 use crate::{
-    emit, kernel, maps,
+    emit::{self, MOST, WHOLE},
+    kernel, maps,
     regs::{self, Place},
 };
 
@@ -24,6 +25,9 @@ struct Record<const BYTES: usize> {
     bytes: [u8; BYTES],
 }
 
+/// The parent waits until its child runs another program or ends (linux/sched.h).
+const CLONE_VFORK: u64 = 0x4000;
+
 /// Pieces in which a stack is read that ends inside the record.
 const PIECES: usize = 16;
 const SHALLOW: usize = STACK_BYTES[0];
@@ -33,7 +37,17 @@ const DEEP: usize = STACK_BYTES[1];
 #[inline(always)]
 pub(crate) fn take(header: &Header, made: u32) {
     if is_asked(header) {
-        copy(header, made);
+        copy::<false>(header, made);
+    }
+}
+
+/// As `take`, of whoever made a child, where trees are followed.
+#[inline(always)]
+pub(crate) fn take_of_fork(header: &Header, child: u32, flags: u64) {
+    if flags & CLONE_VFORK == 0 {
+        copy::<false>(header, child);
+    } else {
+        copy::<true>(header, child);
     }
 }
 
@@ -90,7 +104,7 @@ fn copy_short<const BYTES: usize>(header: &Header, closed: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
-    emit::send_stack::<Record<BYTES>>(|to| fill(to, header, &place, closed));
+    emit::send_stack::<Record<BYTES>>(MOST, |to| fill(to, header, &place, closed));
 }
 
 /// Sends which fds of the running process are open, as far as the record has room: 131,072 of them.
@@ -104,9 +118,9 @@ pub(crate) fn table(header: &Header) {
         return emit::count(counts::STACK, counts::FAULT);
     };
     if slots as usize <= CLOSE_STACK_BYTES * 8 {
-        emit::send_stack::<Record<CLOSE_STACK_BYTES>>(|to| fill_table(to, header, slots, bitmap));
+        emit::send_stack::<Record<CLOSE_STACK_BYTES>>(WHOLE, |to| fill_table(to, header, slots, bitmap));
     } else {
-        emit::send_stack::<Record<DEEP>>(|to| fill_table(to, header, slots, bitmap));
+        emit::send_stack::<Record<DEEP>>(WHOLE, |to| fill_table(to, header, slots, bitmap));
     }
 }
 
@@ -128,22 +142,24 @@ fn fill_table<const BYTES: usize>(to: *mut Record<BYTES>, header: &Header, slots
     }
 }
 
+/// Once for each of its two users, so that what it calls has one each and is inlined: a call costs a frame.
 #[inline(never)]
-fn copy(header: &Header, made: u32) {
+fn copy<const IS_VFORK: bool>(header: &Header, made: u32) {
     let Some(place) = regs::place() else {
         return emit::count(counts::STACK, counts::FILTERED);
     };
+    let place = if IS_VFORK { regs::behind_vfork(place) } else { place };
     let left = regs::stack_left(place.sp);
     if maps::tree() && left <= TREE_STACK_BYTES[0] as u64 {
-        emit::send_stack::<Record<{ TREE_STACK_BYTES[0] }>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[0] }>>(MOST, |to| fill(to, header, &place, made));
     } else if maps::tree() && left <= TREE_STACK_BYTES[1] as u64 {
-        emit::send_stack::<Record<{ TREE_STACK_BYTES[1] }>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[1] }>>(MOST, |to| fill(to, header, &place, made));
     } else if left <= SHALLOW as u64 || !is_readable(place.sp + SHALLOW as u64) {
-        emit::send_stack::<Record<SHALLOW>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<SHALLOW>>(MOST, |to| fill(to, header, &place, made));
     } else if maps::tree() && left <= TREE_STACK_BYTES[2] as u64 {
-        emit::send_stack::<Record<{ TREE_STACK_BYTES[2] }>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<{ TREE_STACK_BYTES[2] }>>(MOST, |to| fill(to, header, &place, made));
     } else {
-        emit::send_stack::<Record<DEEP>>(|to| fill(to, header, &place, made));
+        emit::send_stack::<Record<DEEP>>(MOST, |to| fill(to, header, &place, made));
     }
 }
 

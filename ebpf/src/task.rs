@@ -34,8 +34,10 @@ pub(crate) fn task_newtask(ctx: BtfTracePointContext) -> i32 {
         return 0;
     };
     let is_thread = flags & CLONE_THREAD != 0;
-    if is_thread || maps::tree() {
+    if is_thread {
         stack::take(&header, child_tid);
+    } else if maps::tree() {
+        stack::take_of_fork(&header, child_tid, flags);
     }
     // Before it runs, so that nothing it does is missed.
     let left_out = u32::from(maps::tree() && !is_thread && !follow(process));

@@ -31,6 +31,8 @@ pub(crate) struct Losses {
     pub events: u64,
     /// Stacks that were lost: what they belong to has no origin.
     pub stacks: u64,
+    /// Tables of open fds that were lost, at an exec or at the end of a process.
+    pub tables: u64,
     /// Mappings that were lost: stacks may have no names.
     pub mappings: u64,
     /// Processes for which there was no room.
@@ -40,9 +42,11 @@ pub(crate) struct Losses {
 }
 
 impl Losses {
-    /// Whether what is not told was not there.
-    fn is_whole(self) -> bool {
-        self == Self::default()
+    /// Whether they may hide what would be told, when so many things were left that do not count, and from how many on
+    /// they might: without their stacks those from one place are not known to be.
+    pub(crate) fn may_hide(self, single: u32, least: u32) -> bool {
+        let Self { events, stacks, tables, mappings, processes, sites } = self;
+        events + tables + processes + sites > 0 || (stacks + mappings > 0 && single >= least)
     }
 }
 
@@ -77,6 +81,11 @@ pub(crate) struct Report {
     pub unused_rules: Vec<String>,
     /// Fds and threads that were left, but not several of one origin.
     pub single: u32,
+    /// Nothing that was lost can have hidden a finding.
+    pub complete: bool,
+    /// plumb ends with an error: nothing was found, but not all of it was seen.
+    #[serde(skip)]
+    pub is_unsure: bool,
     pub lost: Losses,
     pub drift: Drift,
     pub cost: Cost,
@@ -227,7 +236,8 @@ impl Finding {
         }
     }
 
-    fn text(&self, number: usize) -> Vec<String> {
+    /// `is_lossy`: events were lost.
+    fn text(&self, number: usize, is_lossy: bool) -> Vec<String> {
         let mut lines = vec![format!("{number:>3}  {}", self.title())];
         if self.rounds.len() > 1 && !self.grows {
             lines.push(format!("     in each run: {}", self.course()));
@@ -235,7 +245,11 @@ impl Finding {
         let from = [&self.function, &self.caller].map(|function| function.as_ref().map(Function::words));
         match (self.kind, from) {
             (_, [None, _]) => {
-                let why = if self.syscall == "other" { ": by a call that is not followed" } else { "" };
+                let why = match self.syscall {
+                    "other" if is_lossy => ": its event was lost, or it came by a call that is not followed",
+                    "other" => ": by a call that is not followed",
+                    _ => "",
+                };
                 lines.push(format!("     from an unknown place{why}"));
             }
             (Kind::Unstopped, [Some(function), _]) => lines.push(format!("     blocked in {function}")),
@@ -343,6 +357,8 @@ impl Report {
             suppressed,
             unused_rules,
             single: 0,
+            complete: true,
+            is_unsure: false,
             lost,
             drift,
             cost,
@@ -354,13 +370,16 @@ impl Report {
         let mut lines = Vec::new();
         let name = self.command.first().map_or("", String::as_str);
         match self.findings.len() {
-            0 if self.lost.is_whole() => lines.push(format!("plumb: {name} is clean")),
-            0 => lines.push(format!("plumb: nothing was found in {name}, but not all of it was seen")),
+            0 if self.complete => lines.push(format!("plumb: {name} is clean")),
+            0 => lines.push(format!(
+                "plumb: nothing was found in {name}, but not all of it was seen{}",
+                if self.is_unsure { ", so the exit code is 1" } else { "" },
+            )),
             count => lines.push(format!("plumb: {} in {name}", some(count as u64, "finding", "findings"))),
         }
         for (number, finding) in (1..).zip(&self.findings) {
             lines.push(String::new());
-            lines.extend(finding.text(number));
+            lines.extend(finding.text(number, self.lost.events > 0));
         }
         if !self.findings.is_empty() {
             lines.push(String::new());
@@ -380,13 +399,17 @@ impl Report {
         if self.unused_rules.len() > MAX_UNUSED {
             lines.push(format!("plumb: and so did {} more", self.unused_rules.len() - MAX_UNUSED));
         }
-        let Losses { events, stacks, mappings, processes, sites } = self.lost;
+        let Losses { events, stacks, tables, mappings, processes, sites } = self.lost;
         if events > 0 {
             lines.push(format!(
                 "plumb: {events} events were lost: fds and threads may be missing above, or wrong"
             ));
         }
-        if stacks + mappings > 0 {
+        if tables > 0 {
+            lines.push(format!("plumb: {tables} tables of open fds were lost: their numbers may be wrong"));
+        }
+        // Nothing that was left is without its origin when there is nothing.
+        if stacks + mappings > 0 && !(self.findings.is_empty() && self.complete) {
             lines.push(format!("plumb: {} stacks were lost: some origins are missing", stacks + mappings));
         }
         if processes > 0 {

@@ -151,6 +151,12 @@ impl Sites {
         self.judged = judged;
     }
 
+    /// From so many left things on there may be something among them that counts, had their stacks not been lost.
+    pub(crate) fn least(&self) -> u32 {
+        // What grows is not among what is left.
+        if self.judged == Judged::ByRounds { 0 } else { self.repeats }
+    }
+
     /// What comes from now on belongs to the next round.
     pub(crate) fn next_round(&mut self) {
         self.round += 1;

@@ -11,7 +11,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     rc::{Rc, Weak},
 };
 
@@ -66,8 +66,8 @@ impl Open {
         }
     }
 
-    /// One that was handed to the command when it began.
-    fn handed(process: ProcKey, fd: u32) -> Self {
+    /// One of which only the number is known: it was there when the command began, or no event told of it.
+    pub(crate) fn unseen(process: ProcKey, fd: u32) -> Self {
         let mut event = FdChange::zeroed();
         (event.header.process, event.fd, event.fd_last, event.how) = (process, fd, fd, syscalls::OTHER);
         Self::new(event, None)
@@ -185,7 +185,7 @@ impl Tree {
     /// Adds a process that has run nothing yet, with what was handed to it.
     pub(crate) fn begin(&mut self, root: ProcKey, comm: &str, handed: impl IntoIterator<Item = u32>) {
         let mut process = Process::new(root, None, comm.to_owned(), None);
-        let slot = |fd| (fd, Slot { open: Rc::new(Open::handed(root, fd)), through: Through::Exec });
+        let slot = |fd| (fd, Slot { open: Rc::new(Open::unseen(root, fd)), through: Through::Exec });
         process.fds = handed.into_iter().map(slot).collect();
         self.processes.insert(root, process);
     }
@@ -246,9 +246,9 @@ impl Tree {
             }
             Event::Clone(clone) => self.forked(clone, beside.trace),
             Event::Exec(exec) => {
-                let process = self.of(&exec.header)?;
+                let process = self.processes.get_mut(&exec.header.process)?;
                 process.comm = text::terminated(&exec.header.comm);
-                process.run(beside.table.as_ref());
+                self.drift.opens_unseen += process.run(beside.table.as_ref());
             }
             Event::Rename(rename) => {
                 let name = text::terminated(&rename.header.comm);
@@ -312,8 +312,8 @@ impl Process {
         Self { key, parent, comm, trace, fds, threads, calls, closes }
     }
 
-    /// It runs another program.
-    fn run(&mut self, table: Option<&BTreeSet<u32>>) {
+    /// It runs another program. Returns how many fds it has been handed of which no event had told.
+    fn run(&mut self, table: Option<&BTreeSet<u32>>) -> u64 {
         let stays = |fd: &u32, slot: &Slot| match table {
             Some(table) => table.contains(fd),
             None => !slot.open.has_cloexec(),
@@ -322,6 +322,18 @@ impl Process {
         self.fds.values_mut().for_each(|slot| slot.through = Through::Exec);
         self.threads.clear();
         self.closes = Closes::default();
+        // They are not this program's.
+        let known = self.fds.len();
+        let unseen = |fd| Slot { open: Rc::new(Open::unseen(self.key, fd)), through: Through::Exec };
+        table.into_iter().flatten().for_each(|fd| _ = self.fds.entry(*fd).or_insert_with(|| unseen(*fd)));
+        (self.fds.len() - known) as u64
+    }
+
+    /// Takes which fds the kernel lists: no event may have told that one is there, or has gone.
+    pub(crate) fn correct(&mut self, open: &HashSet<u32>) {
+        self.fds.retain(|fd, _| open.contains(fd));
+        let unseen = |fd| Slot { open: Rc::new(Open::unseen(self.key, fd)), through: Through::Own };
+        open.iter().for_each(|fd| _ = self.fds.entry(*fd).or_insert_with(|| unseen(*fd)));
     }
 
     fn thread_ended(&mut self, exit: &Exit) {

@@ -98,6 +98,29 @@ fn a_child_has_what_its_parent_had_and_an_exec_hands_on_what_stays_open() {
 }
 
 #[test]
+fn what_an_exec_handed_on_unseen_is_not_of_the_program_that_runs_then() {
+    let mut tree = tree();
+    apply(&mut tree, &[fd(ROOT, FD_OPENED, 3, 30, 0)]);
+    tree.apply(&exec(ROOT), table(&[0, 1, 2, 3, 7]));
+    assert_eq!(tree.drift(), Drift { opens_unseen: 1, closes_unseen: 0 });
+    let ended = tree.apply(&end(ROOT), table(&[0, 1, 2, 3, 7, 9])).unwrap();
+    assert_eq!(held(&ended.process)[3..], [(3, Through::Exec), (7, Through::Exec)]);
+    assert!(!ended.process.fds[&7].open.is_of_tree());
+    assert_eq!(ended.unseen, BTreeSet::from([9]));
+}
+
+#[test]
+fn what_the_kernel_lists_is_what_there_is() {
+    let mut tree = tree();
+    apply(&mut tree, &[fd(ROOT, FD_OPENED, 3, 30, 0), fd(ROOT, FD_OPENED, 4, 40, 0)]);
+    tree.get_mut(ROOT).unwrap().correct(&[0, 1, 2, 4, 8].into());
+    assert_eq!(held(tree.get(ROOT).unwrap())[3..], [(4, Through::Own), (8, Through::Own)]);
+    // Its event comes after all.
+    apply(&mut tree, &[fd(ROOT, FD_OPENED, 8, 80, 0)]);
+    assert_eq!(tree.get(ROOT).unwrap().fds[&8].open.event.file, 80);
+}
+
+#[test]
 fn a_close_that_comes_late_does_not_remove_what_was_opened_since() {
     let mut tree = tree();
     apply(&mut tree, &[fd(ROOT, FD_OPENED, 3, 30, 0), fd(ROOT, FD_OPENED, 3, 31, 0)]);

@@ -36,7 +36,7 @@ Examples:
 const EXIT_CODES: &str = "\
 Exit codes:
   0 ok   1 error   2 usage   3 findings   4 missing privilege   5 kernel cannot   6 agent unreachable   130 interrupted
-  plumb check without findings: that of the command
+  plumb check without findings: that of the command, or 1 for 0 when not all of it was seen
 
 Documentation: README.md and ARCHITECTURE.md of the source";
 

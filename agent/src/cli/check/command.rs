@@ -13,8 +13,8 @@ use std::{
 };
 
 use rustix::process::{
-    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit, pidfd_open,
-    pidfd_send_signal, setrlimit, waitid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getpriority_process, getrlimit,
+    pidfd_open, pidfd_send_signal, setpriority_process, setrlimit, waitid,
 };
 
 use crate::failure::{Exit, Failure};
@@ -23,25 +23,27 @@ use crate::failure::{Exit, Failure};
 #[derive(Clone, Debug)]
 pub(super) struct Before {
     memlock: Rlimit,
+    nice: i32,
     signals: libc::sigset_t,
 }
 
 impl Before {
     /// To be taken before kernel programs are loaded and signals are blocked.
-    pub(super) fn take() -> Self {
+    pub(super) fn take() -> io::Result<Self> {
         // SAFETY: an empty set is valid as all zero; the call only writes it.
         let signals = unsafe {
             let mut signals: libc::sigset_t = std::mem::zeroed();
             libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::null(), &raw mut signals);
             signals
         };
-        Self { memlock: getrlimit(Resource::Memlock), signals }
+        Ok(Self { memlock: getrlimit(Resource::Memlock), nice: getpriority_process(None)?, signals })
     }
 
     /// In the child, between fork and exec: system calls only.
     pub(super) fn restore(&self) -> io::Result<()> {
         // It was the limit before, so it may be set.
         setrlimit(Resource::Memlock, self.memlock)?;
+        setpriority_process(None, self.nice)?;
         // SAFETY: a valid set; nothing is read back.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.signals, std::ptr::null_mut()) };
         Ok(())

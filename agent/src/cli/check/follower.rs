@@ -10,7 +10,7 @@ use std::{
 };
 
 use plumb_common::{counts, event::KIND_TABLE, file::FdRecord, task::ProcKey};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, setpriority_process};
 
 use super::command::reap;
 use crate::{
@@ -34,6 +34,8 @@ use crate::{
 const BATCH: usize = 65_536;
 /// A stack whose event has not come after this time, in nanoseconds, belongs to one that was lost.
 const PATIENCE: u64 = 5_000_000_000;
+/// Nice value of the thread that reads.
+const FIRST: i32 = -20;
 /// Children of ended processes are asked for so often before they are somebody else's.
 const TRIES: u32 = 20;
 
@@ -115,6 +117,10 @@ pub(super) struct Follower {
     sockets: Vec<Weak<Open>>,
     look_at_sockets: Instant,
     pub(super) processes: u64,
+    /// Execs and ends of processes without the table that belongs to them.
+    tables_lost: u64,
+    /// Read last.
+    batch: Vec<Event>,
     /// When the first process of the last run ended, nanoseconds since boot; 0 until then.
     pub(super) root_ended: u64,
 }
@@ -122,6 +128,9 @@ pub(super) struct Follower {
 impl Follower {
     pub(super) fn load(repeats: u32) -> Result<Self, Failure> {
         let mut kernel = Kernel::load_all(Plan::TREE)?;
+        // Of more threads than there are processors the one that reads would get its share and no more, and what they do
+        // meanwhile fills the rings. Where it is not allowed the losses are told.
+        let _ = setpriority_process(None, FIRST);
         let ring = kernel.ring().map_err(|error| bug(&error))?;
         Ok(Self {
             kernel,
@@ -139,6 +148,8 @@ impl Follower {
             sockets: Vec::new(),
             look_at_sockets: Instant::now(),
             processes: 0,
+            tables_lost: 0,
+            batch: Vec::new(),
             root_ended: 0,
         })
     }
@@ -173,7 +184,10 @@ impl Follower {
     /// Waits for something to happen, or for the time to pass, and takes it in.
     pub(super) fn pump(&mut self, timeout: Duration) -> Result<(), Failure> {
         self.ring.wait(timeout).map_err(|error| bug(&error))?;
-        let events = self.ring.drain(BATCH);
+        // Used again: memory for so many costs more than they do.
+        let mut events = std::mem::take(&mut self.batch);
+        events.clear();
+        self.ring.drain_into(&mut events, BATCH);
         let wanted = Wanted::of(&events);
         self.traces.add(self.ring.drain_stacks_if(|head| wanted.takes(head)));
         // Whatever those stacks run through was mapped before.
@@ -195,13 +209,23 @@ impl Follower {
         if let Some(newest) = events.last() {
             self.traces.forget_before(newest.header().time.saturating_sub(PATIENCE));
         }
+        self.batch = events;
         self.adopt();
         Ok(())
     }
 
     fn apply(&mut self, event: &Event) {
         let mut beside = Beside::default();
-        if let Some(sample) = self.traces.beside(event) {
+        let sample = self.traces.beside(event);
+        let has_table = match event {
+            Event::Exec(_) => true,
+            Event::Exit(exit) => exit.group_dead != 0,
+            _ => false,
+        };
+        if has_table && sample.is_none() && self.tree.get(event.header().process).is_some() {
+            self.tables_lost += 1;
+        }
+        if let Some(sample) = sample {
             if sample.head.header.kind == KIND_TABLE {
                 beside.table = open_fds(&sample);
             } else {
@@ -272,7 +296,7 @@ impl Follower {
             let running: HashSet<u32> =
                 unless_gone(self.kernel.threads(key))?.iter().map(|thread| thread.tid).collect();
             if let Some(process) = self.tree.get_mut(key) {
-                process.fds.retain(|fd, _| open.contains(fd));
+                process.correct(&open);
                 process.threads.retain(|tid, _| running.contains(tid));
             }
         }
@@ -387,10 +411,11 @@ impl Follower {
     /// What was not seen.
     pub(super) fn losses(&self) -> Result<Losses, Failure> {
         let counts = self.kernel.counts()?;
-        let of_stacks = counts::LOSSES.map(|outcome| counts.of(counts::STACK, outcome));
+        let of_stacks: u64 = counts::LOSSES.iter().map(|outcome| counts.of(counts::STACK, *outcome)).sum();
         Ok(Losses {
             events: view::lost(&counts) + self.ring.ledger().rejected + self.kernel.not_run(),
-            stacks: of_stacks.iter().sum::<u64>() + self.ring.stack_ledger().rejected,
+            stacks: of_stacks.saturating_sub(self.tables_lost) + self.ring.stack_ledger().rejected,
+            tables: self.tables_lost,
             mappings: self.mappings_lost
                 + self.mappings.as_ref().map_or(0, Mappings::lost)
                 + self.stacks.dropped(),

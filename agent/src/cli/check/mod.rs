@@ -50,7 +50,7 @@ Examples:
     plumb check --suppressions known.supp -- ./import
 
 Exit code: 3 with findings; else that of the command, 128 and the number of the signal that ended it, or 0 when that was \
-the signal of --stop. 126 and 127 when it could not be run.
+the signal of --stop; but 1 instead of 0 when events were lost that may hide a finding. 126 and 127 when it could not be run.
 
 What is a leak: fds and threads that are there at the end of a process, several from one line of code; fds that reach \
 another program without anybody's intention; children that nobody waited for, or that go on; closing twice. One file \
@@ -148,7 +148,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     }
     let rules = rules(arguments)?;
     let files = Files::open(arguments)?;
-    let before = Before::take();
+    let before = Before::take()?;
     let signals = Signals::block()?;
     // Whoever loses its parent is plumb's child then.
     set_child_subreaper(Some(getpid())).map_err(std::io::Error::from)?;
@@ -166,18 +166,20 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     } else {
         session.iterate(&arguments.command, arguments.iterations)?
     };
-    let report =
-        session.report(&arguments.command, (status, is_server.then_some(server.stop.as_raw())), &rules)?;
+    let told = is_server.then_some(server.stop);
+    let mut report = session.report(&arguments.command, (status, told.map(Signal::as_raw)), &rules)?;
+    let code = code(status, told);
+    let has_found = !report.findings.is_empty();
+    // A command that failed has its own word for it.
+    report.is_unsure = !has_found && !report.complete && code == 0;
     let written = files.write(arguments.format, &report);
-    let is_clean = report.findings.is_empty();
-    if let Err(failure) = written {
-        if is_clean {
-            return Err(failure);
-        }
+    if has_found {
         // That there are findings matters more.
-        output::message(&format!("plumb: {failure}"));
+        written.unwrap_or_else(|failure| output::message(&format!("plumb: {failure}")));
+        return Ok(Exit::Findings);
     }
-    Ok(if is_clean { Exit::Command(code(status, is_server.then_some(server.stop))) } else { Exit::Findings })
+    written?;
+    Ok(if report.is_unsure { Exit::Error } else { Exit::Command(code) })
 }
 
 fn rules(arguments: &Arguments) -> Result<Suppressions, Failure> {

@@ -312,11 +312,13 @@ impl Session {
             (self.follower.losses()?, self.follower.drift(), self.follower.cost()?);
         cost.plumb_seconds -= self.loaded.plumb_seconds;
         let processes = self.follower.processes;
+        let least = self.follower.sites.least();
         let (sites, single) = self.follower.sites.into_findings();
         let words = command.iter().map(|word| word.to_string_lossy().into_owned()).collect();
         let mut report = Report::new(words, Subjects::judge(&sites, rules), (losses, drift, cost));
         (report.exit_code, report.signal, report.told) = (status.code(), status.signal(), told);
         (report.seconds, report.processes, report.single) = (self.took.as_secs_f64(), processes, single);
+        report.complete = !losses.may_hide(single, least);
         Ok(report)
     }
 }

@@ -638,6 +638,28 @@ static void zombie(void)
     }
 }
 
+OWN static pid_t leak_vfork_zombie(void)
+{
+    pid_t child = vfork(); // MARK vfork_zombie
+    if (child == 0) {
+        _exit(0);
+    }
+    return check(child, "vfork");
+}
+
+static void vfork_zombie(void)
+{
+    for (int i = 0; i < repeats; i++) {
+        siginfo_t info;
+        pid_t child = leak_vfork_zombie();
+        // vfork returns a little earlier.
+        check(waitid(P_PID, (id_t)child, &info, WEXITED | WNOWAIT), "waitid");
+        if (fixed) {
+            wait_for(child);
+        }
+    }
+}
+
 // The children close what whoever reads the output would wait for.
 OWN static pid_t leak_orphan(void)
 {
@@ -878,6 +900,39 @@ static void once(void)
     }
 }
 
+// More at a time than anybody can read: 8 times 10,000 files, of which 80 stay, once a line has come.
+
+OWN static int leak_crowd(void)
+{
+    return check(open("/dev/null", O_RDONLY), "open"); // MARK crowd
+}
+
+static void *open_many(void *unused)
+{
+    for (int i = 0; i < 10000; i++) {
+        int fd = leak_crowd();
+        if (fixed || i % 1000 != 7) {
+            close(fd);
+        }
+    }
+    return unused;
+}
+
+static int crowd(void)
+{
+    pthread_t threads[8];
+    printf("%d\n", getpid());
+    fflush(stdout);
+    check(getchar() == '\n' ? 0 : -1, "a line");
+    for (int i = 0; i < 8; i++) {
+        check_number(pthread_create(&threads[i], NULL, open_many, NULL), "pthread_create");
+    }
+    for (int i = 0; i < 8; i++) {
+        pthread_join(threads[i], NULL);
+    }
+    return 0;
+}
+
 static const struct leak {
     const char *name;
     int has_fixed;
@@ -926,6 +981,7 @@ static const struct leak {
     {"thread_detached", 1, "thread", .all = thread_detached},
     {"thread_finished_unjoined", 1, "finished_thread", .all = thread_finished_unjoined},
     {"zombie", 1, "zombie", .all = zombie},
+    {"vfork_zombie", 1, "zombie", .all = vfork_zombie},
     {"orphan", 1, "orphan", .all = orphan},
     {"exec_deliberate", 0, "clean", .all = exec_deliberate},
     {"exec_dup2", 0, "clean", .all = exec_dup2},
@@ -983,6 +1039,9 @@ int main(int argc, char **argv)
     }
     if (argc == 2 && strcmp(argv[1], "list") == 0) {
         return list();
+    }
+    if (argc == 2 + fixed && strcmp(argv[1], "crowd") == 0) {
+        return crowd();
     }
     for (size_t i = 0; argc == 2 + fixed && i < LEAKS; i++) {
         if (strcmp(argv[1], leaks[i].name) == 0 && leaks[i].has_fixed >= fixed) {
