@@ -165,6 +165,7 @@ pub(crate) fn guest(tests: &Path) -> Guest {
             .collect(),
         memory_mb: MEMORY_MB,
         deadline: DEADLINE,
+        ..Guest::default()
     }
 }
 
