@@ -48,6 +48,8 @@ pub(super) fn add_to(image: &mut Image, xtask: &Path) -> Result<()> {
     for (file, text) in [
         ("/etc/systemd/system/plumb-vm.service", UNIT),
         ("/etc/systemd/system/multi-user.target.d/plumb-vm.conf", "[Unit]\nWants=plumb-vm.service\n"),
+        // Programs built below /tmp are in the image at that path: it is not emptied, but open to all again.
+        ("/etc/tmpfiles.d/tmp.conf", "d /tmp 1777 root root -\nd /var/tmp 1777 root root -\n"),
         ("/etc/hostname", "plumb-vm\n"),
         // A machine without one asks questions when it boots.
         ("/etc/machine-id", "706c756d622d766d2d6d616368696e65\n"),

@@ -81,7 +81,7 @@ impl Image {
         let mut archive = Archive::new(out);
         for (path, content) in &self.entries {
             match content {
-                Content::Folder => archive.entry(path, FOLDER | folder_mode(path), &[])?,
+                Content::Folder => archive.entry(path, FOLDER | 0o755, &[])?,
                 Content::Bytes(bytes) => archive.entry(path, REGULAR | 0o644, bytes)?,
                 Content::Host(host) => {
                     let read = || anyhow::Ok((fs::metadata(host)?.permissions().mode(), fs::read(host)?));
@@ -92,11 +92,6 @@ impl Image {
         }
         archive.finish()
     }
-}
-
-/// The kernel sets it for a folder that is there already, too.
-fn folder_mode(path: &Path) -> u32 {
-    if [Path::new("/tmp"), Path::new("/var/tmp")].contains(&path) { 0o1777 } else { 0o755 }
 }
 
 /// A "newc" archive that is being written.
