@@ -4,19 +4,24 @@
 //! systemd is asked at its private socket, where root needs no bus daemon: during a shutdown the bus may be gone
 //! before the services are. logind is on the system bus alone.
 
+mod private;
+
 use std::{collections::HashMap, future::Future, os::fd::OwnedFd, path::Path, time::Duration};
 
 use futures_util::StreamExt;
 use thiserror::Error;
-use tokio::{sync::watch, time::timeout};
+use tokio::{net::UnixStream, sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 use zbus::{
     Connection, ObjectPath, OwnedObjectPath, OwnedVariant, connection::Builder, fdo, proxy::CacheProperties,
 };
 
+use self::private::Private;
+
 /// For root alone.
 const PRIVATE: &str = "/run/systemd/private";
 const BUS: &str = "/run/dbus/system_bus_socket";
+const BUS_NAME: &str = "org.freedesktop.systemd1";
 /// sd_booted(3): there exactly where systemd is the first process.
 const BOOTED: &str = "/run/systemd/system";
 /// systemd answers from one thread, which reloading all units of a large host keeps busy for seconds.
@@ -169,8 +174,9 @@ impl Systemd {
 
     async fn on(connection: Result<Connection, Error>) -> Result<Self, Error> {
         let connection = connection?;
-        let manager = ManagerProxy::builder(&connection).cache_properties(CacheProperties::No).build();
-        let manager = bounded("connect to systemd", manager).await?;
+        let manager = ManagerProxy::builder(&connection).cache_properties(CacheProperties::No);
+        let manager =
+            bounded("connect to systemd", manager.destination(systemd(&connection)).build()).await?;
         if connection.is_bus() {
             // On the private socket everybody is told of jobs, on the bus only who has subscribed.
             bounded("subscribe to systemd's signals", manager.subscribe()).await?;
@@ -223,9 +229,9 @@ impl Systemd {
 
     /// All that systemd has of one unit.
     async fn properties(&self, what: String, unit: OwnedObjectPath) -> Result<Values, Error> {
-        let proxy = PropertiesProxy::builder(&self.connection).path(unit);
+        let proxy = PropertiesProxy::builder(&self.connection).destination(systemd(&self.connection));
         let all = async {
-            let proxy = proxy.cache_properties(CacheProperties::No).build().await?;
+            let proxy = proxy.path(unit).cache_properties(CacheProperties::No).build().await?;
             // No interface means all of them, so that they are of one moment.
             proxy.get_all("").await
         };
@@ -267,7 +273,8 @@ impl Systemd {
 
 impl Job {
     /// Waits until systemd is through with the job. "done" says that the unit has no process any more: its state is
-    /// then "failed" if it had to be killed. "canceled" (somebody else's job took its place), "timeout" (the job's own,
+    /// then "failed" if it had to be killed, if its main process ended with an error, or by a signal other than
+    /// SIGHUP, SIGINT, SIGTERM and SIGPIPE (`SuccessExitStatus=`), else "inactive". "canceled" (somebody else's job took its place), "timeout" (the job's own,
     /// `JobTimeoutSec=`) and others do not say so. Can be dropped and called again.
     ///
     /// # Errors
@@ -401,11 +408,21 @@ impl Inhibitor {
     }
 }
 
-/// `to_peer`: systemd itself is at the other end, no bus, so nobody has a name there.
-async fn connect(socket: &str, to_peer: bool) -> Result<Connection, Error> {
-    let builder = Builder::address(format!("unix:path={socket}").as_str());
-    let connection = if to_peer { builder.p2p().build() } else { builder.build() };
+/// `is_private`: systemd itself is at the other end, and no bus.
+async fn connect(socket: &str, is_private: bool) -> Result<Connection, Error> {
+    let connection = async {
+        if is_private {
+            let socket = UnixStream::connect(socket).await?;
+            return Builder::socket(Private(socket)).p2p().build().await;
+        }
+        Builder::address(format!("unix:path={socket}").as_str()).build().await
+    };
     bounded(&format!("connect to {socket}"), connection).await
+}
+
+/// How systemd is addressed on this connection, and how it signs.
+fn systemd(connection: &Connection) -> &'static str {
+    if connection.is_bus() { BUS_NAME } else { private::SYSTEMD }
 }
 
 /// `what` completes "could not".
@@ -441,5 +458,4 @@ impl Error {
 }
 
 #[cfg(test)]
-#[path = "systemd_tests.rs"]
 mod tests;
