@@ -26,17 +26,18 @@ pub(super) const KERNEL_ARGUMENTS: &str = "rdinit=/usr/lib/systemd/systemd syste
 const RUNNER: &str = "/usr/lib/plumb-vm";
 
 /// The unit that runs the commands. It is no part of the boot, so that the host is "running" meanwhile, and no part of
-/// a shutdown, so that a command can watch one.
+/// a shutdown, so that a command can watch one: not stopped with the other units, and by the @ in its name spared when
+/// systemd ends what is left.
 const UNIT: &str = "\
 [Unit]
 Description=The commands of this virtual machine
 DefaultDependencies=no
-Requires=sysinit.target
+Wants=sysinit.target
 After=sysinit.target
 FailureAction=poweroff-immediate
 [Service]
 Type=exec
-ExecStart=/usr/lib/plumb-vm
+ExecStart=@/usr/lib/plumb-vm @plumb-vm
 Environment=PLUMB_VM=service
 TasksMax=infinity
 ";
@@ -124,7 +125,7 @@ mod tests {
 
     #[test]
     fn the_unit_starts_xtask_as_the_runner() {
-        assert!(UNIT.contains(&format!("\nExecStart={RUNNER}\n")));
+        assert!(UNIT.contains(&format!("\nExecStart=@{RUNNER} @")));
         assert!(UNIT.contains(&format!("\nEnvironment={}={}\n", SERVICE.0, SERVICE.1)));
     }
 }
