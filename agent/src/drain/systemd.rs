@@ -12,6 +12,7 @@ use futures_util::StreamExt;
 use thiserror::Error;
 use tokio::{net::UnixStream, sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
+use tracing::warn;
 use zbus::{
     Connection, ObjectPath, OwnedObjectPath, OwnedVariant, connection::Builder, fdo, proxy::CacheProperties,
 };
@@ -162,7 +163,12 @@ impl Systemd {
             Err(error) => error.to_string(),
         };
         let on_bus = match Self::on(connect(bus, false).await).await {
-            Ok(systemd) => return Ok(systemd),
+            Ok(systemd) => {
+                warn!(
+                    "systemd is asked over the system bus, which may end before a shutdown does: {at_private}"
+                );
+                return Ok(systemd);
+            }
             Err(error) => error.to_string(),
         };
         // Only now: a container may have been given the socket without this folder.
