@@ -22,6 +22,7 @@ pub mod decode;
 mod detail;
 mod detect;
 mod document;
+mod drain;
 mod evidence;
 mod export;
 mod failure;

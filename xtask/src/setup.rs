@@ -84,6 +84,14 @@ pub(crate) fn for_test() -> Result<()> {
     go().map(drop)
 }
 
+/// What makes the Debian of the virtual machines with systemd.
+pub(crate) fn for_debian() -> Result<()> {
+    install(&[
+        package("mmdebstrap", "/usr/bin/mmdebstrap", "makes a Debian with systemd for virtual machines"),
+        package("libarchive-tools", "/usr/bin/bsdtar", "packs it for the kernel"),
+    ])
+}
+
 /// Whether there is a program of this name.
 pub(crate) fn is_on_path(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -45,6 +45,12 @@ const MODEL: &str = "model::";
 const ORIGINS: &str = "origins::";
 /// Likewise.
 const CHECK: &str = "check::";
+/// Unit tests that need a real systemd: those with `#[ignore]`, in a virtual machine that has one.
+const SYSTEMD_TESTS: &str = "drain::systemd::tests::booted";
+/// Of them the one that shuts the machine down, which is the last.
+const SHUTDOWN_TEST: &str = "drain::systemd::tests::booted::a_shutdown_is_told_and_waits_for_the_inhibitor";
+/// The series of the Debian that systemd comes from.
+const SYSTEMD_KERNEL: &str = "6.1";
 const EXAMPLES: [&str; 4] = ["workload", FD_PATHS, "puppet", "calls"];
 /// Operations of the model test on an emulated kernel: half a minute.
 const EMULATED_OPS: u32 = 10_000;
@@ -90,6 +96,11 @@ impl Arguments {
             eprintln!("xtask: the other kernels were left out");
             return Ok(());
         }
+        if !self.bless
+            && (self.kernel.is_empty() || self.kernel.iter().any(|series| series == SYSTEMD_KERNEL))
+        {
+            below_systemd()?;
+        }
         let mut guest = guest(&tests);
         if self.bless {
             guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
@@ -108,17 +119,40 @@ pub(crate) fn build_kernel_tests() -> Result<PathBuf> {
         let source = workspace().join("agent").join(source);
         run(Command::new("gcc").args(flags).arg(source).arg("-o").arg(example(name)))?;
     }
-    let built = cmd::output(cargo("test").args([
-        "--release",
-        "--package",
-        "plumb",
-        "--test",
-        KERNEL_TESTS,
-        "--no-run",
-        "--message-format",
-        "json",
-    ]))?;
-    executable(&built)
+    build_tests(&["--test", KERNEL_TESTS], KERNEL_TESTS)
+}
+
+/// Builds the tests of one target of plumb, and returns their executable.
+fn build_tests(selection: &[&str], target: &str) -> Result<PathBuf> {
+    let mut cargo = cargo("test");
+    cargo.args(["--release", "--package", "plumb", "--no-run", "--message-format", "json"]).args(selection);
+    executable(&cmd::output(&mut cargo)?, target)
+}
+
+/// Runs what needs systemd as the first process.
+fn below_systemd() -> Result<()> {
+    let tests = build_tests(&["--lib"], "plumb")?;
+    let run = |selection: &[&str]| {
+        let command = ["/usr/bin/unit-tests", "--ignored", "--test-threads", "1"].iter().chain(selection);
+        command.map(|word| (*word).to_owned()).collect()
+    };
+    let guest = Guest {
+        files: vec![(tests, PathBuf::from("/usr/bin/unit-tests"))],
+        commands: vec![run(&[SYSTEMD_TESTS, "--skip", SHUTDOWN_TEST]), run(&["--exact", SHUTDOWN_TEST])],
+        systemd: true,
+        deadline: Duration::from_secs(600),
+        ..Guest::default()
+    };
+    for kernel in vm::select(&[SYSTEMD_KERNEL.to_owned()])? {
+        let lines = vm::run(&kernel, &guest)?;
+        // A name that nothing has any more is a success for the test harness.
+        let ran = lines.iter().filter(|line| {
+            let passed = line.strip_prefix("test result: ok. ").and_then(|rest| rest.split(' ').next());
+            passed.is_some_and(|passed| passed != "0")
+        });
+        ensure!(ran.count() == guest.commands.len(), "a test that needs systemd is not there any more");
+    }
+    Ok(())
 }
 
 /// The path of a program that tests start.
@@ -127,12 +161,12 @@ fn example(name: &str) -> PathBuf {
 }
 
 /// The path of the test binary in cargo's messages.
-fn executable(messages: &str) -> Result<PathBuf> {
+fn executable(messages: &str, target: &str) -> Result<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let path = messages
-        .filter(|message| message["target"]["name"] == KERNEL_TESTS)
+        .filter(|message| message["target"]["name"] == target)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    path.context("cargo built no kernel tests")
+    path.with_context(|| format!("cargo built no tests of {target}"))
 }
 
 pub(crate) fn guest(tests: &Path) -> Guest {
@@ -165,6 +199,7 @@ pub(crate) fn guest(tests: &Path) -> Guest {
             .collect(),
         memory_mb: MEMORY_MB,
         deadline: DEADLINE,
+        ..Guest::default()
     }
 }
 

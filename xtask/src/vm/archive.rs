@@ -1,4 +1,4 @@
-//! Debian's archive, as this machine's apt knows it: which kernel packages there are, and their files.
+//! Debian's archive, as this machine's apt knows it: its address, which kernel packages there are, and their files.
 //!
 //! The addresses come from the machine's own configuration, so that its mirror and its proxy are used.
 //! Suites that the machine does not use are read into lists of our own; the machine's stay as they are.
@@ -28,6 +28,11 @@ pub(super) fn download(suite: &str, path: &str, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The line of a sources.list that stands for `suite`.
+pub(super) fn source(suite: &str, options: &str) -> Result<String> {
+    Ok(format!("deb [signed-by={KEYRING}{options}] {} {suite} main", base(suite)?))
+}
+
 /// Every kernel image for clouds in these suites. `series` is still empty.
 pub(super) fn kernel_packages(folder: &Path, suites: &[&str]) -> Result<Vec<Kernel>> {
     let apt = folder.join("apt");
@@ -35,8 +40,7 @@ pub(super) fn kernel_packages(folder: &Path, suites: &[&str]) -> Result<Vec<Kern
     fs::create_dir_all(apt.join("cache/archives/partial"))?;
     let mut sources = String::new();
     for suite in suites {
-        let base = base(suite)?;
-        sources += &format!("deb [signed-by={KEYRING} target=Packages] {base} {suite} main\n");
+        sources += &(source(suite, " target=Packages")? + "\n");
     }
     fs::write(apt.join("sources.list"), sources)?;
     let apt_get = || {

@@ -16,6 +16,9 @@ pub(crate) struct Arguments {
     /// A series of xtask/kernels.lock, such as 6.1; can be repeated [default: all]
     #[arg(long, value_name = "SERIES")]
     kernel: Vec<String>,
+    /// With a whole Debian 12 whose first process is systemd; the program is run by a service of it
+    #[arg(long)]
+    systemd: bool,
     /// Memory of the machine in MB
     #[arg(long, value_name = "MB", default_value_t = 2048)]
     memory: u32,
@@ -43,6 +46,7 @@ impl Arguments {
         let guest = Guest {
             files,
             commands: vec![self.command],
+            systemd: self.systemd,
             memory_mb: self.memory,
             deadline: Duration::from_secs(self.deadline),
             ..Guest::default()

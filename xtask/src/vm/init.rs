@@ -1,4 +1,5 @@
-//! The first process of the virtual machine: makes it look like a host, runs the commands, powers off.
+//! The first process of the virtual machine: makes it look like a host, runs the commands, powers off. Where systemd
+//! is the first process, a service of it, which finds a host.
 //!
 //! The kernel's own messages go to the first serial port. Commands print on the second one, where the
 //! kernel never writes, so a report cannot be torn apart by a kernel message.
@@ -21,10 +22,14 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::debian;
+
 /// Where the image holds the manifest.
 pub(super) const MANIFEST: &str = "/manifest.json";
 /// Begins a report. No program prints this control character by chance.
 pub(super) const REPORT_MARK: &str = "\u{1e}plumb-vm ";
+/// Set for the service that runs the commands.
+pub(super) const SERVICE: (&str, &str) = ("PLUMB_VM", "service");
 const OUTPUT: &str = "/dev/ttyS1";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Enough descriptors for the largest test; the kernel's default is half of it.
@@ -76,9 +81,13 @@ const MOUNTS: [Mount; 10] = [
     mount_point("cgroup2", "/sys/fs/cgroup", false),
 ];
 
-/// Whether this process is the first one of a virtual machine that [`super::run`] made.
+/// Whether this process runs the commands of a virtual machine that [`super::run`] made.
 pub(crate) fn is_init() -> bool {
-    std::process::id() == 1 && Path::new(MANIFEST).exists()
+    (std::process::id() == 1 || is_service()) && Path::new(MANIFEST).exists()
+}
+
+fn is_service() -> bool {
+    std::env::var_os(SERVICE.0).is_some_and(|value| value == SERVICE.1)
 }
 
 /// Does everything and powers off. Returns only when even that fails, which the kernel answers with a panic.
@@ -94,17 +103,12 @@ pub(crate) fn main() {
 }
 
 fn work() -> Result<()> {
-    let failed = mount_all()?;
-    open_output().with_context(|| format!("cannot print to {OUTPUT}"))?;
-    for failure in failed {
-        eprintln!("init: {failure}");
+    if is_service() {
+        open_output()?;
+        debian::await_boot()?;
+    } else {
+        furnish()?;
     }
-    rustix::system::sethostname(b"plumb-vm").context("cannot set the host name")?;
-    // The flag is IFF_UP; the kernel then gives the interface its address 127.0.0.1 by itself.
-    fs::write("/sys/class/net/lo/flags", "0x1").context("cannot bring up the loopback interface")?;
-    raise_descriptor_limit()?;
-    fs::create_dir_all("/root")?;
-
     let manifest: Manifest =
         serde_json::from_slice(&fs::read(MANIFEST)?).context("cannot read the manifest")?;
     let mut env =
@@ -115,6 +119,20 @@ fn work() -> Result<()> {
         println!("{REPORT_MARK}{}", serde_json::to_string(&Report { command, outcome })?);
     }
     Ok(())
+}
+
+/// Does what a distribution does when it boots.
+fn furnish() -> Result<()> {
+    let failed = mount_all()?;
+    open_output()?;
+    for failure in failed {
+        eprintln!("init: {failure}");
+    }
+    rustix::system::sethostname(b"plumb-vm").context("cannot set the host name")?;
+    // The flag is IFF_UP; the kernel then gives the interface its address 127.0.0.1 by itself.
+    fs::write("/sys/class/net/lo/flags", "0x1").context("cannot bring up the loopback interface")?;
+    raise_descriptor_limit()?;
+    Ok(fs::create_dir_all("/root")?)
 }
 
 /// Mounts everything and returns what could not be mounted of the optional ones.
@@ -144,7 +162,8 @@ fn mount_all() -> Result<Vec<String>> {
 
 /// Makes the second serial port stdout and stderr, byte for byte, and /dev/null stdin.
 fn open_output() -> Result<()> {
-    let port = rustix::fs::open(OUTPUT, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?;
+    let port = rustix::fs::open(OUTPUT, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())
+        .with_context(|| format!("cannot print to {OUTPUT}"))?;
     let mut settings = tcgetattr(&port)?;
     settings.make_raw();
     tcsetattr(&port, OptionalActions::Now, &settings)?;

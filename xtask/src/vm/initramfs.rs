@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{BufWriter, Read, Write},
+    io::{self, BufWriter, Read, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
@@ -31,9 +31,16 @@ enum Content {
 #[derive(Default)]
 pub(super) struct Image {
     entries: BTreeMap<PathBuf, Content>,
+    /// An archive of a distribution, which the kernel unpacks first.
+    base: Option<PathBuf>,
 }
 
 impl Image {
+    /// Everything is laid upon the distribution in this archive, which was made by others and is whole.
+    pub(super) fn lay_upon(&mut self, base: PathBuf) {
+        self.base = Some(base);
+    }
+
     /// Takes a file of the host, and the shared libraries it needs at the paths they have on the host.
     /// Symbolic links are followed: the guest gets their content.
     pub(super) fn add_file(&mut self, host: &Path, guest: &Path) -> Result<()> {
@@ -53,6 +60,11 @@ impl Image {
     }
 
     fn add(&mut self, guest: &Path, content: Content) {
+        // A distribution has links to /usr in these places, which the kernel would replace by folders.
+        let in_usr = ["/bin", "/lib", "/lib64", "/sbin"].iter().any(|folder| guest.starts_with(folder));
+        let moved = (self.base.is_some() && in_usr)
+            .then(|| Path::new("/usr").join(guest.strip_prefix("/").unwrap_or(guest)));
+        let guest = moved.as_deref().unwrap_or(guest);
         for folder in guest.ancestors().skip(1).filter(|folder| *folder != Path::new("/")) {
             self.entries.insert(folder.to_owned(), Content::Folder);
         }
@@ -61,7 +73,12 @@ impl Image {
 
     pub(super) fn write(&self, to: &Path) -> Result<()> {
         let file = File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
-        let mut archive = Archive::new(BufWriter::new(file));
+        let mut out = BufWriter::new(file);
+        if let Some(base) = &self.base {
+            let read = File::open(base).and_then(|mut base| io::copy(&mut base, &mut out));
+            read.with_context(|| format!("cannot copy {}", base.display()))?;
+        }
+        let mut archive = Archive::new(out);
         for (path, content) in &self.entries {
             match content {
                 Content::Folder => archive.entry(path, FOLDER | 0o755, &[])?,
@@ -188,6 +205,16 @@ mod tests {
         image.add_bytes(Path::new("/b/a"), Vec::new());
         let paths: Vec<_> = image.entries.keys().map(|path| path.to_str().unwrap()).collect();
         assert_eq!(paths, ["/b", "/b/a", "/b/c", "/b/c/file"]);
+    }
+
+    #[test]
+    fn upon_a_distribution_nothing_lands_in_the_place_of_its_links() {
+        let mut image = Image::default();
+        image.lay_upon(PathBuf::from("/base"));
+        image.add_bytes(Path::new("/lib64/ld.so"), Vec::new());
+        image.add_bytes(Path::new("/library/file"), Vec::new());
+        let paths: Vec<_> = image.entries.keys().map(|path| path.to_str().unwrap()).collect();
+        assert_eq!(paths, ["/library", "/library/file", "/usr", "/usr/lib64", "/usr/lib64/ld.so"]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::{
-    Guest,
+    Guest, debian,
     init::{REPORT_MARK, Report},
 };
 
@@ -101,6 +101,10 @@ impl Machine<'_> {
     }
 
     fn command(&self) -> Command {
+        let mut kernel_arguments = KERNEL_ARGUMENTS.to_owned();
+        if self.guest.systemd {
+            kernel_arguments += &format!(" {}", debian::KERNEL_ARGUMENTS);
+        }
         // qemu must not outlive xtask, whatever ends xtask.
         let mut command = Command::new("setpriv");
         command
@@ -116,7 +120,7 @@ impl Machine<'_> {
             .arg(&self.vmlinuz)
             .arg("-initrd")
             .arg(&self.initrd)
-            .args(["-append", KERNEL_ARGUMENTS])
+            .args(["-append", &kernel_arguments])
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
         command
