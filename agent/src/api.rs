@@ -37,6 +37,7 @@ use crate::{
     line::{self, Line},
     observe::Input,
     say,
+    services::{self, Services},
     subscribe::{self, Item, Subscribers, Subscription},
     supervisor::{self, Workers},
     view::HostView,
@@ -93,7 +94,7 @@ impl Limits {
 /// Serves until it is told to stop; requests under way have `grace` to be finished.
 pub(crate) async fn serve<L: Listener>(
     mut listener: L,
-    router: Router,
+    router: impl Fn(&L::Io) -> Router,
     limits: Limits,
     stop: CancellationToken,
 ) {
@@ -103,7 +104,8 @@ pub(crate) async fn serve<L: Listener>(
             () = stop.cancelled() => break,
             Some(_) = connections.join_next() => {}
             (stream, _) = listener.accept(), if connections.len() < limits.connections => {
-                connections.spawn(connection(stream, router.clone(), limits, stop.clone()));
+                let router = router(&stream);
+                connections.spawn(connection(stream, router, limits, stop.clone()));
             }
         }
     }
@@ -193,7 +195,7 @@ pub(crate) struct Events {
 }
 
 /// For whoever may open the control socket.
-pub(crate) fn control(shared: Shared, events: Events) -> Router {
+pub(crate) fn control(shared: Shared, events: Events, services: Services) -> Router {
     let say = say::router(events.inputs.clone());
     let streams = Router::new().route("/v1/events", get(stream)).with_state((shared.clone(), events));
     Router::new()
@@ -202,6 +204,7 @@ pub(crate) fn control(shared: Shared, events: Events) -> Router {
         .with_state(shared.clone())
         .merge(streams)
         .merge(say)
+        .merge(services::router(services))
         .merge(public(shared))
 }
 
@@ -503,6 +506,7 @@ mod tests {
     async fn start(router: Router, limits: Limits) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let router = move |_: &_| router.clone();
         tokio::spawn(serve(Tcp(Arc::new(listener)), router, limits, CancellationToken::new()));
         address
     }
@@ -569,7 +573,8 @@ mod tests {
                 "late"
             }),
         );
-        let serving = tokio::spawn(serve(Tcp(Arc::new(listener)), router, limits, stop.clone()));
+        let serving =
+            tokio::spawn(serve(Tcp(Arc::new(listener)), move |_| router.clone(), limits, stop.clone()));
         let _slow = client(address, HALF).await;
         let _idle = client(address, b"").await;
         let under_way = client(address, REQUEST).await;

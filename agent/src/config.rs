@@ -13,6 +13,7 @@ use serde::Deserialize;
 use crate::{
     admission::DEFAULT_PROCESSES,
     detect::{Detect, Ignore, Settings},
+    drain::{Drain, Service, WrittenService},
     failure::{Exit, Failure},
     follow::FdEvents,
 };
@@ -70,8 +71,11 @@ struct Written {
     fd_events: Option<FdEvents>,
     max_processes: Option<NonZeroUsize>,
     log_format: Option<LogFormat>,
+    drain_on_sigterm: bool,
     detect: Detect,
     ignore: Vec<Ignore>,
+    drain: Drain,
+    service: Vec<WrittenService>,
 }
 
 /// The settings as meant.
@@ -84,6 +88,10 @@ pub(crate) struct Config {
     pub max_processes: usize,
     pub log_format: LogFormat,
     pub settings: Settings,
+    /// TERM and INT drain all services before the agent ends.
+    pub drain_on_sigterm: bool,
+    pub drain: Drain,
+    pub services: Vec<Service>,
 }
 
 impl Config {
@@ -109,6 +117,9 @@ impl Config {
                 .map_or(DEFAULT_PROCESSES, NonZeroUsize::get),
             log_format: given.log_format.or(written.log_format).unwrap_or_default(),
             settings: Settings { detect: written.detect, ignore: written.ignore },
+            drain_on_sigterm: written.drain_on_sigterm,
+            drain: written.drain,
+            services: written.service.into_iter().map(|WrittenService(service)| service).collect(),
         })
     }
 }
@@ -119,9 +130,15 @@ pub(crate) fn socket(run_dir: &Path) -> PathBuf {
     run_dir.join("plumb.sock")
 }
 
+/// The socket below a run folder that everybody may connect to.
+#[must_use]
+pub(crate) fn open_socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("services.sock")
+}
+
 /// What to do about a key that nobody knows.
-const UNKNOWN: &str = "known keys are listen, run_dir, state_dir, fd_events, max_processes and log_format, and the tables [detect] and \
-                       [[ignore]], whose keys README.md lists";
+const UNKNOWN: &str = "known keys are listen, run_dir, state_dir, fd_events, max_processes, log_format and drain_on_sigterm, and the tables \
+                       [detect], [[ignore]], [drain] and [[service]], whose keys README.md and docs/drain.md list";
 
 fn read(path: &Path) -> Result<Written, Failure> {
     let text = fs::read_to_string(path).map_err(|error| {

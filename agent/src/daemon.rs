@@ -9,10 +9,15 @@ use std::{
     time::Duration,
 };
 
+use axum::Extension;
 use rustix::fs::FlockOperation;
 use tokio::{
     net::{TcpListener, UnixListener},
-    sync::{Mutex as AsyncMutex, mpsc::channel, watch},
+    sync::{
+        Mutex as AsyncMutex,
+        mpsc::{self, channel},
+        watch,
+    },
 };
 
 use crate::{
@@ -21,12 +26,15 @@ use crate::{
     clock,
     config::{self, Config},
     detect::{Detector, HostLimits},
+    drain::{self, Driver},
     export::prometheus::Own,
     failure::{Exit, Failure},
     host::Host,
     kernel::{self, Kernel, Plan},
     observe::{self, Input},
+    peer::Peer,
     report,
+    services::{self, Services},
     stacks::{self, Done},
     state::StateDir,
     subscribe::Subscribers,
@@ -46,7 +54,8 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let tcp = listen(&config).await?;
     // As bound: port 0 has become a real one.
     let address = tcp.local_addr().unwrap_or(config.listen);
-    let (unix, socket) = listen_control(&config)?;
+    let (unix, socket) = listen_unix(config::socket(&config.run_dir), 0o600)?;
+    let (everybodys, open_socket) = listen_unix(config::open_socket(&config.run_dir), 0o666)?;
     let kernel = Kernel::load_required(Plan::AGENT)?;
     for status in kernel.programs().iter().filter(|status| !status.is_fine()) {
         tracing::warn!(
@@ -154,21 +163,36 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     });
 
     let mut ready = view.clone();
+    let drained = own.clone();
     let shared = api::Shared { views: view, workers: supervisor.workers(), own, started: clock::boottime() };
     let (tcp, unix) = (Arc::new(tcp), Arc::new(unix));
     let public = api::public(shared.clone());
     supervisor.spawn("metrics", move |stop| {
         let (listener, router) = (Arc::clone(&tcp), public.clone());
         async move {
-            api::serve(api::Tcp(listener), router, Limits::AGENT, stop).await;
+            api::serve(api::Tcp(listener), move |_| router.clone(), Limits::AGENT, stop).await;
             Ok(())
         }
     });
-    let control = api::control(shared, api::Events { subscribers, requests: followers, inputs: said });
+    let (drain, drains) = spawn_drain(&mut supervisor, &config, &subscribers, &drained)?;
+    let services = Services { commands: drain.clone(), views: drains.clone() };
+    let open = services::router(services.clone());
+    let events = api::Events { subscribers, requests: followers, inputs: said };
+    let control = api::control(shared, events, services);
     supervisor.spawn("control", move |stop| {
         let (listener, router) = (Arc::clone(&unix), control.clone());
         async move {
-            api::serve(api::Unix(listener), router, Limits::CONTROL, stop).await;
+            let of_admin = move |stream: &_| router.clone().layer(Extension(Peer::of(stream, true)));
+            api::serve(api::Unix(listener), of_admin, Limits::CONTROL, stop).await;
+            Ok(())
+        }
+    });
+    let everybodys = Arc::new(everybodys);
+    supervisor.spawn("services", move |stop| {
+        let (listener, router) = (Arc::clone(&everybodys), open.clone());
+        async move {
+            let of_user = move |stream: &_| router.clone().layer(Extension(Peer::of(stream, false)));
+            api::serve(api::Unix(listener), of_user, Limits::AGENT, stop).await;
             Ok(())
         }
     });
@@ -188,10 +212,15 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     tokio::select! {
         () = &mut shutdown => {}
         () = first_pass => {}
+        () = drain::on_usr1(&drain) => {}
+        () = drain::on_shutdown(&drain, drains.clone(), config.drain.deadline) => {}
+    }
+    if config.drain_on_sigterm {
+        drain::all(&drain, drains, "TERM", None).await;
     }
     tracing::info!("stops");
     let late = supervisor.stop(STOP_DEADLINE).await;
-    drop(socket);
+    drop((socket, open_socket));
     drop(lock);
     if late.is_empty() {
         return Ok(());
@@ -202,8 +231,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
 
 /// Without a state folder findings begin anew with each agent.
 fn state_dir(folder: &Path) -> Option<StateDir> {
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    StateDir::open(folder, boot_id.trim().to_owned())
+    StateDir::open(folder, boot_id())
         .map_err(|error| {
             tracing::warn!(
                 "findings are not kept over a restart: the folder {} cannot be used: {error:#}; name another with \
@@ -235,7 +263,7 @@ fn lock(run_dir: &Path) -> Result<File, Failure> {
         let cause = format!("cannot use the run folder {}: {error}", run_dir.display());
         Failure::new(Exit::Error, cause, "name a writable folder with --run-dir")
     };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(failure)?;
+    fs::DirBuilder::new().recursive(true).mode(0o711).create(run_dir).map_err(failure)?;
     if fs::metadata(run_dir).map_err(failure)?.permissions().mode() & 0o022 != 0 {
         // Whoever can write there could put a link in the place of the lock or of the socket.
         let cause = format!("the run folder {} can be written by others", run_dir.display());
@@ -278,21 +306,71 @@ impl Drop for SocketFile {
     }
 }
 
-/// Binds the control socket; the folder's lock is held, so one that is there is left over.
-fn listen_control(config: &Config) -> Result<(UnixListener, SocketFile), Failure> {
-    let file = SocketFile(config::socket(&config.run_dir));
+/// Binds a socket; the folder's lock is held, so one that is there is left over.
+fn listen_unix(path: PathBuf, mode: u32) -> Result<(UnixListener, SocketFile), Failure> {
+    let file = SocketFile(path);
     let _ = fs::remove_file(&file.0);
     let bound = UnixListener::bind(&file.0).and_then(|listener| {
-        fs::set_permissions(&file.0, fs::Permissions::from_mode(0o600))?;
+        fs::set_permissions(&file.0, fs::Permissions::from_mode(mode))?;
         Ok(listener)
     });
     match bound {
         Ok(listener) => Ok((listener, file)),
         Err(error) => {
-            let cause = format!("cannot create the control socket {}: {error}", file.0.display());
+            let cause = format!("cannot create the socket {}: {error}", file.0.display());
             Err(Failure::new(Exit::Error, cause, "name another folder with --run-dir"))
         }
     }
+}
+
+type Drains = (mpsc::Sender<drain::Command>, watch::Receiver<drain::View>);
+
+/// Starts the task that owns the registered services.
+fn spawn_drain(
+    supervisor: &mut Supervisor,
+    config: &Config,
+    subscribers: &Subscribers,
+    own: &Own,
+) -> Result<Drains, Failure> {
+    let (commands, received) = channel(QUEUE);
+    let (views, view) = watch::channel(drain::View::default());
+    let state_dir = state_folder(&config.state_dir);
+    let settings = drain::Settings {
+        services: config.services.clone(),
+        deadline: config.drain.deadline,
+        boot_id: boot_id(),
+        refused: (!kernel::sees_host_pids())
+            .then(|| "plumb is not in the pid namespace of the host: it sees other numbers".to_owned()),
+        state_dir,
+    };
+    let refused = |why: drain::Refusal| {
+        Failure::new(Exit::Error, format!("the services of the settings are refused: {why}"), why.remedy())
+    };
+    Driver::check(&settings).map_err(refused)?;
+    let received = Arc::new(AsyncMutex::new(received));
+    let (subscribers, own) = (subscribers.clone(), own.clone());
+    supervisor.spawn("drain", move |stop| {
+        let counted = own.clone();
+        let done = Box::new(move |drain: &drain::Document| counted.drained(drain));
+        let driver = Driver::new(settings.clone(), views.clone(), done);
+        let (received, events) = (Arc::clone(&received), subscribers.add_own());
+        let gauge = own.clone();
+        async move {
+            let driver = driver.map_err(|why| anyhow::anyhow!("{why}"))?;
+            driver.run(&mut *received.lock().await, events, &|count| gauge.registered(count), stop).await;
+            Ok(())
+        }
+    });
+    Ok((commands, view))
+}
+
+/// The state folder, if it can be used.
+fn state_folder(folder: &Path) -> Option<PathBuf> {
+    StateDir::open(folder, boot_id()).ok().map(|_| folder.to_owned())
+}
+
+fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// Limits that hold for the whole host. They can be changed at run time, which nobody does.

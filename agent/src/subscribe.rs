@@ -35,6 +35,8 @@ struct Subscriber {
     /// Not told yet: events missed, and events lost by anybody.
     gap: Arc<AtomicU64>,
     lost: u64,
+    /// The agent itself listens: it is none of those that are counted.
+    is_own: bool,
 }
 
 /// All listeners.
@@ -85,15 +87,32 @@ impl Subscribers {
     /// A new listener; `None` when there are too many.
     #[must_use]
     pub(crate) fn add(&self, who: Who) -> Option<Subscription> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_open = |subscriber: &&Subscriber| !subscriber.items.is_closed() && !subscriber.is_own;
+        let has_room = list.iter().filter(is_open).count() < MAX_SUBSCRIBERS;
+        drop(list);
+        has_room.then(|| self.enter(who, false))
+    }
+
+    /// The agent itself listens to the life of processes.
+    pub(crate) fn add_own(&self) -> Subscription {
+        self.enter(Who::Everybody, true)
+    }
+
+    fn enter(&self, who: Who, is_own: bool) -> Subscription {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.retain(|subscriber| !subscriber.items.is_closed());
-        if list.len() >= MAX_SUBSCRIBERS {
-            return None;
-        }
         let (items, receiver) = unbounded_channel();
         let (queued, gap) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
-        list.push(Subscriber { who, items, queued: Arc::clone(&queued), gap: Arc::clone(&gap), lost: 0 });
-        Some(Subscription { who, items: receiver, queued, gap })
+        list.push(Subscriber {
+            who,
+            items,
+            queued: Arc::clone(&queued),
+            gap: Arc::clone(&gap),
+            lost: 0,
+            is_own,
+        });
+        Subscription { who, items: receiver, queued, gap }
     }
 
     /// Hands a batch to everybody; lost is what the ring itself could not keep since the last time.
@@ -134,7 +153,8 @@ impl Subscribers {
     /// Listeners now.
     #[must_use]
     pub(crate) fn count(&self) -> usize {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).len()
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.iter().filter(|subscriber| !subscriber.is_own).count()
     }
 }
 

@@ -62,6 +62,15 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/decode.rs",
         "agent/src/table",
         "agent/src/detect",
+        "agent/src/drain/apply.rs",
+        "agent/src/drain/course.rs",
+        "agent/src/drain/grants.rs",
+        "agent/src/drain/identity.rs",
+        "agent/src/drain/machine.rs",
+        "agent/src/drain/order.rs",
+        "agent/src/drain/preflight.rs",
+        "agent/src/drain/registry.rs",
+        "agent/src/drain/service.rs",
         "agent/src/origins",
         "agent/src/group.rs",
         "agent/src/symbolise/origin.rs",
@@ -99,10 +108,11 @@ fn only_the_worker_parses_foreign_files() {
 }
 
 /// A signal goes through a pidfd whose process was checked; never to a number. The agent sends one only to its own
-/// worker, `plumb check` to the command that it has started.
+/// worker and to the services of a drain, `plumb check` to the command that it has started.
 #[test]
 fn nobody_signals_a_pid() {
     let senders = [
+        "agent/src/drain/signaller.rs",
         "agent/src/symbolise/worker.rs",
         "agent/src/cli/check/command.rs",
         "agent/src/cli/check/follower.rs",

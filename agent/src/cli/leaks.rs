@@ -1,21 +1,16 @@
 //! `plumb leaks`: asks the running agent what it has found, and tells it what somebody says about that.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Subcommand};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, StatusCode, body::Bytes};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, StatusCode};
 use serde_json::json;
-use tokio::net::UnixStream;
 
 use super::{
-    Outcome, leak,
+    Outcome,
+    client::{Agent, exchange, unreachable},
+    leak,
     output::{self, Format, Output},
 };
 use crate::{
@@ -25,11 +20,6 @@ use crate::{
     failure::{Exit, Failure},
     report,
 };
-
-/// Time for the agent to answer.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// An answer is this long at most, in bytes.
-const LIMIT: usize = 64 << 20;
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -43,13 +33,6 @@ pub(super) struct Arguments {
     id: Option<String>,
     #[command(subcommand)]
     say: Option<Say>,
-}
-
-#[derive(Args)]
-struct Agent {
-    /// Folder with the agent's control socket
-    #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER", default_value = config::DEFAULT_RUN_DIR)]
-    run_dir: PathBuf,
 }
 
 #[derive(Subcommand)]
@@ -243,41 +226,6 @@ fn state(leak: &Leak) -> String {
         _ if leak.rule == Rule::Trend => state.to_owned(),
         _ => format!("{state}: {}", leak.rule.word()),
     }
-}
-
-/// Asks the agent, and waits for its answer.
-fn exchange(socket: &Path, method: Method, path: &str, body: String) -> Result<(StatusCode, Bytes), Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let answer = runtime.block_on(async {
-        tokio::time::timeout(DEADLINE, ask(socket, method, path, body))
-            .await
-            .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
-    });
-    answer.map_err(|error| unreachable(socket, &error))
-}
-
-async fn ask(socket: &Path, method: Method, path: &str, body: String) -> anyhow::Result<(StatusCode, Bytes)> {
-    let stream = UnixStream::connect(socket).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let request = Request::builder().method(method).uri(path).header("host", "plumb");
-    let request = request.header("content-type", "application/json").body(Full::new(Bytes::from(body)))?;
-    let response = sender.send_request(request).await?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), LIMIT).collect().await;
-    Ok((status, body.map_err(|error| anyhow!("{error}"))?.to_bytes()))
-}
-
-fn unreachable(socket: &Path, error: &anyhow::Error) -> Failure {
-    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-    let (exit, remedy) = match kind {
-        Some(io::ErrorKind::PermissionDenied) => (Exit::MissingPrivilege, "run it with sudo"),
-        Some(io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            (Exit::AgentUnreachable, "start one with `plumb agent`, or name its folder with --run-dir")
-        }
-        _ => (Exit::AgentUnreachable, "look at the log of the agent"),
-    };
-    Failure::new(exit, format!("no agent answers on {}: {error}", socket.display()), remedy)
 }
 
 #[cfg(test)]

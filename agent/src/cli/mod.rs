@@ -2,12 +2,15 @@
 
 mod agent;
 mod check;
+mod client;
 mod doctor;
+mod drain;
 mod fds;
 mod leak;
 mod leaks;
 mod output;
 mod ps;
+mod services;
 mod threads;
 mod watch;
 
@@ -31,11 +34,14 @@ Examples:
   plumb watch --comm nginx        fd, thread and process events as they happen
   plumb watch --origins --pid 42  with the lines of code that make fds and threads
   plumb check -- cargo test       fail when a command leaks, for tests
+  plumb services list             what is registered for a drain
+  plumb drain --all --dry-run     what a drain would do, and what speaks against it
   plumb doctor                    what this kernel lets plumb see";
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0 ok   1 error   2 usage   3 findings   4 missing privilege   5 kernel cannot   6 agent unreachable   130 interrupted
+  0 ok   1 error   2 usage   3 findings   4 missing privilege   5 kernel cannot   6 agent unreachable   124 deadline passed (drain)
+  130 interrupted
   plumb check without findings: that of the command, or 1 for 0 when not all of it was seen
 
 Documentation: README.md and ARCHITECTURE.md of the source";
@@ -64,6 +70,10 @@ enum Command {
     Watch(watch::Arguments),
     /// Run a command and say what it leaks: for tests
     Check(check::Arguments),
+    /// Stop registered services in order, within a deadline
+    Drain(drain::Arguments),
+    /// Register services for a drain, and list them
+    Services(services::Arguments),
     /// Say what this kernel lets plumb see, and what to do about the rest
     Doctor(doctor::Arguments),
     /// Reads foreign files for the agent, which starts it
@@ -82,6 +92,8 @@ pub fn main() -> ExitCode {
         Command::Leaks(arguments) => leaks::run(&arguments),
         Command::Watch(arguments) => watch::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Drain(arguments) => drain::run(&arguments),
+        Command::Services(arguments) => services::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::SymboliseWorker => symbolise_worker(),
     };

@@ -1,4 +1,41 @@
-//! Draining: what stands between a service and its end.
+//! Drain: registered services stop in order, by a signal, within a deadline, and never the wrong process.
+//!
+//! `service` says what is registered, `registry` what may be, `order` who waits for whom and `grants` how the time is
+//! divided. `machine` is the course of one drain, without IO, and `report` what came of it. `driver` is the one task
+//! that does what the machine wants: it finds processes (`matching`, `process`), looks at them (`facts`, judged by
+//! `preflight`), signals them (`signaller`), and keeps the `journal`.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the drain that asks it is not written yet"))]
-pub(crate) mod systemd;
+mod active;
+mod apply;
+mod command;
+mod course;
+mod driver;
+mod facts;
+mod grants;
+mod identity;
+mod journal;
+mod machine;
+mod matching;
+mod order;
+mod preflight;
+mod process;
+mod registrations;
+mod registry;
+mod report;
+mod reports;
+mod service;
+mod signaller;
+mod systemd;
+mod triggers;
+mod written;
+
+pub(crate) use self::{
+    command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
+    driver::Driver,
+    process::{NoProcess, Process, pid_of},
+    registry::{Caller, Refusal},
+    report::{Document, ServiceDocument, State, Verdict},
+    service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
+    triggers::{all, on_shutdown, on_usr1},
+    written::{Drain, WrittenService},
+};

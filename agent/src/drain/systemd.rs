@@ -29,6 +29,7 @@ const BOOTED: &str = "/run/systemd/system";
 const CALL: Duration = Duration::from_secs(15);
 /// What systemd answers when it is asked for what is not there.
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
+#[cfg(test)]
 const NOBODYS: [&str; 2] =
     ["org.freedesktop.systemd1.NoUnitForPID", "org.freedesktop.systemd1.NoSuchProcess"];
 
@@ -198,6 +199,7 @@ impl Systemd {
         bounded("read the state of systemd", self.manager.system_state()).await
     }
 
+    #[cfg(test)]
     /// The name of the unit whose cgroup holds the process; `None` when no unit's does, or when there is no such
     /// process. `pid` is a number of systemd's own pid namespace, and may be another process's by the time of the
     /// answer: whoever acts on it compares the process before and after.

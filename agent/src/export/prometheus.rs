@@ -9,10 +9,13 @@ use std::{
 };
 
 use plumb_common::counts;
-use prometheus::{IntCounterVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder, core::Collector,
+};
 
 use crate::{
     detect::{Finding, News, Rule, State, What},
+    drain::{Document, Verdict},
     supervisor::{self, Workers},
     table::Row,
     view::HostView,
@@ -30,7 +33,15 @@ const OTHER: &str = "~other";
 pub(crate) struct Own {
     registry: Registry,
     reports: IntCounterVec,
+    drains: IntCounterVec,
+    drain_seconds: Histogram,
+    services: IntGauge,
 }
+
+/// Services that have a series of their own; users may register others for as long as the agent runs.
+const MAX_SERVICES: usize = 256;
+/// In their place.
+const OTHERS: &str = "~other";
 
 impl Own {
     pub(crate) fn new() -> Result<Self, prometheus::Error> {
@@ -41,7 +52,38 @@ impl Own {
             &["resource"],
         )?;
         registry.register(Box::new(reports.clone()))?;
-        Ok(Self { registry, reports })
+        let drains = IntCounterVec::new(
+            Opts::new(
+                "plumb_drains_total",
+                "Services drained since the agent started, by what became of them.",
+            ),
+            &["service", "outcome"],
+        )?;
+        registry.register(Box::new(drains.clone()))?;
+        let buckets = vec![0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0];
+        let drain_seconds = Histogram::with_opts(
+            HistogramOpts::new("plumb_drain_duration_seconds", "Time that drains took.").buckets(buckets),
+        )?;
+        registry.register(Box::new(drain_seconds.clone()))?;
+        let services = IntGauge::new("plumb_registered_services", "Services that are registered.")?;
+        registry.register(Box::new(services.clone()))?;
+        Ok(Self { registry, reports, drains, drain_seconds, services })
+    }
+
+    /// Counts a drain that is over.
+    pub(crate) fn drained(&self, drain: &Document) {
+        self.drain_seconds.observe(drain.seconds);
+        for service in &drain.services {
+            let known = self.drains.collect().iter().map(|family| family.get_metric().len()).sum::<usize>();
+            let name = if known < MAX_SERVICES { service.name.as_str() } else { OTHERS };
+            let outcome = service.verdict.map_or("unknown", Verdict::word);
+            self.drains.with_label_values(&[name, outcome]).inc();
+        }
+    }
+
+    /// How many services there are.
+    pub(crate) fn registered(&self, services: usize) {
+        self.services.set(i64::try_from(services).unwrap_or(i64::MAX));
     }
 
     /// Counts a report of a leak.

@@ -1,0 +1,224 @@
+//! `plumb drain`: asks the agent to stop services in order, and shows how that goes.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    time::Duration,
+};
+
+use clap::Args;
+use hyper::Method;
+
+use super::{
+    Outcome,
+    client::Agent,
+    output::{self, Format, Output},
+    services::pids,
+};
+use crate::{
+    drain::{Document, OnDeadline, ServiceDocument, State, Verdict},
+    failure::{Exit, Failure},
+    services::{DrainWish, PlanDocument, PlannedService, Progress},
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  what would happen, and what speaks against it
+    plumb drain --all --dry-run
+  stop all services that are registered, in order
+    plumb drain --all --deadline 30s
+  two of them
+    plumb drain web worker
+  what came of the last one
+    plumb drain --last
+
+Exit code: 0 when all ended well, 124 when a deadline passed, else 1. Interrupting this command does not end the drain: \
+`plumb drain --cancel` does, before its next stage.";
+
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    agent: Agent,
+    #[command(flatten)]
+    output: Output,
+    /// Services to stop
+    #[arg(value_name = "NAME", conflicts_with_all = ["all", "cancel", "last"])]
+    names: Vec<String>,
+    /// All services, or all of your own
+    #[arg(long, conflicts_with_all = ["cancel", "last"])]
+    all: bool,
+    /// Of the whole drain [default: that of the settings, 30s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
+    /// Say what would happen, and do nothing
+    #[arg(long, conflicts_with_all = ["cancel", "last"])]
+    dry_run: bool,
+    /// Begin no other stage of the drain under way
+    #[arg(long)]
+    cancel: bool,
+    /// The report of the drain under way or the last one
+    #[arg(long, conflicts_with = "cancel")]
+    last: bool,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Outcome {
+    let Arguments { agent, names, .. } = arguments;
+    if arguments.cancel {
+        agent.ask(Method::DELETE, "/v1/drain", String::new())?;
+        output::message("plumb: no other stage begins; `plumb drain --last` tells what came of it");
+        return Ok(Exit::Ok);
+    }
+    if arguments.last {
+        let progress: Progress = agent.document(Method::GET, "/v1/drain", String::new())?;
+        let nothing = || Failure::new(Exit::Error, "nothing has been drained", "`plumb drain --all` does it");
+        return report(&progress.drain.ok_or_else(nothing)?, arguments.output.format);
+    }
+    if names.is_empty() && !arguments.all {
+        return Err(Failure::new(Exit::Usage, "which services?", "name some, or say --all"));
+    }
+    let wish = DrainWish {
+        services: (!names.is_empty()).then(|| names.clone()),
+        all: arguments.all,
+        deadline: arguments.deadline.map(|time| humantime::format_duration(time).to_string()),
+        dry_run: arguments.dry_run,
+    };
+    if arguments.dry_run {
+        let plan: PlanDocument = agent.document(Method::POST, "/v1/drain", output::json(&wish)?)?;
+        let text = if arguments.output.format == Format::Table {
+            plan_text(&plan)
+        } else {
+            output::json(&plan)? + "\n"
+        };
+        output::data(&text)?;
+        return Ok(Exit::Ok);
+    }
+    let begun: serde_json::Value = agent.document(Method::POST, "/v1/drain", output::json(&wish)?)?;
+    let id = begun["id"].as_str().unwrap_or_default().to_owned();
+    let drain = follow(agent, &id)?;
+    report(&drain, arguments.output.format)
+}
+
+/// Waits for the end of a drain, and shows on a terminal how far it is.
+fn follow(agent: &Agent, id: &str) -> Result<Document, Failure> {
+    let mut progress: Progress = agent.document(Method::GET, "/v1/drain", String::new())?;
+    let mut shown = Shown::default();
+    loop {
+        match progress.drain {
+            Some(drain) if drain.id == id => {
+                if drain.state == State::Finished {
+                    shown.clear();
+                    return Ok(drain);
+                }
+                shown.show(&drain);
+            }
+            _ => {
+                let cause = format!("the agent knows nothing of the drain {id} any more");
+                return Err(Failure::new(Exit::Error, cause, "look at its log"));
+            }
+        }
+        let path = format!("/v1/drain?since={}", progress.generation);
+        progress = agent.document(Method::GET, &path, String::new())?;
+    }
+}
+
+/// Lines on the terminal that are written over.
+#[derive(Default)]
+struct Shown(usize);
+
+impl Shown {
+    fn show(&mut self, drain: &Document) {
+        let mut stderr = io::stderr().lock();
+        if !stderr.is_terminal() {
+            return;
+        }
+        let stages = drain.stages.len();
+        let mut lines = vec![format!(
+            "plumb: drain {}, {:.0} s of {:.0}",
+            drain.id, drain.seconds, drain.deadline_seconds
+        )];
+        let line =
+            |one: &ServiceDocument| format!("  {}/{stages}  {:<20}  {}", one.stage, one.name, one.progress());
+        let mut services: Vec<_> = drain.services.iter().collect();
+        services.sort_by_key(|one| one.stage);
+        lines.extend(services.into_iter().map(line));
+        // Up to the first of the lines before, and all below it cleared.
+        let up = if self.0 > 0 { format!("\x1b[{}A\r\x1b[J", self.0) } else { String::new() };
+        self.0 = lines.len();
+        // Nobody is left to be told.
+        let _ = write!(stderr, "{up}{}\n", lines.join("\n"));
+    }
+
+    fn clear(&mut self) {
+        if self.0 > 0 {
+            let _ = write!(io::stderr().lock(), "\x1b[{}A\r\x1b[J", self.0);
+        }
+    }
+}
+
+fn report(drain: &Document, format: Format) -> Outcome {
+    let text = if format == Format::Table { report_text(drain) } else { output::json(drain)? + "\n" };
+    output::data(&text)?;
+    Ok(match (drain.state, drain.is_clean(), drain.is_late()) {
+        (State::Running | State::Ended, ..) | (State::Finished, true, _) => Exit::Ok,
+        (State::Finished, false, true) => Exit::Command(124),
+        (State::Finished, false, false) => Exit::Error,
+    })
+}
+
+fn report_text(drain: &Document) -> String {
+    let mut lines = vec![drain.headline()];
+    let mut services: Vec<_> = drain.services.iter().collect();
+    services.sort_by_key(|one| one.stage);
+    for one in services {
+        let verdict = one.verdict.map_or("under way", Verdict::word);
+        let time = one.seconds.map_or_else(String::new, |seconds| format!(" in {seconds:.1} s"));
+        let slack =
+            one.slack_seconds.map_or_else(String::new, |slack| format!(", {slack:.1} s before its deadline"));
+        lines.push(String::new());
+        lines.push(format!(
+            "  {:<20} {verdict}: {}",
+            one.name,
+            if one.why.is_empty() { one.progress() } else { one.why.clone() }
+        ));
+        lines.push(format!(
+            "      stage {}, {}; pids {}{time}{slack}",
+            one.stage,
+            one.target,
+            pids(&one.pids)
+        ));
+        lines.extend(one.notes.iter().map(|note| format!("      {note}")));
+        lines.extend(
+            one.timeline.iter().map(|moment| format!("      {:>8.3} s  {}", moment.seconds, moment.what)),
+        );
+    }
+    if drain.services.iter().any(|one| one.verdict == Some(Verdict::Clean)) {
+        lines.push(String::new());
+        lines.push(
+            "clean: it ended by itself in time; what became of its connections was not watched".to_owned(),
+        );
+    }
+    if drain.journal != "kept" {
+        lines
+            .push(format!("there is no journal: {}; no agent would have taken this drain up", drain.journal));
+    }
+    lines.join("\n") + "\n"
+}
+
+fn plan_text(plan: &PlanDocument) -> String {
+    let mut lines = vec![format!("{} stages within {:.1} s", plan.stages.len(), plan.deadline_seconds)];
+    for (number, stage) in (1..).zip(&plan.stages) {
+        lines.push(format!("stage {number}, {:.1} s at most", stage.seconds));
+        for one in &stage.services {
+            let PlannedService { name, target, signal, seconds, .. } = one;
+            let end = if one.on_deadline == OnDeadline::Kill { "then KILL" } else { "then it goes on" };
+            lines.push(format!("  {name:<20} {signal} to {target}; {seconds:.1} s, {end}"));
+            lines.push(format!("      pids {}", pids(&one.pids)));
+            if !one.waits_for.is_empty() {
+                lines.push(format!("      waits for {}", one.waits_for.join(", ")));
+            }
+            lines.extend(one.refused.iter().map(|why| format!("      WILL NOT BE STOPPED: {why}")));
+            lines.extend(one.notes.iter().map(|note| format!("      {note}")));
+        }
+    }
+    lines.join("\n") + "\n"
+}

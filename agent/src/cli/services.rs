@@ -1,0 +1,186 @@
+//! `plumb services`: what is registered for a drain.
+
+use std::{fs, time::Duration};
+
+use clap::{Args, Subcommand};
+use hyper::Method;
+
+use super::{
+    Outcome,
+    client::Agent,
+    output::{self, Output},
+};
+use crate::{
+    drain::{OnDeadline, PRESETS, Signal},
+    failure::{Exit, Failure},
+    services::{ServiceList, ServiceRow, Which, Wish},
+};
+
+#[derive(Args)]
+#[command(after_help = presets())]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+fn presets() -> String {
+    let mut text = "\
+Examples:
+  in the script that starts a server, which goes on as the server's parent
+    plumb services add web --preset nginx
+  a server that runs
+    plumb services add db --pid 4711 --preset postgresql --after web --deadline 20s
+  what is registered, and whether it runs
+    plumb services list
+
+Presets:
+"
+    .to_owned();
+    for preset in &PRESETS {
+        let late = preset.late.map_or_else(String::new, |late| format!(", late {}", late.name()));
+        text += &format!("  {:<12}{}{late}: {}\n", preset.name, preset.signal.name(), preset.why);
+    }
+    text
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Register a process for a drain, until it ends, runs another program or moves to another cgroup
+    Add(Add),
+    /// End a registration
+    Rm {
+        #[command(flatten)]
+        agent: Agent,
+        name: String,
+    },
+    /// List what is registered
+    List {
+        #[command(flatten)]
+        agent: Agent,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+#[derive(Args)]
+struct Add {
+    #[command(flatten)]
+    agent: Agent,
+    name: String,
+    /// The process [default: the one that runs this command]
+    #[arg(long)]
+    pid: Option<u32>,
+    /// The signal that asks it to finish its work and end: TERM, INT, QUIT, HUP, USR1, USR2 or WINCH
+    #[arg(long, value_parser = signal, conflicts_with = "preset")]
+    signal: Option<String>,
+    /// The signal of a known server, see below
+    #[arg(long)]
+    preset: Option<String>,
+    /// A service that must be gone before this one is asked to stop; may be repeated [default: all that are registered later]
+    #[arg(long, value_name = "NAME")]
+    after: Vec<String>,
+    /// Wait for nobody
+    #[arg(long, conflicts_with = "after")]
+    first: bool,
+    /// Time that it has to stop, such as 30s [default: its share of the drain's]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
+    /// Kill it at its deadline; else it goes on, and the report says so
+    #[arg(long)]
+    kill: bool,
+}
+
+fn signal(text: &str) -> Result<String, String> {
+    Signal::parse(text).map(|signal| signal.name().to_owned())
+}
+
+pub(super) fn run(arguments: &Arguments) -> Outcome {
+    match &arguments.what {
+        What::Add(add) => register(add),
+        What::Rm { agent, name } => {
+            agent.ask(Method::DELETE, &path(name)?, String::new())?;
+            output::message(&format!("plumb: {name} is not registered any more"));
+            Ok(Exit::Ok)
+        }
+        What::List { agent, output } => list(agent, output),
+    }
+}
+
+/// Checked here: what is no name could not even be asked for.
+fn path(name: &str) -> Result<String, Failure> {
+    match crate::drain::Name::new(name) {
+        Some(name) => Ok(format!("/v1/services/{name}")),
+        None => {
+            let cause = format!("{name:?} {}", crate::drain::NO_NAME);
+            Err(Failure::new(Exit::Usage, cause, "take another name"))
+        }
+    }
+}
+
+fn register(add: &Add) -> Outcome {
+    let pid = add.pid.unwrap_or_else(std::os::unix::process::parent_id);
+    let start_ticks = Some(start_ticks(pid)?);
+    let after =
+        if add.first { Some(Vec::new()) } else { Some(add.after.clone()).filter(|names| !names.is_empty()) };
+    let wish = Wish {
+        signal: add.signal.clone(),
+        preset: add.preset.clone(),
+        after,
+        deadline: add.deadline.map(|time| humantime::format_duration(time).to_string()),
+        on_deadline: add.kill.then_some(OnDeadline::Kill),
+        process: Some(Which { pid, start_ticks }),
+        pid: None,
+    };
+    let row: ServiceRow = add.agent.document(Method::PUT, &path(&add.name)?, output::json(&wish)?)?;
+    output::message(&format!(
+        "plumb: {} is registered: {}, to be stopped by {}",
+        row.name, row.target, row.signal
+    ));
+    Ok(Exit::Ok)
+}
+
+/// When a process was started: its number alone may be another's by the time it is read.
+fn start_ticks(pid: u32) -> Result<u64, Failure> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|_| super::no_such_process(pid))?;
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields).unwrap_or_default();
+    let ticks = fields.split_whitespace().nth(22 - 3).and_then(|field| field.parse().ok());
+    ticks.ok_or_else(|| super::no_such_process(pid))
+}
+
+fn list(agent: &Agent, output: &Output) -> Outcome {
+    let document: ServiceList = agent.document(Method::GET, "/v1/services", String::new())?;
+    let columns = [
+        ("NAME", false),
+        ("TARGET", false),
+        ("PIDS", false),
+        ("SIGNAL", false),
+        ("AFTER", false),
+        ("DEADLINE", true),
+        ("UID", true),
+    ];
+    let notes = ["PROBLEM"];
+    output.print_with_notes(&document, &document.services, &columns, &notes, |row| {
+        vec![
+            row.name.clone(),
+            row.target.clone(),
+            pids(&row.pids),
+            row.signal.clone(),
+            row.after.as_ref().map_or_else(|| "later ones".to_owned(), |after| after.join(", ")),
+            row.deadline_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds}s")),
+            row.uid.to_string(),
+            row.problem.clone().unwrap_or_else(|| "-".to_owned()),
+        ]
+    })?;
+    Ok(Exit::Ok)
+}
+
+/// The first few, and how many there are.
+pub(super) fn pids(pids: &[u32]) -> String {
+    const SHOWN: usize = 3;
+    let first: Vec<String> = pids.iter().take(SHOWN).map(u32::to_string).collect();
+    match pids.len() {
+        0 => "none".to_owned(),
+        many if many > SHOWN => format!("{} and {} more", first.join(" "), many - SHOWN),
+        _ => first.join(" "),
+    }
+}

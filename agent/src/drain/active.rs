@@ -1,0 +1,240 @@
+//! A drain under way: what the driver holds for it, and how it looks at services.
+
+use std::{
+    collections::{HashMap, HashSet},
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{io::unix::AsyncFd, time};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    command::{Listed, Preflight},
+    course::{Entry, Found, Member, Phase},
+    facts::{self, Supervisor},
+    identity::Identity,
+    journal::Journal,
+    machine::Machine,
+    matching::{self, Match, TICKS},
+    preflight,
+    process::Process,
+    report::Document,
+    service::{Service, Target},
+    systemd::{self, Systemd, Unit},
+};
+use crate::clock::{self, Calendar};
+
+/// A drain under way.
+pub(super) struct Active {
+    pub(super) machine: Machine,
+    pub(super) journal: Result<Journal, String>,
+    pub(super) processes: HashMap<(usize, usize), Arc<Process>>,
+    /// Members whose end is waited for.
+    pub(super) watched: HashSet<(usize, usize)>,
+    pub(super) prestops: HashMap<usize, CancellationToken>,
+    /// Command lines of registered processes, to know them when they run again.
+    pub(super) commands: HashMap<usize, String>,
+}
+
+impl Active {
+    pub(super) fn new(machine: Machine, journal: Result<Journal, String>) -> Self {
+        if let Err(why) = &journal {
+            tracing::warn!("this drain has no journal, nobody takes it up if the agent is killed: {why}");
+        }
+        let (processes, watched, prestops, commands) = Default::default();
+        Self { machine, journal, processes, watched, prestops, commands }
+    }
+
+    pub(super) fn document(&self) -> Document {
+        let journal = self.journal.as_ref().map_or_else(Clone::clone, |_| "kept".to_owned());
+        Document::new(&self.machine, &journal, Calendar::now(), clock::boottime())
+    }
+
+    /// Holds processes as the members of a service from a place on.
+    pub(super) fn take(&mut self, service: usize, first: usize, processes: Vec<Process>) {
+        for (member, process) in (first..).zip(processes) {
+            self.commands.entry(service).or_insert_with(|| process.command.clone());
+            self.processes.insert((service, member), Arc::new(process));
+        }
+    }
+
+    /// Writes what is to be known before anything else is done.
+    pub(super) fn write(&mut self, entries: &mut Vec<Entry>) {
+        if entries.is_empty() {
+            return;
+        }
+        let written = std::mem::take(entries);
+        let Ok(journal) = &mut self.journal else { return };
+        if let Err(error) = journal.append(&written) {
+            tracing::error!("the journal of the drain cannot be written: {error}; nobody takes it up now");
+            // One that ends somewhere else than the drain would have a signal sent twice.
+            if let Ok(journal) = std::mem::replace(&mut self.journal, Err(error.to_string())) {
+                let _ = journal.remove();
+            }
+        }
+    }
+
+    /// Children of a service that are left, and what runs in its place.
+    pub(super) fn look_again(&mut self, service: usize) -> (Vec<Member>, Option<String>) {
+        let target = self.machine.begun.services[service].target.clone();
+        let run = &self.machine.runs[service];
+        let last = run.members.iter().filter_map(|one| one.gone).max().or(run.gone).unwrap_or(0);
+        let ended = last / (1_000_000_000 / TICKS);
+        let known =
+            |identity: &Identity| run.members.iter().any(|one| one.member.identity.is_same_process(identity));
+        let found = match &target {
+            Target::Process(meant) => match self.commands.get(&service) {
+                Some(command) => successors(meant, command, ended),
+                None => Vec::new(),
+            },
+            target => find(target).map(|(found, _)| found).unwrap_or_default(),
+        };
+        let fresh: Vec<Match> = found.into_iter().filter(|one| !known(&one.process.identity)).collect();
+        let (again, left): (Vec<_>, Vec<_>) =
+            fresh.into_iter().partition(|one| one.process.identity.start_ticks >= ended);
+        let again = again
+            .first()
+            .map(|one| format!("pid {} ({})", one.process.identity.pid, one.process.identity.comm));
+        if run.phase != Phase::Confirming {
+            return (Vec::new(), again);
+        }
+        let first = run.members.len();
+        let members =
+            left.iter().map(|one| Member { identity: one.process.identity.clone(), is_root: false });
+        let members = members.collect();
+        self.take(service, first, left.into_iter().map(|one| one.process).collect());
+        (members, again)
+    }
+}
+
+/// Processes that do what one did that has ended: its program, with its arguments, in its cgroup.
+fn successors(meant: &Identity, command: &str, ended: u64) -> Vec<Match> {
+    let same = |process: &Process| {
+        let identity = &process.identity;
+        identity.exe == meant.exe
+            && identity.cgroup == meant.cgroup
+            && identity.start_ticks >= ended
+            && process.command == command
+    };
+    let all = super::process::all().into_iter().filter_map(|pid| Process::open(pid).ok());
+    all.filter(same).map(|process| Match { process, is_root: true }).collect()
+}
+
+/// Finds a service and looks at it.
+pub(super) fn look(service: &Service) -> (Preflight, Vec<Process>) {
+    let (found, unit) = match find(&service.target) {
+        Ok(found) => found,
+        Err(why) => return (Preflight::Refused(why), Vec::new()),
+    };
+    if found.is_empty() {
+        return (Preflight::NotRunning, Vec::new());
+    }
+    let mut sum = Found { unit: unit.as_ref().map(|unit| unit.name.clone()), ..Found::default() };
+    for Match { process, .. } in found.iter().filter(|one| one.is_root) {
+        let Some(stop) = &service.stop else { continue };
+        let Some(facts) = facts::of(process, stop.signal.number()) else { continue };
+        if let Supervisor::Unit(name) = &facts.supervisor
+            && is_main(name, process.identity.pid)
+        {
+            sum.unit = Some(name.clone());
+        }
+        let judgement = preflight::judge(&facts, stop, sum.unit.as_deref());
+        if let Some(why) = judgement.refused {
+            return (Preflight::Refused(format!("process {}: {why}", process.identity.pid)), Vec::new());
+        }
+        sum.connections += facts.connections;
+        sum.is_unhandled |= judgement.is_unhandled;
+        sum.notes.extend(judgement.notes);
+    }
+    if let Some(unit) = &unit {
+        sum.notes.push(format!("systemd stops it by signal {}, Restart={}", unit.kill_signal, unit.restart));
+    }
+    let member = |one: &Match| Member { identity: one.process.identity.clone(), is_root: one.is_root };
+    sum.members = found.iter().map(member).collect();
+    (Preflight::Found(sum), found.into_iter().map(|one| one.process).collect())
+}
+
+/// The processes of a service and, if it is named by its unit, that.
+fn find(target: &Target) -> Result<(Vec<Match>, Option<Unit>), String> {
+    let Target::Unit(name) = target else { return Ok((matching::find(target)?, None)) };
+    let unit = with_systemd(async |systemd| systemd.unit(name).await)?;
+    if unit.control_group.len() < 2 || matches!(unit.active_state.as_str(), "inactive" | "failed") {
+        return Ok((Vec::new(), Some(unit)));
+    }
+    let found = matching::find(&Target::Cgroup(unit.control_group.clone()))?;
+    Ok((found, Some(unit)))
+}
+
+/// Whether a process is the main one of a unit, which systemd would start again if it ended by itself.
+fn is_main(unit: &str, pid: u32) -> bool {
+    with_systemd(async |systemd| systemd.unit(unit).await).is_ok_and(|unit| unit.main_pid == Some(pid))
+}
+
+/// Time for systemd to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+
+fn with_systemd<T>(work: impl AsyncFnOnce(&Systemd) -> Result<T, systemd::Error>) -> Result<T, String> {
+    let asked = async {
+        let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
+        work(&systemd).await.map_err(|error| error.to_string())
+    };
+    let asked = async {
+        time::timeout(ANSWER, asked).await.unwrap_or_else(|_| Err("systemd does not answer".to_owned()))
+    };
+    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(asked))
+}
+
+/// Has systemd stop a unit, and says why it could not.
+pub(super) async fn stop_unit(unit: String, within: Duration) -> Option<String> {
+    let stopped = async {
+        let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
+        let mut job = systemd.stop(&unit).await.map_err(|error| error.to_string())?;
+        job.result(within).await.map_err(|error| error.to_string())
+    };
+    match stopped.await {
+        Ok(result) if result == "done" => None,
+        Ok(result) => Some(format!("systemd says of stopping {unit}: {result}")),
+        Err(why) => Some(format!("{unit} was not stopped: {why}")),
+    }
+}
+
+pub(super) fn listed(service: &Service) -> Listed {
+    let (pids, problem) = match find(&service.target) {
+        Ok((found, _)) => (found.iter().map(|one| one.process.identity.pid).collect(), None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
+    Listed { service: service.clone(), pids, problem }
+}
+
+/// Ends when a process has; `None` if that cannot be waited for.
+pub(super) fn gone(process: &Arc<Process>) -> Option<impl Future<Output = ()> + Send + 'static> {
+    let own = process.pidfd().try_clone_to_owned();
+    // SAFETY: an `OwnedFd` stays the same fd until it is dropped.
+    let pidfd = own.and_then(|own| unsafe { AsyncFd::register(own) }.map_err(Into::into));
+    match pidfd {
+        Ok(pidfd) => Some(async move {
+            // Readable once all of its threads have ended, and for ever after.
+            let _ = pidfd.readable().await;
+        }),
+        Err(error) => {
+            tracing::error!("a process cannot be waited for: {error}");
+            None
+        }
+    }
+}
+
+/// Runs a command, and says why it failed.
+pub(super) async fn prestop(command: &str, cancelled: CancellationToken) -> Option<String> {
+    let mut shell = tokio::process::Command::new("/bin/sh");
+    shell.args(["-c", command]).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+    let ended = async {
+        match shell.status().await {
+            Ok(status) if status.success() => None,
+            Ok(status) => Some(format!("failed ({status})")),
+            Err(error) => Some(format!("could not be run: {error}")),
+        }
+    };
+    cancelled.run_until_cancelled(ended).await.unwrap_or_else(|| Some("was ended".to_owned()))
+}

@@ -1,0 +1,130 @@
+//! What an entry of the journal changes.
+
+use super::{
+    course::{Entry, Fact, Found, Phase, Sent, of_member, signal_name},
+    machine::Machine,
+};
+
+impl Machine {
+    /// The only place where anything changes that is not made up again.
+    pub(super) fn apply(&mut self, entry: &Entry) {
+        let mut tell = |at: u64, service: usize, words: String| self.runs[service].timeline.push((at, words));
+        match entry {
+            Entry::Begun(_) => {}
+            Entry::Resumed { at } => self.resumed.push(*at),
+            Entry::Cancelled { at } => {
+                self.cancelled = Some(*at);
+                for run in self.runs.iter_mut().filter(|run| run.phase == Phase::Waiting) {
+                    run.phase = Phase::Settled;
+                    run.refused = Some("cancelled before its stage".to_owned());
+                }
+            }
+            Entry::Stage { at, stage, grants } => {
+                self.stage = Some(*stage);
+                for (service, (grant, shortened)) in self.begun.stages[*stage].iter().zip(grants) {
+                    let run = &mut self.runs[*service];
+                    (run.phase, run.began, run.grant) = (Phase::Checking, *at, *grant);
+                    run.notes.extend(shortened.clone());
+                }
+            }
+            Entry::Refused { at, service, why } => {
+                tell(*at, *service, format!("refused: {why}"));
+                let run = &mut self.runs[*service];
+                (run.phase, run.refused) = (Phase::Settled, Some(why.clone()));
+            }
+            Entry::NotRunning { at, service } => {
+                tell(*at, *service, "does not run".to_owned());
+                let run = &mut self.runs[*service];
+                run.phase = Phase::Settled;
+                run.notes.push("it did not run".to_owned());
+            }
+            Entry::NoTime { at, service } => {
+                tell(*at, *service, "no time is left".to_owned());
+                let run = &mut self.runs[*service];
+                (run.phase, run.is_late) = (Phase::Settled, true);
+                run.notes.push("no time was left: it was not asked to stop".to_owned());
+            }
+            Entry::Prestop { at, service } => {
+                tell(*at, *service, "prestop".to_owned());
+                self.runs[*service].phase = Phase::Prestop;
+            }
+            Entry::PrestopEnded { at, service, why } => {
+                tell(*at, *service, "prestop has ended".to_owned());
+                let run = &mut self.runs[*service];
+                (run.phase, run.prestopped) = (Phase::Checking, true);
+                run.notes.extend(why.as_ref().map(|why| format!("prestop {why}")));
+            }
+            Entry::Found { service, found, .. } => {
+                let run = &mut self.runs[*service];
+                run.phase = Phase::Stopping;
+                run.notes.extend(found.notes.iter().cloned());
+                run.members = found.members.iter().cloned().map(of_member).collect();
+                run.found = Found { members: Vec::new(), ..(**found).clone() };
+            }
+            Entry::Signalling { at, service, members, signal } => {
+                tell(*at, *service, format!("gets {}", signal_name(*signal)));
+                let run = &mut self.runs[*service];
+                run.signalled.get_or_insert(*at);
+                run.signals.push(*signal);
+                members.iter().for_each(|member| run.members[*member].sent = Sent::Perhaps);
+                if *signal == libc::SIGKILL {
+                    (run.phase, run.is_killed) = (Phase::Killing, true);
+                }
+            }
+            Entry::Signalled { service, failed, .. } => {
+                let run = &mut self.runs[*service];
+                for one in run.members.iter_mut().filter(|one| one.sent == Sent::Perhaps) {
+                    one.sent = Sent::Yes;
+                }
+                for (member, why) in failed {
+                    run.members[*member].sent = Sent::Failed(why.clone());
+                }
+            }
+            Entry::UnitStopping { at, service, unit } => {
+                tell(*at, *service, format!("systemd stops {unit}"));
+                let run = &mut self.runs[*service];
+                run.signalled.get_or_insert(*at);
+                for one in &mut run.members {
+                    one.sent = Sent::Yes;
+                }
+            }
+            Entry::UnitStopped { at, service, why } => {
+                tell(*at, *service, "systemd has stopped it".to_owned());
+                self.runs[*service].notes.extend(why.clone());
+            }
+            Entry::Gone { at, service, member } => {
+                let run = &mut self.runs[*service];
+                run.members[*member].gone = Some(*at);
+                let pid = run.members[*member].member.identity.pid;
+                if run.members[*member].member.is_root {
+                    run.timeline.push((*at, format!("{pid} is gone")));
+                }
+            }
+            Entry::More { at, service, members } => {
+                tell(*at, *service, format!("{} more processes", members.len()));
+                let run = &mut self.runs[*service];
+                run.phase = if run.is_killed { Phase::Killing } else { Phase::Stopping };
+                run.members.extend(members.iter().cloned().map(of_member));
+            }
+            Entry::AllGone { at, service } => {
+                let run = &mut self.runs[*service];
+                (run.phase, run.gone) = (Phase::Gone, Some(*at));
+            }
+            Entry::Seen { service, fact: Fact::Exit { member, status }, .. } => {
+                self.runs[*service].members[*member].status = Some(*status);
+            }
+            Entry::Late { at, service } => {
+                tell(*at, *service, "its deadline has passed".to_owned());
+                let run = &mut self.runs[*service];
+                (run.phase, run.is_late) = (Phase::Late, true);
+            }
+            Entry::Again { at, service, what } => {
+                tell(*at, *service, format!("runs again: {what}"));
+                self.runs[*service].again = Some(what.clone());
+            }
+            Entry::Settled { service, .. } => self.runs[*service].phase = Phase::Settled,
+            Entry::Ended { at } => self.ended = Some(*at),
+            Entry::Finished { at } => self.finished = Some(*at),
+        }
+    }
+}

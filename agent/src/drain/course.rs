@@ -1,0 +1,346 @@
+//! What can happen in a drain and what is to be done then, and where a service is in its course.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    identity::Identity,
+    service::{Service, Signal},
+};
+
+/// A drain as it was asked for. Times are nanoseconds since boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Begun {
+    pub id: String,
+    /// Times and pids mean nothing after another boot.
+    pub boot_id: String,
+    /// Who or what asked.
+    pub trigger: String,
+    pub uid: u32,
+    pub began: u64,
+    pub deadline: u64,
+    /// Places in `services`.
+    pub stages: Vec<Vec<usize>>,
+    pub services: Vec<Service>,
+}
+
+/// A process of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Member {
+    pub identity: Identity,
+    /// Gets the signal; the others are its children, and are waited for.
+    pub is_root: bool,
+}
+
+/// What was found of a service, and what pre-flight says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Found {
+    pub members: Vec<Member>,
+    /// The systemd unit through which it is stopped.
+    pub unit: Option<String>,
+    pub notes: Vec<String>,
+    /// Established TCP connections.
+    pub connections: usize,
+    /// Nothing handles the signal: it ends the process by itself.
+    pub is_unhandled: bool,
+}
+
+/// What the kernel says of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Fact {
+    /// Status of a process as wait(2) has it.
+    Exit { member: usize, status: i32 },
+}
+
+/// Why a signal was not sent to one process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum NotSent {
+    Gone,
+    Refused(String),
+}
+
+/// What has happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Entry {
+    Begun(Box<Begun>),
+    Resumed {
+        at: u64,
+    },
+    Cancelled {
+        at: u64,
+    },
+    /// With the time of each of its services, and the words for it where that is less than it asked for.
+    Stage {
+        at: u64,
+        stage: usize,
+        grants: Vec<(Duration, Option<String>)>,
+    },
+    Refused {
+        at: u64,
+        service: usize,
+        why: String,
+    },
+    NotRunning {
+        at: u64,
+        service: usize,
+    },
+    /// Its stage came when no time was left.
+    NoTime {
+        at: u64,
+        service: usize,
+    },
+    Prestop {
+        at: u64,
+        service: usize,
+    },
+    PrestopEnded {
+        at: u64,
+        service: usize,
+        why: Option<String>,
+    },
+    Found {
+        at: u64,
+        service: usize,
+        found: Box<Found>,
+    },
+    /// A signal is about to be sent to these members.
+    Signalling {
+        at: u64,
+        service: usize,
+        members: Vec<usize>,
+        signal: i32,
+    },
+    Signalled {
+        at: u64,
+        service: usize,
+        failed: Vec<(usize, NotSent)>,
+    },
+    /// systemd is about to be asked to stop the unit.
+    UnitStopping {
+        at: u64,
+        service: usize,
+        unit: String,
+    },
+    UnitStopped {
+        at: u64,
+        service: usize,
+        why: Option<String>,
+    },
+    Gone {
+        at: u64,
+        service: usize,
+        member: usize,
+    },
+    /// Children that were started after the service was found.
+    More {
+        at: u64,
+        service: usize,
+        members: Vec<Member>,
+    },
+    /// None of its processes is left.
+    AllGone {
+        at: u64,
+        service: usize,
+    },
+    Seen {
+        at: u64,
+        service: usize,
+        fact: Fact,
+    },
+    /// Its deadline has passed and it is there.
+    Late {
+        at: u64,
+        service: usize,
+    },
+    /// It runs again.
+    Again {
+        at: u64,
+        service: usize,
+        what: String,
+    },
+    Settled {
+        at: u64,
+        service: usize,
+    },
+    Ended {
+        at: u64,
+    },
+    Finished {
+        at: u64,
+    },
+}
+
+/// What the driver tells.
+#[derive(Clone, Debug)]
+pub(crate) enum Input {
+    Resume,
+    Cancel,
+    /// It is as late as `next` said.
+    Time,
+    /// Answers to `Find`.
+    Found(usize, Found),
+    NotRunning(usize),
+    Refused(usize, String),
+    /// The answer to `Prestop`, and why it failed.
+    PrestopEnded(usize, Option<String>),
+    /// The answer to `Send`: to whom it was not sent.
+    Sent(usize, Vec<(usize, NotSent)>),
+    /// The answer to `StopUnit`, and why it failed.
+    UnitStopped(usize, Option<String>),
+    Gone(usize, usize),
+    /// The answer to `Look`: children that are left, and who runs in its place.
+    Looked(usize, Vec<Member>, Option<String>),
+    Seen(usize, Fact),
+}
+
+/// What the driver is to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Written, and on the disk before what follows.
+    Journal(Entry),
+    /// Find the processes of a service and check them.
+    Find(usize),
+    /// Run the command of a service.
+    Prestop(usize),
+    EndPrestop(usize),
+    Send {
+        service: usize,
+        members: Vec<usize>,
+        signal: i32,
+    },
+    StopUnit(usize, String),
+    /// Say when a member goes; those that are gone already, at once.
+    Watch(usize),
+    /// Whether processes of a service are there although those that were known are gone.
+    Look(usize),
+}
+
+/// Where a service is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Waiting,
+    Checking,
+    Prestop,
+    Stopping,
+    /// All that were known are gone.
+    Confirming,
+    Killing,
+    Gone,
+    Late,
+    Settled,
+}
+
+/// Whether a member has got its signal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Sent {
+    #[default]
+    Not,
+    /// It was announced, and the agent ended before it could say more.
+    Perhaps,
+    Yes,
+    Failed(NotSent),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct MemberRun {
+    pub member: Member,
+    pub sent: Sent,
+    pub gone: Option<u64>,
+    /// As wait(2) has it.
+    pub status: Option<i32>,
+}
+
+/// The course of one service.
+#[derive(Clone, Debug)]
+pub(crate) struct Run {
+    pub phase: Phase,
+    pub grant: Duration,
+    pub notes: Vec<String>,
+    pub members: Vec<MemberRun>,
+    pub found: Found,
+    pub prestopped: bool,
+    /// Its stage began.
+    pub began: u64,
+    pub signalled: Option<u64>,
+    pub signals: Vec<i32>,
+    pub gone: Option<u64>,
+    pub refused: Option<String>,
+    pub is_late: bool,
+    pub is_killed: bool,
+    pub again: Option<String>,
+    /// How often it was looked for after its end.
+    pub looks: u8,
+    pub timeline: Vec<(u64, String)>,
+}
+
+impl Run {
+    pub(super) fn new() -> Self {
+        Self {
+            phase: Phase::Waiting,
+            grant: Duration::ZERO,
+            notes: Vec::new(),
+            members: Vec::new(),
+            found: Found::default(),
+            prestopped: false,
+            began: 0,
+            signalled: None,
+            signals: Vec::new(),
+            gone: None,
+            refused: None,
+            is_late: false,
+            is_killed: false,
+            again: None,
+            looks: 0,
+            timeline: Vec::new(),
+        }
+    }
+
+    /// Whether the next stage need not wait for it.
+    pub(super) fn is_past(&self) -> bool {
+        matches!(self.phase, Phase::Gone | Phase::Late | Phase::Settled)
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        matches!(self.phase, Phase::Late | Phase::Settled)
+    }
+
+    pub(super) fn deadline(&self) -> u64 {
+        self.began + nanos(self.grant)
+    }
+
+    /// Members that are there, as far as is known.
+    pub(super) fn left(&self, only_roots: bool) -> Vec<usize> {
+        let is_left = |one: &MemberRun| one.gone.is_none() && (one.member.is_root || !only_roots);
+        (0..self.members.len()).filter(|at| is_left(&self.members[*at])).collect()
+    }
+}
+
+pub(super) fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn of_member(member: Member) -> MemberRun {
+    MemberRun { member, sent: Sent::Not, gone: None, status: None }
+}
+
+/// As people write it.
+#[must_use]
+pub(crate) fn signal_name(signal: i32) -> String {
+    const OTHERS: [(i32, &str); 6] = [
+        (libc::SIGKILL, "KILL"),
+        (libc::SIGSEGV, "SEGV"),
+        (libc::SIGABRT, "ABRT"),
+        (libc::SIGBUS, "BUS"),
+        (libc::SIGPIPE, "PIPE"),
+        (libc::SIGILL, "ILL"),
+    ];
+    let other = || OTHERS.iter().find(|(number, _)| *number == signal).map(|(_, name)| *name);
+    Signal::by_number(signal)
+        .map(Signal::name)
+        .or_else(other)
+        .map_or_else(|| signal.to_string(), str::to_owned)
+}

@@ -1,0 +1,228 @@
+//! What pre-flight looks at, of one process.
+
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use procfs::net::{TcpNetEntry, TcpState};
+
+use super::{matching::own_sockets, process::Process};
+use crate::text;
+
+/// Threads whose signal mask is read at most.
+const MAX_THREADS: usize = 1024;
+
+/// What is known of a process that is to be signalled.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub caught: bool,
+    pub ignored: bool,
+    /// By each of its threads.
+    pub blocked: bool,
+    /// It reads signals from an fd, which have to be blocked then.
+    pub has_signalfd: bool,
+    /// The first of a pid namespace of its own: the kernel keeps signals without a handler from it.
+    pub is_init: bool,
+    /// Addresses on which it listens.
+    pub listeners: Vec<String>,
+    /// Established TCP connections.
+    pub connections: usize,
+    pub supervisor: Supervisor,
+}
+
+/// Who may start it again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Supervisor {
+    #[default]
+    Nobody,
+    /// A unit of the host's systemd.
+    Unit(String),
+    /// A systemd of a user.
+    UserUnit(String),
+    Pod,
+    Container,
+    /// A process that supervises others, by name and pid.
+    Parent(String, u32),
+}
+
+/// Names of programs that start again what ends.
+const SUPERVISORS: &[&str] = &[
+    "supervisord",
+    "runsv",
+    "s6-supervise",
+    "supervise",
+    "perpd",
+    "circusd",
+    "conmon",
+    "monit",
+    "PM2",
+    "nodenv",
+    "honcho",
+    "foreman",
+];
+
+/// Looks at a process; nothing when it has gone meanwhile.
+pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
+    let folder = process.folder();
+    let status = fs::read_to_string(folder.join("status")).ok()?;
+    let masks = |key: &str| mask(&status, key).is_some_and(|mask| has(mask, signal));
+    let sockets = own_sockets(process.identity.pid);
+    let tables = tcp(process.identity.pid);
+    let own = || tables.iter().filter(|entry| sockets.contains(&entry.inode));
+    let listens = own().filter(|entry| entry.state == TcpState::Listen);
+    let mut listeners: Vec<String> = listens.map(|entry| entry.local_address.to_string()).collect();
+    listeners.sort();
+    let inodes: HashSet<u64> =
+        own().filter(|entry| entry.state == TcpState::Established).map(|entry| entry.inode).collect();
+    let facts = Facts {
+        caught: masks("SigCgt:"),
+        ignored: masks("SigIgn:"),
+        blocked: is_blocked_everywhere(&folder, signal),
+        has_signalfd: has_signalfd(&folder),
+        is_init: is_init(&status),
+        listeners,
+        connections: inodes.len(),
+        supervisor: supervisor(process),
+    };
+    process.is_alive().then_some(facts)
+}
+
+/// A set of signals, as proc_pid_status(5) has it.
+fn mask(status: &str, key: &str) -> Option<u64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(key))?;
+    u64::from_str_radix(value.trim(), 16).ok()
+}
+
+fn has(mask: u64, signal: i32) -> bool {
+    u32::try_from(signal - 1).is_ok_and(|bit| mask.checked_shr(bit).unwrap_or(0) & 1 == 1)
+}
+
+fn is_blocked_everywhere(folder: &Path, signal: i32) -> bool {
+    let threads = fs::read_dir(folder.join("task")).into_iter().flatten().filter_map(Result::ok);
+    let status = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("status")).ok();
+    let blocks = |status: String| mask(&status, "SigBlk:").is_some_and(|mask| has(mask, signal));
+    let mut all = threads.take(MAX_THREADS).filter_map(status).map(blocks).peekable();
+    all.peek().is_some() && all.all(|blocks| blocks)
+}
+
+fn has_signalfd(folder: &Path) -> bool {
+    let fds = fs::read_dir(folder.join("fd")).into_iter().flatten().filter_map(Result::ok);
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok())
+        .any(|target| target == PathBuf::from("anon_inode:[signalfd]"))
+}
+
+/// `NSpid` has its number in each namespace, the innermost last.
+fn is_init(status: &str) -> bool {
+    let pids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    pids.split_whitespace().last() == Some("1")
+}
+
+/// The TCP sockets of the network namespace of a process.
+fn tcp(pid: u32) -> Vec<TcpNetEntry> {
+    let process = i32::try_from(pid).ok().and_then(|pid| procfs::process::Process::new(pid).ok());
+    let Some(process) = process else { return Vec::new() };
+    [process.tcp(), process.tcp6()].into_iter().filter_map(Result::ok).flatten().collect()
+}
+
+fn supervisor(process: &Process) -> Supervisor {
+    let by_cgroup = of_cgroup(&process.identity.cgroup);
+    if by_cgroup != Supervisor::Nobody {
+        return by_cgroup;
+    }
+    let comm = fs::read(format!("/proc/{}/comm", process.ppid)).unwrap_or_default();
+    let comm = text::printable(comm.trim_ascii_end());
+    if SUPERVISORS.iter().any(|name| comm.starts_with(name)) || comm.starts_with("containerd-shim") {
+        return Supervisor::Parent(comm, process.ppid);
+    }
+    Supervisor::Nobody
+}
+
+/// By /proc/PID/cgroup.
+fn of_cgroup(cgroup: &str) -> Supervisor {
+    let paths: Vec<&str> = cgroup.lines().filter_map(|line| line.splitn(3, ':').nth(2)).collect();
+    if paths.iter().any(|path| path.contains("kubepods")) {
+        return Supervisor::Pod;
+    }
+    let is_container = |part: &str| {
+        let id = part.trim_end_matches(".scope").rsplit('-').next().unwrap_or_default();
+        id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
+    if paths.iter().any(|path| path.split('/').any(is_container)) {
+        return Supervisor::Container;
+    }
+    for path in paths {
+        let mut units = path.split('/').filter(|part| part.ends_with(".service"));
+        match (units.next(), units.next_back()) {
+            (Some(manager), Some(unit)) if manager.starts_with("user@") => {
+                return Supervisor::UserUnit(unit.to_owned());
+            }
+            (Some(unit), _) if !unit.starts_with("user@") => return Supervisor::Unit(unit.to_owned()),
+            _ => {}
+        }
+    }
+    Supervisor::Nobody
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn the_cgroup_tells_who_starts_it_again() {
+        let id = "0123456789abcdef".repeat(4);
+        for (cgroup, expected) in [
+            ("0::/system.slice/nginx.service\n".to_owned(), Supervisor::Unit("nginx.service".to_owned())),
+            ("0::/system.slice/a.service/worker\n".to_owned(), Supervisor::Unit("a.service".to_owned())),
+            ("12:pids:/system.slice/b.service\n0::/\n".to_owned(), Supervisor::Unit("b.service".to_owned())),
+            (
+                "0::/user.slice/user-1000.slice/user@1000.service/app.slice/x.service\n".to_owned(),
+                Supervisor::UserUnit("x.service".to_owned()),
+            ),
+            ("0::/user.slice/user-1000.slice/session-3.scope\n".to_owned(), Supervisor::Nobody),
+            (format!("0::/system.slice/docker-{id}.scope\n"), Supervisor::Container),
+            (format!("0::/docker/{id}\n"), Supervisor::Container),
+            (
+                format!("0::/kubepods.slice/kubepods-burstable.slice/cri-containerd-{id}.scope\n"),
+                Supervisor::Pod,
+            ),
+            ("0::/\n".to_owned(), Supervisor::Nobody),
+        ] {
+            assert_eq!(of_cgroup(&cgroup), expected, "{cgroup}");
+        }
+    }
+
+    #[test]
+    fn masks_and_numbers_are_read_as_proc_has_them() {
+        let status = "SigBlk:\t0000000000004000\nSigIgn:\t0000000000000001\nNSpid:\t4711\t1\n";
+        assert_eq!(mask(status, "SigBlk:"), Some(0x4000));
+        assert!(has(0x4000, libc::SIGTERM) && !has(0x4000, libc::SIGINT) && has(1, libc::SIGHUP));
+        assert!(!has(u64::MAX, 0) && !has(u64::MAX, 65));
+        assert!(is_init(status) && !is_init("NSpid:\t1\t7\n") && !is_init(""));
+    }
+
+    #[test]
+    fn a_trap_is_a_handler_and_an_empty_one_ignores() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let script = "trap : TERM; trap '' INT; echo; while :; do sleep 0.1; done";
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", script])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        let process = Process::open(child.id()).unwrap();
+        let facts = |signal| of(&process, signal).unwrap();
+        assert!(facts(libc::SIGTERM).caught && !facts(libc::SIGTERM).ignored);
+        assert!(facts(libc::SIGINT).ignored && !facts(libc::SIGQUIT).caught);
+        assert!(!facts(libc::SIGTERM).blocked && facts(libc::SIGTERM).listeners.is_empty());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(of(&process, libc::SIGTERM), None);
+        drop(listener);
+    }
+}

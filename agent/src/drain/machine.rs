@@ -1,0 +1,418 @@
+//! The course of one drain, without IO: what has happened goes in, what is to be done comes out.
+//!
+//! ```text
+//! drain     running --- all stages are past ---> ended --- each is settled ---> finished
+//!              |                                   ^
+//!              +-- cancelled: no other stage begins -+
+//!
+//! service   waiting
+//!              | its stage begins
+//!           checking -- not to be signalled, or not there -----------------> settled
+//!              |    ^
+//!              |    +-- prestop has ended -- prestop
+//!              |                                ^
+//!              +-- found, and there is one -----+
+//!              | found
+//!           stopping -- all its processes are gone --> gone -- 5 s later --> settled
+//!              |                                         ^
+//!              | deadline                                |
+//!              +-- on_deadline = kill --> killing -------+
+//!              |                             | 2 s
+//!              +-- on_deadline = report -----+--> late
+//! ```
+//!
+//! Whatever changes is an `Entry`, applied here and written to the journal before anything is done about it. An agent
+//! that reads them again is where the one before it was. A signal is announced by an entry of its own: one that was
+//! announced and of which nothing more is known may have been sent, and is not sent again.
+
+use std::time::Duration;
+
+use super::{
+    course::{Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, nanos},
+    grants,
+    service::{Name, OnDeadline, Signal, Target},
+};
+
+/// After the end of a service, in which it may turn out to have been started again.
+pub(crate) const SETTLE: Duration = Duration::from_secs(5);
+/// In that time it is looked for once before its end.
+const LOOK: Duration = Duration::from_secs(1);
+/// For a process to end after KILL, which nothing but the kernel can delay.
+const KILL_GRACE: Duration = Duration::from_secs(2);
+/// With less time left a stage does not begin.
+const TOO_LATE: Duration = Duration::from_millis(10);
+
+/// A drain under way.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub begun: Begun,
+    pub runs: Vec<Run>,
+    /// The last one that has begun.
+    pub stage: Option<usize>,
+    pub resumed: Vec<u64>,
+    pub cancelled: Option<u64>,
+    pub ended: Option<u64>,
+    pub finished: Option<u64>,
+}
+
+impl Machine {
+    /// Begins a drain.
+    pub(crate) fn begin(begun: Begun) -> (Self, Vec<Action>) {
+        let now = begun.began;
+        let mut actions = vec![Action::Journal(Entry::Begun(Box::new(begun.clone())))];
+        let mut machine = Self::new(begun);
+        machine.advance(now, &mut actions);
+        (machine, actions)
+    }
+
+    fn new(begun: Begun) -> Self {
+        let runs = begun.services.iter().map(|_| Run::new()).collect();
+        Self { begun, runs, stage: None, resumed: Vec::new(), cancelled: None, ended: None, finished: None }
+    }
+
+    /// Where an agent had come to that wrote these; `None` if it had not begun, or wrote what cannot be.
+    pub(crate) fn replay(entries: impl IntoIterator<Item = Entry>) -> Option<Self> {
+        let mut entries = entries.into_iter();
+        let Some(Entry::Begun(begun)) = entries.next() else { return None };
+        let services = begun.services.len();
+        if begun.stages.iter().flatten().any(|service| *service >= services) {
+            return None;
+        }
+        let mut machine = Self::new(*begun);
+        for entry in entries {
+            if !machine.fits(&entry) {
+                return None;
+            }
+            machine.apply(&entry);
+        }
+        Some(machine)
+    }
+
+    /// Whether all that an entry names is there.
+    fn fits(&self, entry: &Entry) -> bool {
+        let members = |service: usize, members: &[usize]| {
+            let known = |run: &Run| members.iter().all(|member| *member < run.members.len());
+            self.runs.get(service).is_some_and(known)
+        };
+        match entry {
+            Entry::Begun(_) => false,
+            Entry::Stage { stage, grants, .. } => {
+                self.begun.stages.get(*stage).is_some_and(|stage| stage.len() == grants.len())
+            }
+            Entry::Signalling { service, members: of, .. } => members(*service, of),
+            Entry::Signalled { service, failed, .. } => {
+                members(*service, &failed.iter().map(|(member, _)| *member).collect::<Vec<_>>())
+            }
+            Entry::Gone { service, member, .. }
+            | Entry::Seen { service, fact: Fact::Exit { member, .. }, .. } => members(*service, &[*member]),
+            Entry::Resumed { .. }
+            | Entry::Cancelled { .. }
+            | Entry::Ended { .. }
+            | Entry::Finished { .. } => true,
+            Entry::Refused { service, .. }
+            | Entry::NotRunning { service, .. }
+            | Entry::NoTime { service, .. }
+            | Entry::Prestop { service, .. }
+            | Entry::PrestopEnded { service, .. }
+            | Entry::Found { service, .. }
+            | Entry::UnitStopping { service, .. }
+            | Entry::UnitStopped { service, .. }
+            | Entry::More { service, .. }
+            | Entry::AllGone { service, .. }
+            | Entry::Late { service, .. }
+            | Entry::Again { service, .. }
+            | Entry::Settled { service, .. } => *service < self.runs.len(),
+        }
+    }
+
+    /// When `Input::Time` is due, nanoseconds since boot.
+    pub(crate) fn next(&self) -> Option<u64> {
+        if self.finished.is_some() {
+            return None;
+        }
+        let due = |(at, run): (usize, &Run)| match run.phase {
+            Phase::Prestop => Some(run.began + nanos(run.grant) / 2),
+            Phase::Stopping => {
+                Some(self.late_signal(at).map_or(run.deadline(), |(due, _)| due.min(run.deadline())))
+            }
+            Phase::Killing => Some(run.deadline() + nanos(KILL_GRACE)),
+            Phase::Gone => match run.looks {
+                0 => run.gone.map(|gone| gone + nanos(LOOK)),
+                1 => run.gone.map(|gone| gone + nanos(SETTLE)),
+                _ => None,
+            },
+            _ => None,
+        };
+        self.runs.iter().enumerate().filter_map(due).min()
+    }
+
+    /// Takes what has happened.
+    pub(crate) fn step(&mut self, now: u64, input: Input) -> Vec<Action> {
+        let mut out = Vec::new();
+        if self.finished.is_some() {
+            return out;
+        }
+        match input {
+            Input::Resume => self.resume(now, &mut out),
+            Input::Cancel => {
+                if self.cancelled.is_none() && self.ended.is_none() {
+                    self.record(&mut out, Entry::Cancelled { at: now });
+                }
+            }
+            Input::Time => (0..self.runs.len()).for_each(|service| self.time(now, service, &mut out)),
+            Input::Found(service, found) => self.found(now, service, found, &mut out),
+            Input::NotRunning(service) if self.runs[service].phase == Phase::Checking => {
+                self.record(&mut out, Entry::NotRunning { at: now, service });
+            }
+            Input::Refused(service, why) if self.runs[service].phase == Phase::Checking => {
+                self.record(&mut out, Entry::Refused { at: now, service, why });
+            }
+            Input::PrestopEnded(service, why) if self.runs[service].phase == Phase::Prestop => {
+                self.record(&mut out, Entry::PrestopEnded { at: now, service, why });
+                out.push(Action::Find(service));
+            }
+            Input::Sent(service, failed) => {
+                self.record(&mut out, Entry::Signalled { at: now, service, failed });
+                self.refuse_if_nobody_was_signalled(now, service, &mut out);
+            }
+            Input::UnitStopped(service, why) => {
+                self.record(&mut out, Entry::UnitStopped { at: now, service, why });
+            }
+            Input::Gone(service, member) => {
+                if self.runs[service].members.get(member).is_some_and(|one| one.gone.is_none()) {
+                    self.record(&mut out, Entry::Gone { at: now, service, member });
+                    self.confirm(now, service, &mut out);
+                }
+            }
+            Input::Looked(service, more, again) => self.looked(now, service, more, again, &mut out),
+            Input::Seen(service, fact) => {
+                let Fact::Exit { member, .. } = fact;
+                if self.runs[service].members.get(member).is_some_and(|one| one.status.is_none()) {
+                    self.record(&mut out, Entry::Seen { at: now, service, fact });
+                }
+            }
+            Input::NotRunning(_) | Input::Refused(..) | Input::PrestopEnded(..) => {}
+        }
+        self.advance(now, &mut out);
+        out
+    }
+
+    fn record(&mut self, out: &mut Vec<Action>, entry: Entry) {
+        self.apply(&entry);
+        out.push(Action::Journal(entry));
+    }
+
+    /// Begins the next stage, or comes to an end, if nothing is to be waited for.
+    fn advance(&mut self, now: u64, out: &mut Vec<Action>) {
+        while self.ended.is_none() && self.stage_is_past() {
+            let next = self.stage.map_or(0, |stage| stage + 1);
+            if self.cancelled.is_some() || next >= self.begun.stages.len() {
+                self.record(out, Entry::Ended { at: now });
+                break;
+            }
+            let left = Duration::from_nanos(self.begun.deadline.saturating_sub(now));
+            let wish = |service: &usize| self.begun.services[*service].deadline;
+            let wishes: Vec<Vec<_>> =
+                self.begun.stages[next..].iter().map(|stage| stage.iter().map(wish).collect()).collect();
+            let whole = grants::of_stage(&wishes, left);
+            let grants = wishes[0].iter().map(|wish| grants::of_service(*wish, whole)).collect();
+            self.record(out, Entry::Stage { at: now, stage: next, grants });
+            for service in self.begun.stages[next].clone() {
+                if left < TOO_LATE {
+                    self.record(out, Entry::NoTime { at: now, service });
+                } else {
+                    out.push(Action::Find(service));
+                }
+            }
+        }
+        if self.ended.is_some() && self.finished.is_none() && self.runs.iter().all(Run::is_settled) {
+            self.record(out, Entry::Finished { at: now });
+        }
+    }
+
+    fn stage_is_past(&self) -> bool {
+        let Some(stage) = self.stage else { return true };
+        self.begun.stages[stage].iter().all(|service| self.runs[*service].is_past())
+    }
+
+    fn found(&mut self, now: u64, service: usize, found: Found, out: &mut Vec<Action>) {
+        if self.runs[service].phase != Phase::Checking {
+            return;
+        }
+        if self.begun.services[service].prestop.is_some() && !self.runs[service].prestopped {
+            self.record(out, Entry::Prestop { at: now, service });
+            out.push(Action::Prestop(service));
+            return;
+        }
+        let unit = found.unit.clone();
+        self.record(out, Entry::Found { at: now, service, found: Box::new(found) });
+        out.push(Action::Watch(service));
+        match (unit, &self.begun.services[service].stop) {
+            (Some(unit), _) => {
+                self.record(out, Entry::UnitStopping { at: now, service, unit: unit.clone() });
+                out.push(Action::StopUnit(service, unit));
+            }
+            (None, Some(stop)) => self.signal(now, service, stop.signal.number(), out),
+            (None, None) => {
+                let why = "it has no signal, and systemd does not know it".to_owned();
+                self.record(out, Entry::Refused { at: now, service, why });
+            }
+        }
+    }
+
+    fn signal(&mut self, now: u64, service: usize, signal: i32, out: &mut Vec<Action>) {
+        let members = self.runs[service].left(signal != libc::SIGKILL);
+        if !members.is_empty() {
+            self.record(out, Entry::Signalling { at: now, service, members: members.clone(), signal });
+            out.push(Action::Send { service, members, signal });
+        }
+    }
+
+    /// A service none of whose processes may be signalled is left alone.
+    fn refuse_if_nobody_was_signalled(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
+        let run = &self.runs[service];
+        let refused = |one: &MemberRun| match &one.sent {
+            Sent::Failed(NotSent::Refused(why)) => Some(why.clone()),
+            _ => None,
+        };
+        let mut roots = run.members.iter().filter(|one| one.member.is_root);
+        let why = run.members.iter().find_map(refused);
+        if run.phase == Phase::Stopping
+            && let Some(why) = why
+            && roots.all(|one| refused(one).is_some())
+        {
+            self.record(out, Entry::Refused { at: now, service, why });
+        }
+    }
+
+    /// When the last of its members has gone there may still be others.
+    fn confirm(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
+        let run = &mut self.runs[service];
+        if !matches!(run.phase, Phase::Stopping | Phase::Killing) || !run.left(false).is_empty() {
+            return;
+        }
+        if let Target::Process(_) = self.begun.services[service].target {
+            self.record(out, Entry::AllGone { at: now, service });
+        } else {
+            run.phase = Phase::Confirming;
+            out.push(Action::Look(service));
+        }
+    }
+
+    fn looked(
+        &mut self,
+        now: u64,
+        service: usize,
+        more: Vec<Member>,
+        again: Option<String>,
+        out: &mut Vec<Action>,
+    ) {
+        let (phase, is_known) = (self.runs[service].phase, self.runs[service].again.is_some());
+        match phase {
+            Phase::Confirming if !more.is_empty() => {
+                self.record(out, Entry::More { at: now, service, members: more });
+                out.push(Action::Watch(service));
+                return;
+            }
+            Phase::Confirming => self.record(out, Entry::AllGone { at: now, service }),
+            Phase::Gone => {}
+            _ => return,
+        }
+        if let Some(what) = again.filter(|_| !is_known) {
+            self.record(out, Entry::Again { at: now, service, what });
+        }
+        if phase == Phase::Gone && self.runs[service].looks >= 2 {
+            self.record(out, Entry::Settled { at: now, service });
+        }
+    }
+
+    /// What is gone will not be looked for any more.
+    pub(crate) fn settle_all(&mut self, now: u64) {
+        for service in 0..self.runs.len() {
+            if self.runs[service].phase == Phase::Gone {
+                self.apply(&Entry::Settled { at: now, service });
+            }
+        }
+    }
+
+    /// The signal that is sent late, and when, unless it has been.
+    fn late_signal(&self, service: usize) -> Option<(u64, Signal)> {
+        let run = &self.runs[service];
+        let late = self.begun.services[service].stop.as_ref()?.late?;
+        let is_sent = run.signals.contains(&late.number()) || run.found.unit.is_some();
+        // Those that are left of it may be children, which get none.
+        (!is_sent && !run.left(true).is_empty()).then(|| (run.began + nanos(run.grant) / 3 * 2, late))
+    }
+
+    fn time(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
+        let run = &self.runs[service];
+        let since = |time: Duration| run.gone.is_some_and(|gone| now >= gone + nanos(time));
+        match run.phase {
+            Phase::Prestop if now >= run.began + nanos(run.grant) / 2 => {
+                let why = format!("ended after {}: it took too long", grants::seconds(run.grant / 2));
+                out.push(Action::EndPrestop(service));
+                self.record(out, Entry::PrestopEnded { at: now, service, why: Some(why) });
+                out.push(Action::Find(service));
+            }
+            Phase::Stopping if now >= run.deadline() => {
+                if self.begun.services[service].on_deadline == OnDeadline::Kill {
+                    self.signal(now, service, libc::SIGKILL, out);
+                } else {
+                    self.record(out, Entry::Late { at: now, service });
+                }
+            }
+            Phase::Stopping => {
+                if let Some((due, signal)) = self.late_signal(service)
+                    && now >= due
+                {
+                    self.signal(now, service, signal.number(), out);
+                }
+            }
+            Phase::Killing if now >= run.deadline() + nanos(KILL_GRACE) => {
+                self.record(out, Entry::Late { at: now, service });
+            }
+            Phase::Gone if run.looks < 2 && since(SETTLE) => {
+                self.runs[service].looks = 2;
+                out.push(Action::Look(service));
+            }
+            Phase::Gone if run.looks < 1 && since(LOOK) => {
+                self.runs[service].looks = 1;
+                out.push(Action::Look(service));
+            }
+            _ => {}
+        }
+    }
+
+    /// Goes on where another agent had come to.
+    fn resume(&mut self, now: u64, out: &mut Vec<Action>) {
+        self.record(out, Entry::Resumed { at: now });
+        for service in 0..self.runs.len() {
+            match self.runs[service].phase {
+                Phase::Checking => out.push(Action::Find(service)),
+                Phase::Prestop => out.push(Action::Prestop(service)),
+                Phase::Stopping | Phase::Killing => {
+                    let perhaps =
+                        self.runs[service].members.iter_mut().filter(|one| one.sent == Sent::Perhaps);
+                    if perhaps.count() > 0 {
+                        let note = "the agent ended while it sent the signal: it may not have been sent, and is not \
+                                    sent again";
+                        self.runs[service].notes.push(note.to_owned());
+                    }
+                    out.push(Action::Watch(service));
+                    self.confirm(now, service, out);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The names of the stages.
+    pub(crate) fn stage_names(&self) -> Vec<Vec<&Name>> {
+        let name = |service: &usize| &self.begun.services[*service].name;
+        self.begun.stages.iter().map(|stage| stage.iter().map(name).collect()).collect()
+    }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

@@ -1,0 +1,266 @@
+//! The processes of a service, found anew each time they are needed.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::Path,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use super::{
+    process::{self, NoProcess, Process},
+    service::Target,
+};
+
+/// Processes of one service at most: each takes an fd.
+const MAX_MEMBERS: usize = 1024;
+/// A pidfile is a number and a newline.
+const MAX_PIDFILE: u64 = 64;
+/// A process may be started up to so long after its pidfile was written, by clocks that are not the same.
+const PIDFILE_SLACK: Duration = Duration::from_secs(1);
+/// `USER_HZ` of all Linux on x86.
+pub(super) const TICKS: u64 = 100;
+
+/// A process of a service, and whether it gets the signal; the others are its descendants.
+#[derive(Debug)]
+pub(super) struct Match {
+    pub(super) process: Process,
+    pub(super) is_root: bool,
+}
+
+/// What runs of a service; nothing when it does not run.
+pub(super) fn find(target: &Target) -> Result<Vec<Match>, String> {
+    let processes = match target {
+        Target::Process(meant) => match Process::open(meant.pid) {
+            Ok(process) => match meant.differs(&process.identity) {
+                None => vec![process],
+                // Its number is another's: it has ended.
+                Some(_) if !meant.is_same_process(&process.identity) => Vec::new(),
+                Some(why) => return Err(why),
+            },
+            Err(NoProcess::Gone(_)) => Vec::new(),
+            Err(why) => return Err(why.to_string()),
+        },
+        Target::Pidfile(path) => of_pidfile(path)?.into_iter().collect(),
+        Target::Exe(path, arguments) => where_(|pid| runs(pid, path, arguments))?,
+        Target::Cgroup(path) => where_(|pid| is_in_cgroup(pid, path))?,
+        Target::Port(port) => {
+            let sockets = listening(*port);
+            where_(|pid| holds(pid, &sockets))?
+        }
+        Target::Unit(unit) => return Err(format!("no systemd answers here: {unit} cannot be stopped")),
+    };
+    if processes.len() > MAX_MEMBERS {
+        return Err(format!("it has more than {MAX_MEMBERS} processes: name its main process by a pidfile"));
+    }
+    let numbers: HashSet<u32> = processes.iter().map(|process| process.identity.pid).collect();
+    let roots = |process: Process| Match { is_root: !numbers.contains(&process.ppid), process };
+    Ok(processes.into_iter().map(roots).collect())
+}
+
+/// All processes for which something holds, before and after they were taken hold of.
+fn where_(mut holds: impl FnMut(u32) -> bool) -> Result<Vec<Process>, String> {
+    let mut found = Vec::new();
+    for pid in process::all() {
+        if !holds(pid) {
+            continue;
+        }
+        match Process::open(pid) {
+            Ok(process) => {
+                if holds(pid) && process.is_alive() {
+                    found.push(process);
+                }
+            }
+            Err(NoProcess::Gone(_)) => {}
+            Err(why) => return Err(why.to_string()),
+        }
+        if found.len() > MAX_MEMBERS {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+fn runs(pid: u32, path: &Path, arguments: &[String]) -> bool {
+    let folder = Path::new("/proc").join(pid.to_string());
+    let Ok(exe) = fs::read_link(folder.join("exe")) else { return false };
+    if exe != path {
+        return false;
+    }
+    if arguments.is_empty() {
+        return true;
+    }
+    let given = fs::read(folder.join("cmdline")).unwrap_or_default();
+    let mut given = given.split(|byte| *byte == 0).skip(1);
+    arguments.iter().all(|argument| given.next() == Some(argument.as_bytes()))
+}
+
+fn is_in_cgroup(pid: u32, path: &str) -> bool {
+    let text = fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    text.lines()
+        .filter_map(|line| line.splitn(3, ':').nth(2))
+        .any(|own| own.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+}
+
+/// Inodes of the TCP sockets that listen on a port, in the agent's network namespace.
+fn listening(port: u16) -> HashSet<u64> {
+    let entries = [procfs::net::tcp(), procfs::net::tcp6()];
+    let entries = entries.into_iter().filter_map(Result::ok).flatten();
+    let listens = |entry: &procfs::net::TcpNetEntry| {
+        entry.state == procfs::net::TcpState::Listen && entry.local_address.port() == port
+    };
+    entries.filter(listens).map(|entry| entry.inode).collect()
+}
+
+fn holds(pid: u32, sockets: &HashSet<u64>) -> bool {
+    !sockets.is_empty() && own_sockets(pid).iter().any(|inode| sockets.contains(inode))
+}
+
+/// Inodes of the sockets that a process has open.
+pub(super) fn own_sockets(pid: u32) -> HashSet<u64> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"));
+    let inode = |entry: std::io::Result<fs::DirEntry>| {
+        let target = fs::read_link(entry.ok()?.path()).ok()?;
+        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    };
+    entries.map(|entries| entries.filter_map(inode).collect()).unwrap_or_default()
+}
+
+/// The process that a pidfile names, if the file was written by it or root, and for it: an older process has left
+/// it where the number is another's now.
+fn of_pidfile(path: &Path) -> Result<Option<Process>, String> {
+    let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = match options.open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let about = file.metadata().map_err(failed)?;
+    if !about.is_file() {
+        return Err(format!("{} is no file", path.display()));
+    }
+    if about.mode() & 0o022 != 0 {
+        return Err(format!("{} can be written by others: whoever does says whom to signal", path.display()));
+    }
+    let mut text = String::new();
+    file.take(MAX_PIDFILE).read_to_string(&mut text).map_err(failed)?;
+    let pid = text.split_whitespace().next().and_then(|word| word.parse::<u32>().ok());
+    let Some(pid) = pid else { return Err(format!("{} holds no number", path.display())) };
+    let process = match Process::open(pid) {
+        Ok(process) => process,
+        Err(NoProcess::Gone(_)) => return Ok(None),
+        Err(why) => return Err(why.to_string()),
+    };
+    if about.uid() != 0 && !process.may_be_signalled_by(about.uid()) {
+        return Err(format!("{} belongs to user {}, process {pid} does not", path.display(), about.uid()));
+    }
+    let written = about.modified().map_err(failed)?.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Ok((started(&process) <= written + PIDFILE_SLACK).then_some(process))
+}
+
+/// When a process was started, since 1970, by the clock as it is now.
+fn started(process: &Process) -> Duration {
+    let boot = UNIX_EPOCH
+        .elapsed()
+        .unwrap_or_default()
+        .saturating_sub(Duration::from_nanos(crate::clock::boottime()));
+    boot + Duration::from_millis(process.identity.start_ticks * 1000 / TICKS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::Permissions,
+        net::TcpListener,
+        os::unix::fs::PermissionsExt,
+        process::{Child, Command},
+    };
+
+    use super::*;
+
+    struct Running(Child);
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn pids(target: &Target) -> Vec<u32> {
+        find(target).unwrap().iter().map(|one| one.process.identity.pid).collect()
+    }
+
+    #[test]
+    fn an_executable_and_its_arguments_are_found_and_the_parent_is_the_root() {
+        let script = "sleep 4711.5 & exec sleep 4711.5";
+        let running = Running(Command::new("/bin/sh").args(["-c", script]).spawn().unwrap());
+        let sleep = fs::canonicalize("/bin/sleep").unwrap();
+        let target = Target::Exe(sleep, vec!["4711.5".to_owned()]);
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        while pids(&target).len() < 2 && std::time::Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let found = find(&target).unwrap();
+        let roots: Vec<_> =
+            found.iter().filter(|one| one.is_root).map(|one| one.process.identity.pid).collect();
+        assert_eq!((found.len(), &roots[..]), (2, &[running.0.id()][..]));
+        for one in found.iter().filter(|one| !one.is_root) {
+            rustix::process::pidfd_send_signal(one.process.pidfd(), rustix::process::Signal::KILL).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_pidfile_counts_only_if_its_process_wrote_it_and_nobody_else_could() {
+        let running = Running(Command::new("sleep").arg("30").spawn().unwrap());
+        let path = std::env::temp_dir().join(format!("plumb-pidfile-{}", std::process::id()));
+        let target = Target::Pidfile(path.clone());
+        let _ = fs::remove_file(&path);
+        assert!(pids(&target).is_empty());
+        fs::write(&path, format!("{}\n", running.0.id())).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(pids(&target), [running.0.id()]);
+        // Left from a process that was there long before.
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(3600)).unwrap();
+        assert!(pids(&target).is_empty());
+        file.set_modified(std::time::SystemTime::now()).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        assert!(find(&target).unwrap_err().contains("written by others"));
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        for (text, why) in [("", "no number"), ("-1", "no number"), ("1", "first process")] {
+            fs::write(&path, text).unwrap();
+            assert!(find(&target).unwrap_err().contains(why), "{text}");
+        }
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        assert!(find(&target).is_err());
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_port_is_that_of_the_process_that_listens() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // It is plumb's own here, which is found and refused.
+        assert!(find(&Target::Port(port)).unwrap_err().contains("plumb itself"));
+        drop(listener);
+        assert!(pids(&Target::Port(port)).is_empty());
+    }
+
+    #[test]
+    fn a_cgroup_holds_what_is_below_it_and_not_what_only_begins_like_it() {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let path = own.lines().filter_map(|line| line.splitn(3, ':').nth(2)).find(|path| path.len() > 1);
+        if let Some(path) = path {
+            assert!(is_in_cgroup(std::process::id(), path));
+            assert!(!is_in_cgroup(std::process::id(), &path[..path.len() - 1]));
+        }
+        assert!(!is_in_cgroup(std::process::id(), "/nonexistent"));
+    }
+}

@@ -1,0 +1,105 @@
+//! What is said of a process before it gets a signal, and whether it gets one.
+
+use super::{
+    facts::{Facts, Supervisor},
+    service::Stop,
+};
+
+/// What pre-flight comes to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Judgement {
+    /// Why the signal would do nothing, or harm.
+    pub refused: Option<String>,
+    pub notes: Vec<String>,
+    /// The signal ends the process by itself.
+    pub is_unhandled: bool,
+}
+
+/// Judges a process of which its service says how it is to be stopped; or systemd does, through its unit.
+#[must_use]
+pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement {
+    let signal = stop.signal.name();
+    let mut judgement = Judgement::default();
+    let mut note = |text: String| judgement.notes.push(text);
+    let is_handled = facts.caught || (facts.blocked && facts.has_signalfd);
+    let refused = match &facts.supervisor {
+        Supervisor::Pod => {
+            Some("a pod is stopped by deleting it, else the kubelet starts it again".to_owned())
+        }
+        _ if facts.ignored => Some(format!("it ignores {signal}")),
+        _ if facts.is_init && !is_handled => Some(format!(
+            "it is the first process of its pid namespace without a handler: {signal} does not reach it"
+        )),
+        _ => None,
+    };
+    match &facts.supervisor {
+        Supervisor::Unit(own) if unit == Some(own) => {
+            note(format!("it is the main process of {own}: systemd stops it"))
+        }
+        Supervisor::Unit(unit) => note(format!("systemd supervises it ({unit}): it may be started again")),
+        Supervisor::UserUnit(unit) => {
+            note(format!("a user's systemd supervises it ({unit}): it may be started again"))
+        }
+        Supervisor::Container => note("it runs in a container, which may be started again".to_owned()),
+        Supervisor::Parent(name, pid) => {
+            note(format!("{name} ({pid}) supervises it: it will be started again"))
+        }
+        Supervisor::Nobody | Supervisor::Pod => {}
+    }
+    if facts.blocked && !facts.has_signalfd {
+        note(format!("all its threads block {signal}: it is taken only if one of them waits for it"));
+    } else if !is_handled && refused.is_none() {
+        note(format!("nothing handles {signal}: it ends at once and finishes nothing"));
+    }
+    if facts.listeners.len() > MAX_LISTENERS {
+        note(format!("listens on {} addresses", facts.listeners.len()));
+    } else if !facts.listeners.is_empty() {
+        note(format!("listens on {}", facts.listeners.join(", ")));
+    }
+    match facts.connections {
+        0 => {}
+        1 => note("1 connection".to_owned()),
+        many => note(format!("{many} connections")),
+    }
+    Judgement { refused, is_unhandled: !is_handled && !facts.blocked, ..judgement }
+}
+
+/// Addresses that are named.
+const MAX_LISTENERS: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(facts: Facts) -> Judgement {
+        judge(&facts, &Stop::of(None, Some("nginx")).unwrap(), None)
+    }
+
+    #[test]
+    fn a_signal_that_would_do_nothing_is_not_sent() {
+        let refused = |facts| judged(facts).refused.unwrap_or_default();
+        assert!(refused(Facts { ignored: true, ..Facts::default() }).contains("ignores QUIT"));
+        assert!(refused(Facts { is_init: true, ..Facts::default() }).contains("does not reach"));
+        assert_eq!(refused(Facts { is_init: true, caught: true, ..Facts::default() }), "");
+        assert!(
+            refused(Facts { supervisor: Supervisor::Pod, caught: true, ..Facts::default() }).contains("pod")
+        );
+        assert_eq!(refused(Facts { caught: true, ..Facts::default() }), "");
+    }
+
+    #[test]
+    fn what_may_surprise_is_said() {
+        let said = |facts| judged(facts).notes.join("; ");
+        assert!(said(Facts::default()).contains("nothing handles QUIT"));
+        assert!(judged(Facts::default()).is_unhandled);
+        assert_eq!(said(Facts { caught: true, ..Facts::default() }), "");
+        let signalfd = Facts { blocked: true, has_signalfd: true, ..Facts::default() };
+        assert_eq!((said(signalfd.clone()), judged(signalfd).is_unhandled), (String::new(), false));
+        assert!(said(Facts { blocked: true, ..Facts::default() }).contains("waits for it"));
+        let parent = Supervisor::Parent("runsv".to_owned(), 7);
+        assert!(said(Facts { supervisor: parent, caught: true, ..Facts::default() }).contains("runsv (7)"));
+        let busy =
+            Facts { caught: true, connections: 3, listeners: vec!["[::]:80".to_owned()], ..Facts::default() };
+        assert_eq!(said(busy), "listens on [::]:80; 3 connections");
+    }
+}

@@ -1,0 +1,307 @@
+//! What came of a drain: one document, and the same for people.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    course::{Fact, Found, NotSent, Phase, Run, Sent, signal_name},
+    grants,
+    machine::Machine,
+    service::Name,
+};
+use crate::{clock::Calendar, document::SCHEMA};
+
+/// What became of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verdict {
+    /// It ended by itself in time. What became of its connections was not watched.
+    Clean,
+    /// It ended so that work was lost.
+    Lossy,
+    /// It was there at its deadline.
+    Timeout,
+    /// KILL ended it.
+    Killed,
+    /// It ended, and runs again.
+    Restarted,
+    /// It was not asked to stop.
+    Refused,
+}
+
+impl Verdict {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Clean, Self::Lossy, Self::Timeout, Self::Killed, Self::Restarted, Self::Refused];
+
+    #[must_use]
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Clean => "clean",
+            Self::Lossy => "lossy",
+            Self::Timeout => "timeout",
+            Self::Killed => "killed",
+            Self::Restarted => "restarted",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// How far a drain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum State {
+    Running,
+    /// All services are gone or given up; whether they come back is watched.
+    Ended,
+    Finished,
+}
+
+/// A drain, under way or over.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Document {
+    pub schema: String,
+    pub id: String,
+    pub state: State,
+    /// Who or what asked for it.
+    pub trigger: String,
+    pub uid: u32,
+    /// RFC 3339 in UTC.
+    pub began: String,
+    pub deadline_seconds: f64,
+    /// Until its end, or until now.
+    pub seconds: f64,
+    /// Between its end and the deadline; negative when that had passed.
+    pub slack_seconds: Option<f64>,
+    pub cancelled: bool,
+    /// How often an agent took it up from one that was killed.
+    pub resumed: usize,
+    /// `kept`, or why not: then no other agent takes it up.
+    pub journal: String,
+    pub stages: Vec<Vec<String>>,
+    pub services: Vec<ServiceDocument>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ServiceDocument {
+    pub name: String,
+    /// From 1.
+    pub stage: usize,
+    pub target: String,
+    /// `waiting`, `checking`, `prestop`, `stopping`, `killing`, `gone`, `late` or `settled`.
+    pub phase: String,
+    /// `null` until it is known.
+    pub verdict: Option<Verdict>,
+    /// The reason of the verdict.
+    pub why: String,
+    /// By which it was asked to stop, in order.
+    pub signals: Vec<String>,
+    pub unit: Option<String>,
+    pub pids: Vec<u32>,
+    /// Processes that are there.
+    pub left: usize,
+    pub granted_seconds: f64,
+    /// From its first signal to its end.
+    pub seconds: Option<f64>,
+    pub slack_seconds: Option<f64>,
+    /// Of the process that got the signal, as a shell has it.
+    pub exit_code: Option<i32>,
+    pub connections: usize,
+    pub notes: Vec<String>,
+    pub timeline: Vec<Moment>,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Moment {
+    /// Since the drain began.
+    pub seconds: f64,
+    pub what: String,
+}
+
+/// The verdict of a service, as soon as there is one, and its reason.
+#[must_use]
+pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
+    if let Some(why) = &run.refused {
+        return Some((Verdict::Refused, why.clone()));
+    }
+    if let Some(what) = &run.again {
+        return Some((Verdict::Restarted, what.clone()));
+    }
+    if run.is_late {
+        let left = run.members.iter().filter(|one| one.gone.is_none()).count();
+        let why = match (run.signalled, left) {
+            (None, _) => "no time was left to ask it to stop".to_owned(),
+            (_, 1) => "it still ran at its deadline".to_owned(),
+            (_, left) => format!("{left} of its processes still ran at its deadline"),
+        };
+        return Some((Verdict::Timeout, why));
+    }
+    if !matches!(run.phase, Phase::Gone | Phase::Settled) {
+        return None;
+    }
+    if run.is_killed {
+        return Some((Verdict::Killed, "it did not stop in time".to_owned()));
+    }
+    let roots = || run.members.iter().filter(|one| one.member.is_root);
+    let ended_by =
+        |status: Option<i32>| status.filter(|status| status & 0x7f != 0).map(|status| status & 0x7f);
+    let signal = roots().find_map(|one| ended_by(one.status));
+    let verdict = match signal {
+        Some(libc::SIGKILL) => (Verdict::Killed, "somebody else sent KILL".to_owned()),
+        Some(signal) if run.signals.contains(&signal) => match run.found.connections {
+            0 => (Verdict::Clean, format!("{} ended it, and it had no connections", signal_name(signal))),
+            many => (Verdict::Lossy, format!("{} ended it with {many} connections", signal_name(signal))),
+        },
+        Some(signal) => (Verdict::Lossy, format!("it died of {}", signal_name(signal))),
+        None if run.members.is_empty() => (Verdict::Clean, "it did not run".to_owned()),
+        None => (Verdict::Clean, "it ended in time".to_owned()),
+    };
+    // One that comes back may still do so.
+    (run.phase == Phase::Settled).then_some(verdict)
+}
+
+/// Seconds between two times since boot.
+fn between(from: u64, to: u64) -> f64 {
+    (to as f64 - from as f64) / 1e9
+}
+
+impl Document {
+    /// A drain as it is at a time.
+    #[must_use]
+    pub(crate) fn new(machine: &Machine, journal: &str, calendar: Calendar, now: u64) -> Self {
+        let begun = &machine.begun;
+        let end = machine.ended.unwrap_or(now);
+        let stage =
+            |service: usize| begun.stages.iter().position(|stage| stage.contains(&service)).unwrap_or(0) + 1;
+        let services = machine.runs.iter().enumerate();
+        Self {
+            schema: SCHEMA.to_owned(),
+            id: begun.id.clone(),
+            state: match (machine.finished, machine.ended) {
+                (Some(_), _) => State::Finished,
+                (None, Some(_)) => State::Ended,
+                (None, None) => State::Running,
+            },
+            trigger: begun.trigger.clone(),
+            uid: begun.uid,
+            began: calendar.format(begun.began),
+            deadline_seconds: between(begun.began, begun.deadline),
+            seconds: between(begun.began, end),
+            slack_seconds: machine.ended.map(|end| between(end, begun.deadline)),
+            cancelled: machine.cancelled.is_some(),
+            resumed: machine.resumed.len(),
+            journal: journal.to_owned(),
+            stages: words(machine.stage_names()),
+            services: services.map(|(at, run)| service(machine, at, run, stage(at))).collect(),
+        }
+    }
+
+    /// Whether every service ended well.
+    #[must_use]
+    pub(crate) fn is_clean(&self) -> bool {
+        !self.cancelled && self.services.iter().all(|service| service.verdict == Some(Verdict::Clean))
+    }
+
+    /// Whether a deadline has passed.
+    #[must_use]
+    pub(crate) fn is_late(&self) -> bool {
+        let late = |service: &ServiceDocument| {
+            service.verdict == Some(Verdict::Timeout)
+                || service.verdict == Some(Verdict::Killed)
+                    && service.signals.iter().any(|signal| signal == "KILL")
+        };
+        self.services.iter().any(late)
+    }
+
+    /// One line of what came of it.
+    #[must_use]
+    pub(crate) fn headline(&self) -> String {
+        let count = |verdict| self.services.iter().filter(|service| service.verdict == Some(verdict)).count();
+        let counts: Vec<String> = Verdict::ALL
+            .into_iter()
+            .filter(|verdict| count(*verdict) > 0)
+            .map(|verdict| format!("{} {}", count(verdict), verdict.word()))
+            .collect();
+        let what = if counts.is_empty() { "nothing to drain".to_owned() } else { counts.join(", ") };
+        let end = if self.cancelled { "cancelled after" } else { "over after" };
+        format!("drain {} {end} {:.1} s: {what}", self.id, self.seconds)
+    }
+}
+
+fn words(stages: Vec<Vec<&Name>>) -> Vec<Vec<String>> {
+    stages.into_iter().map(|stage| stage.into_iter().map(Name::to_string).collect()).collect()
+}
+
+fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocument {
+    let begun = &machine.begun;
+    let (verdict, why) = verdict(run).map_or((None, String::new()), |(verdict, why)| (Some(verdict), why));
+    let taken = run.signalled.zip(run.gone).map(|(from, to)| between(from, to));
+    let status = run.members.iter().filter(|one| one.member.is_root).find_map(|one| one.status);
+    let mut notes = run.notes.clone();
+    for one in &run.members {
+        if let Sent::Failed(NotSent::Refused(why)) = &one.sent {
+            notes.push(format!("not signalled: {why}"));
+        }
+    }
+    let Found { unit, connections, .. } = &run.found;
+    ServiceDocument {
+        name: begun.services[at].name.to_string(),
+        stage,
+        target: begun.services[at].target.words(),
+        phase: format!("{:?}", run.phase).to_lowercase(),
+        verdict,
+        why,
+        signals: run.signals.iter().map(|signal| signal_name(*signal)).collect(),
+        unit: unit.clone(),
+        pids: run.members.iter().map(|one| one.member.identity.pid).collect(),
+        left: run.members.iter().filter(|one| one.gone.is_none()).count(),
+        granted_seconds: run.grant.as_secs_f64(),
+        seconds: taken,
+        slack_seconds: run.gone.map(|gone| run.grant.as_secs_f64() - between(run.began, gone)),
+        exit_code: status
+            .map(|status| if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) }),
+        connections: *connections,
+        notes,
+        timeline: run
+            .timeline
+            .iter()
+            .map(|(time, what)| Moment { seconds: between(begun.began, *time), what: what.clone() })
+            .collect(),
+    }
+}
+
+impl ServiceDocument {
+    /// What it is doing, for who watches.
+    #[must_use]
+    pub(crate) fn progress(&self) -> String {
+        match self.phase.as_str() {
+            "waiting" => "waits".to_owned(),
+            "checking" => "is looked at".to_owned(),
+            "prestop" => "prestop runs".to_owned(),
+            "stopping" | "confirming" => format!(
+                "{}; {} of {}s",
+                match (&self.unit, self.signals.last()) {
+                    (Some(unit), _) => format!("systemd stops {unit}"),
+                    (None, Some(signal)) => format!("got {signal}"),
+                    (None, None) => "stops".to_owned(),
+                },
+                if self.left == 1 {
+                    "1 process is there".to_owned()
+                } else {
+                    format!("{} processes are there", self.left)
+                },
+                grants::seconds(Duration::from_secs_f64(self.granted_seconds.max(0.0))).trim_end_matches('s'),
+            ),
+            "killing" => "got KILL".to_owned(),
+            "gone" => "gone; is it started again?".to_owned(),
+            _ => self.verdict.map_or("?", Verdict::word).to_owned(),
+        }
+    }
+}
+
+/// The evidence of a service's end, as far as there is one now.
+#[must_use]
+pub(crate) fn exit(member: usize, status: u32) -> Fact {
+    Fact::Exit { member, status: status as i32 }
+}

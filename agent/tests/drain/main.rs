@@ -1,0 +1,305 @@
+//! `plumb drain` against real processes: in order, once, and only those that were meant; also when the agent is killed
+//! in between. Needs root.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Output},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+#[path = "../support/mod.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod support;
+
+use support::{Running, TempDir, free_port, plumb};
+
+/// An agent with folders of its own, which stay when it is killed.
+struct Host {
+    dir: TempDir,
+    agent: Option<Running>,
+}
+
+impl Host {
+    fn new(settings: &str) -> Self {
+        let dir = TempDir::new();
+        fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(dir.0.join("plumb.toml"), settings).unwrap();
+        let mut host = Self { dir, agent: None };
+        host.start();
+        host
+    }
+
+    fn start(&mut self) {
+        let log = fs::File::options().create(true).append(true).open(self.dir.0.join("log")).unwrap();
+        let agent = plumb()
+            .args(["agent", "--config", &self.dir.join("plumb.toml"), "--run-dir", &self.run_dir()])
+            .args(["--state-dir", &self.dir.join("state"), "--listen", &format!("127.0.0.1:{}", free_port())])
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.agent = Some(Running(agent));
+        self.until("the agent answers", || self.plumb(&["services", "list"]).status.success());
+    }
+
+    fn run_dir(&self) -> String {
+        self.dir.join("run")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.0.join("log")).unwrap_or_default()
+    }
+
+    fn until(&self, what: &str, done: impl Fn() -> bool) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            assert!(Instant::now() < end, "not in time: {what}\n{}", self.log());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn plumb(&self, arguments: &[&str]) -> Output {
+        plumb().args(arguments).env("PLUMB_RUN_DIR", self.run_dir()).output().unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.plumb(&[arguments, &["-o", "json"]].concat());
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| {
+            panic!("{arguments:?}: {}\n{}", String::from_utf8_lossy(&output.stderr), self.log())
+        })
+    }
+
+    /// A process that notes each TERM, and goes `stops` seconds after the first.
+    fn server(&self, name: &str, stops: &str) -> Running {
+        let (events, ready) = (self.dir.join("events"), self.dir.join(name));
+        let script = format!(
+            "trap 'echo {name} TERM >> {events}; sleep {stops}; echo {name} gone >> {events}; exit 0' TERM; \
+             : > {ready}; while :; do sleep 0.02; done"
+        );
+        let server = Running(Command::new("/bin/sh").args(["-c", &script, name]).spawn().unwrap());
+        self.until("a server is ready", || Path::new(&ready).exists());
+        server
+    }
+
+    fn register(&self, name: &str, pid: u32) {
+        let output = self.plumb(&["services", "add", name, "--pid", &pid.to_string(), "--signal", "TERM"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn events(&self) -> Vec<String> {
+        let events = fs::read_to_string(self.dir.0.join("events")).unwrap_or_default();
+        events.lines().map(str::to_owned).collect()
+    }
+
+    fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.plumb(arguments);
+        assert!(!output.status.success(), "{arguments:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+}
+
+fn pid(server: &Running) -> String {
+    server.0.id().to_string()
+}
+
+#[test]
+fn services_of_the_settings_and_registered_ones_stop_in_order() {
+    let dir = TempDir::new();
+    let (pidfile, port) = (dir.join("pid"), free_port());
+    let python = fs::canonicalize("/usr/bin/python3").unwrap();
+    let settings = format!(
+        "[[service]]\nname = 'by-pidfile'\npidfile = '{pidfile}'\nsignal = 'TERM'\n\
+         [[service]]\nname = 'by-port'\nport = {port}\nsignal = 'TERM'\n\
+         [[service]]\nname = 'by-exe'\nexe = '{}'\nargs = ['-c', 'by-exe']\nsignal = 'TERM'\n",
+        fs::canonicalize("/bin/sh").unwrap().display()
+    );
+    let host = Host::new(&settings);
+    let (a, b, c) = (host.server("a", "0.1"), host.server("b", "0.3"), host.server("c", "0.1"));
+    let by_pidfile = host.server("by-pidfile", "0.2");
+    fs::write(&pidfile, pid(&by_pidfile)).unwrap();
+    let listener = format!(
+        "import os, signal, socket, sys, time\n\
+         def note(word): print('by-port', word, file=open('{}', 'a'))\n\
+         def stop(*_): note('TERM'); time.sleep(0.2); note('gone'); sys.exit(0)\n\
+         signal.signal(signal.SIGTERM, stop)\n\
+         s = socket.create_server(('127.0.0.1', {port}))\n\
+         while True: time.sleep(1)\n",
+        host.dir.join("events")
+    );
+    let _by_port = Running(Command::new(&python).args(["-c", &listener]).spawn().unwrap());
+    host.until("it listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    for (name, server) in [("a", &a), ("b", &b), ("c", &c)] {
+        host.register(name, server.0.id());
+    }
+
+    let plan = host.json(&["drain", "--all", "--dry-run"]);
+    let names = |stage: &Value| stage["services"][0]["name"].as_str().unwrap().to_owned();
+    let order: Vec<String> = plan["stages"].as_array().unwrap().iter().map(names).collect();
+    assert_eq!(order, ["c", "b", "a", "by-exe", "by-port", "by-pidfile"], "{plan}");
+    assert!(host.events().is_empty(), "nothing happens in a dry run");
+
+    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    let expected = ["c", "b", "a", "by-port", "by-pidfile"];
+    let expected: Vec<String> =
+        expected.iter().flat_map(|name| [format!("{name} TERM"), format!("{name} gone")]).collect();
+    assert_eq!(host.events(), expected, "each after the one before is gone: {report}");
+    for service in report["services"].as_array().unwrap() {
+        assert_eq!(service["verdict"], "clean", "{service}");
+    }
+    assert_eq!(report["journal"], "kept");
+    assert!(!host.dir.0.join("state/drain.journal").exists());
+    let metric = "plumb_drains_total{outcome=\"clean\",service=\"b\"} 1";
+    assert!(host.json(&["drain", "--last"])["id"] == report["id"], "{metric}");
+}
+
+#[test]
+fn an_agent_that_is_killed_in_between_goes_on_and_signals_nobody_twice() {
+    for delay in [0, 20, 60, 150, 300, 600, 1200] {
+        let mut host = Host::new("");
+        let (first, second) = (host.server("first", "0.4"), host.server("second", "0.4"));
+        host.register("second", second.0.id());
+        host.register("first", first.0.id());
+        let mut drain = Running(
+            plumb()
+                .args(["drain", "--all", "--deadline", "20s"])
+                .env("PLUMB_RUN_DIR", host.run_dir())
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap(),
+        );
+        sleep(Duration::from_millis(delay));
+        let mut agent = host.agent.take().unwrap();
+        agent.signal(Signal::KILL);
+        agent.0.wait().unwrap();
+        drain.0.wait().unwrap();
+        let has_begun = host.dir.0.join("state/drain.journal").exists();
+        host.start();
+        if has_begun {
+            host.until("the drain is over", || host.json(&["drain", "--last"])["state"] == "finished");
+            let report = host.json(&["drain", "--last"]);
+            assert!(report["resumed"].as_u64().unwrap() >= 1, "{report}");
+            for service in report["services"].as_array().unwrap() {
+                // What was signalled and could not be told apart is told so.
+                let verdict = service["verdict"].as_str().unwrap();
+                assert!(
+                    verdict == "clean"
+                        || verdict == "timeout" && service["notes"].to_string().contains("may not have"),
+                    "{report}"
+                );
+            }
+        }
+        for name in ["first TERM", "second TERM"] {
+            let times = host.events().iter().filter(|event| *event == name).count();
+            assert!(times <= 1, "after {delay} ms: {:?}", host.events());
+            assert!(!has_begun || times == 1 || host.log().contains("takes up"), "{:?}", host.events());
+        }
+    }
+}
+
+#[test]
+fn what_may_not_be_is_refused_with_its_reason() {
+    let host = Host::new("[[service]]\nname = 'config'\nport = 1\nsignal = 'TERM'\n");
+    let (server, other) = (host.server("server", "0"), host.server("other", "0"));
+    host.register("server", server.0.id());
+    let add = |arguments: &[&str]| host.refused(&[&["services", "add"], arguments].concat());
+    assert!(add(&["other", "--pid", &pid(&other)]).contains("does not guess"));
+    assert!(add(&["other", "--pid", &pid(&other), "--preset", "iis"]).contains("no preset"));
+    assert!(add(&["other", "--pid", "1", "--signal", "TERM"]).contains("first process of the host"));
+    let agent = host.agent.as_ref().unwrap().0.id().to_string();
+    assert!(add(&["other", "--pid", &agent, "--signal", "TERM"]).contains("plumb itself"));
+    assert!(add(&["server", "--pid", &pid(&other), "--signal", "TERM"]).contains("duplicate"));
+    assert!(add(&["config", "--pid", &pid(&other), "--signal", "TERM"]).contains("duplicate"));
+    assert!(
+        add(&["other", "--pid", &pid(&other), "--signal", "TERM", "--after", "nobody"])
+            .contains("unknown-after")
+    );
+    assert!(
+        add(&["server", "--pid", &pid(&server), "--signal", "TERM", "--after", "server"]).contains("cycle")
+    );
+    assert!(host.refused(&["drain", "nobody"]).contains("unknown-service"));
+    assert!(host.refused(&["drain", "--cancel"]).contains("not-under-way"));
+
+    // Who is not the administrator has his own processes, and no others.
+    let program = host.dir.join("plumb");
+    fs::copy(plumb().get_program(), &program).unwrap();
+    let as_nobody = |script: &str| {
+        let script = script.replace("plumb ", &format!("{program} "));
+        let output = Command::new("setpriv")
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "/bin/sh", "-c", &script])
+            .env("PLUMB_RUN_DIR", host.run_dir())
+            .current_dir("/")
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
+    };
+    let mine = as_nobody("plumb services add mine --signal TERM; plumb services list; :");
+    assert!(mine.contains("mine is registered") && !mine.contains("config"), "{mine}");
+    let theirs = as_nobody(&format!("plumb services add theirs --signal TERM --pid {}; :", pid(&other)));
+    assert!(theirs.contains("not-your-process"), "{theirs}");
+    for what in ["drain server", "services rm server", "drain config"] {
+        let refused = as_nobody(&format!("plumb {what}; :"));
+        assert!(refused.contains("not-yours"), "{refused}");
+    }
+    let bare = as_nobody(&format!(
+        "curl -s --unix-socket {}/services.sock -X PUT -H 'content-type: application/json' -d '{{\"pid\": {}}}' \
+         http://plumb/v1/services/x",
+        host.run_dir(),
+        pid(&other)
+    ));
+    assert!(bare.contains("bare-pid"), "{bare}");
+    // His registration ended with his shell.
+    host.until("it is gone", || {
+        !String::from_utf8_lossy(&host.plumb(&["services", "list"]).stdout).contains("mine")
+    });
+    assert!(host.events().is_empty(), "nobody got a signal: {:?}", host.events());
+    assert!(host.log().contains("was refused"), "refusals are in the log");
+}
+
+#[test]
+fn what_runs_another_program_or_does_not_stop_is_told() {
+    let host = Host::new("");
+    let ready = host.dir.join("go");
+    let script = format!("while [ ! -e {ready} ]; do sleep 0.02; done; exec sleep 60");
+    let changes = Running(Command::new("/bin/sh").args(["-c", &script]).spawn().unwrap());
+    host.register("changes", changes.0.id());
+    fs::write(&ready, "").unwrap();
+    let listed = || String::from_utf8_lossy(&host.plumb(&["services", "list"]).stdout).into_owned();
+    host.until("the registration has ended", || !listed().contains("changes"));
+
+    let deaf = Running(
+        Command::new("/bin/sh").args(["-c", "trap '' TERM; while :; do sleep 0.1; done"]).spawn().unwrap(),
+    );
+    let slow = host.server("slow", "30");
+    sleep(Duration::from_millis(200));
+    host.register("deaf", deaf.0.id());
+    let add = [
+        "services",
+        "add",
+        "slow",
+        "--pid",
+        &pid(&slow),
+        "--signal",
+        "TERM",
+        "--kill",
+        "--deadline",
+        "500ms",
+    ];
+    assert!(host.plumb(&add).status.success());
+    let output = host.plumb(&["drain", "--all", "--deadline", "5s", "-o", "json"]);
+    assert_eq!(output.status.code(), Some(124));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let verdict = |name: &str| {
+        let services = report["services"].as_array().unwrap();
+        services.iter().find(|one| one["name"] == name).unwrap()["verdict"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((verdict("deaf"), verdict("slow")), ("refused".to_owned(), "killed".to_owned()), "{report}");
+    assert!(Path::new(&format!("/proc/{}", deaf.0.id())).exists(), "it was not signalled");
+    assert!(Path::new(&format!("/proc/{}", changes.0.id())).exists());
+}
