@@ -70,6 +70,7 @@ pub(crate) fn for_test() -> Result<()> {
         package("gcc", "/usr/bin/gcc", "builds programs whose stacks are sampled"),
         package("g++", "/usr/bin/g++", "builds programs whose stacks are sampled"),
         package("binutils", "/usr/bin/objcopy", "strips and spoils them"),
+        package("curl", "/usr/bin/curl", "registers a service over the socket"),
         package("git", "/usr/bin/git", "a command that must be clean below plumb check"),
         package(
             "python3-pytest",

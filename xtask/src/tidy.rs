@@ -119,13 +119,16 @@ fn nobody_signals_a_pid() {
         "agent/src/cli/check/script.rs",
     ];
     for (path, text) in sources("agent/src") {
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
         if !senders.iter().any(|sender| path == Path::new(sender)) {
-            assert_eq!(mentions(&text, "pidfd_send_signal"), [""; 0], "{}", path.display());
+            assert_eq!(mentions(code, "pidfd_send_signal"), [""; 0], "{}", path.display());
         }
     }
     for (path, text) in sources("agent/src") {
+        // A test ends the children that it has started.
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
         for word in ["kill", "kill_process", "tgkill", "tkill"] {
-            let calls = mentions(&text, word).into_iter().filter(|line| line.contains(&format!("{word}(")));
+            let calls = mentions(code, word).into_iter().filter(|line| line.contains(&format!("{word}(")));
             assert_eq!(calls.collect::<Vec<_>>(), [""; 0], "{}", path.display());
         }
     }

@@ -145,7 +145,7 @@ impl Shown {
         let up = if self.0 > 0 { format!("\x1b[{}A\r\x1b[J", self.0) } else { String::new() };
         self.0 = lines.len();
         // Nobody is left to be told.
-        let _ = write!(stderr, "{up}{}\n", lines.join("\n"));
+        let _ = writeln!(stderr, "{up}{}", lines.join("\n"));
     }
 
     fn clear(&mut self) {

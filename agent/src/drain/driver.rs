@@ -106,7 +106,7 @@ impl Driver {
             let timer = async {
                 match due {
                     Some(due) => {
-                        time::sleep(Duration::from_nanos(due.saturating_sub(clock::boottime()))).await
+                        time::sleep(Duration::from_nanos(due.saturating_sub(clock::boottime()))).await;
                     }
                     None => pending().await,
                 }
@@ -341,7 +341,7 @@ impl Driver {
         match waited {
             Waited::Member(id, service, member) if is_current(&id) => self.step(Input::Gone(service, member)),
             Waited::Prestop(id, service, why) if is_current(&id) => {
-                self.step(Input::PrestopEnded(service, why))
+                self.step(Input::PrestopEnded(service, why));
             }
             Waited::Unit(id, service, why) if is_current(&id) => self.step(Input::UnitStopped(service, why)),
             Waited::Member(..) | Waited::Prestop(..) | Waited::Unit(..) => {}
@@ -368,7 +368,7 @@ impl Driver {
             let tgid = event.header().process.tgid;
             match event {
                 Event::Exit(exit) if exit.group_dead != 0 => {
-                    self.exited(tgid, event.header().process.start_boottime, exit.code)
+                    self.exited(tgid, event.header().process.start_boottime, exit.code);
                 }
                 Event::Exec(_) => self.executed(tgid),
                 _ => {}
@@ -525,10 +525,10 @@ impl Driver {
     fn close(&mut self, active: Active) {
         let document = active.document();
         tracing::info!("{}", document.headline());
-        if let Some(folder) = &self.settings.state_dir {
-            if let Err(error) = reports::keep(folder, &document) {
-                tracing::warn!("the report of the drain is not kept: {error}");
-            }
+        if let Some(folder) = &self.settings.state_dir
+            && let Err(error) = reports::keep(folder, &document)
+        {
+            tracing::warn!("the report of the drain is not kept: {error}");
         }
         if let Ok(journal) = active.journal {
             let _ = journal.remove();

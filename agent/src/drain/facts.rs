@@ -1,10 +1,6 @@
 //! What pre-flight looks at, of one process.
 
-use std::{
-    collections::HashSet,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::HashSet, fs, path::Path};
 
 use procfs::net::{TcpNetEntry, TcpState};
 
@@ -110,7 +106,7 @@ fn is_blocked_everywhere(folder: &Path, signal: i32) -> bool {
 fn has_signalfd(folder: &Path) -> bool {
     let fds = fs::read_dir(folder.join("fd")).into_iter().flatten().filter_map(Result::ok);
     fds.filter_map(|fd| fs::read_link(fd.path()).ok())
-        .any(|target| target == PathBuf::from("anon_inode:[signalfd]"))
+        .any(|target| target.as_os_str() == "anon_inode:[signalfd]")
 }
 
 /// `NSpid` has its number in each namespace, the innermost last.

@@ -325,9 +325,9 @@ fn member(number: usize) -> Member {
 /// Places in stages, in order.
 fn staged(count: usize, cuts: &[bool]) -> Vec<Vec<usize>> {
     let mut stages: Vec<Vec<usize>> = Vec::new();
-    for at in 0..count {
+    for (at, cut) in cuts.iter().enumerate().take(count) {
         match stages.last_mut() {
-            Some(stage) if !cuts[at] => stage.push(at),
+            Some(stage) if !*cut => stage.push(at),
             _ => stages.push(vec![at]),
         }
     }

@@ -212,9 +212,9 @@ mod tests {
             let closure = Closure::named(&all);
             for (at, service) in all.iter().enumerate() {
                 if service.after.is_none() && selected.contains(&service.name) {
-                    for later in at + 1..all.len() {
-                        if selected.contains(&all[later].name) && all[later].after.is_none() && !has(&closure.0[later], at) {
-                            prop_assert!(place(&service.name) != place(&all[later].name));
+                    for (later, other) in all.iter().enumerate().skip(at + 1) {
+                        if selected.contains(&other.name) && other.after.is_none() && !has(&closure.0[later], at) {
+                            prop_assert!(place(&service.name) != place(&other.name));
                         }
                     }
                 }

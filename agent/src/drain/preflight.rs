@@ -34,15 +34,15 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     };
     match &facts.supervisor {
         Supervisor::Unit(own) if unit == Some(own) => {
-            note(format!("it is the main process of {own}: systemd stops it"))
+            note(format!("it is the main process of {own}: systemd stops it"));
         }
         Supervisor::Unit(unit) => note(format!("systemd supervises it ({unit}): it may be started again")),
         Supervisor::UserUnit(unit) => {
-            note(format!("a user's systemd supervises it ({unit}): it may be started again"))
+            note(format!("a user's systemd supervises it ({unit}): it may be started again"));
         }
         Supervisor::Container => note("it runs in a container, which may be started again".to_owned()),
         Supervisor::Parent(name, pid) => {
-            note(format!("{name} ({pid}) supervises it: it will be started again"))
+            note(format!("{name} ({pid}) supervises it: it will be started again"));
         }
         Supervisor::Nobody | Supervisor::Pod => {}
     }
@@ -71,13 +71,13 @@ const MAX_LISTENERS: usize = 4;
 mod tests {
     use super::*;
 
-    fn judged(facts: Facts) -> Judgement {
-        judge(&facts, &Stop::of(None, Some("nginx")).unwrap(), None)
+    fn judged(facts: &Facts) -> Judgement {
+        judge(facts, &Stop::of(None, Some("nginx")).unwrap(), None)
     }
 
     #[test]
     fn a_signal_that_would_do_nothing_is_not_sent() {
-        let refused = |facts| judged(facts).refused.unwrap_or_default();
+        let refused = |facts| judged(&facts).refused.unwrap_or_default();
         assert!(refused(Facts { ignored: true, ..Facts::default() }).contains("ignores QUIT"));
         assert!(refused(Facts { is_init: true, ..Facts::default() }).contains("does not reach"));
         assert_eq!(refused(Facts { is_init: true, caught: true, ..Facts::default() }), "");
@@ -89,12 +89,12 @@ mod tests {
 
     #[test]
     fn what_may_surprise_is_said() {
-        let said = |facts| judged(facts).notes.join("; ");
+        let said = |facts| judged(&facts).notes.join("; ");
         assert!(said(Facts::default()).contains("nothing handles QUIT"));
-        assert!(judged(Facts::default()).is_unhandled);
+        assert!(judged(&Facts::default()).is_unhandled);
         assert_eq!(said(Facts { caught: true, ..Facts::default() }), "");
         let signalfd = Facts { blocked: true, has_signalfd: true, ..Facts::default() };
-        assert_eq!((said(signalfd.clone()), judged(signalfd).is_unhandled), (String::new(), false));
+        assert_eq!((said(signalfd.clone()), judged(&signalfd).is_unhandled), (String::new(), false));
         assert!(said(Facts { blocked: true, ..Facts::default() }).contains("waits for it"));
         let parent = Supervisor::Parent("runsv".to_owned(), 7);
         assert!(said(Facts { supervisor: parent, caught: true, ..Facts::default() }).contains("runsv (7)"));

@@ -169,7 +169,7 @@ fn stat_fields(stat: &[u8]) -> Option<(String, Vec<String>)> {
 }
 
 fn inode(pidfd: &OwnedFd) -> Option<u64> {
-    let is_own = rustix::fs::fstatfs(pidfd).is_ok_and(|found| found.f_type as i64 == PIDFS);
+    let is_own = rustix::fs::fstatfs(pidfd).is_ok_and(|found| found.f_type == PIDFS);
     if is_own { rustix::fs::fstat(pidfd).ok().map(|found| found.st_ino) } else { None }
 }
 

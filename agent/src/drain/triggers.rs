@@ -23,7 +23,7 @@ pub(crate) async fn on_usr1(drain: &mpsc::Sender<Command>) {
     while asked.recv().await.is_some() {
         ask(drain, "USR1", None).await;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 async fn ask(drain: &mpsc::Sender<Command>, trigger: &str, deadline: Option<Duration>) -> bool {
@@ -82,5 +82,5 @@ pub(crate) async fn on_shutdown(
         }
         Err(why) => tracing::info!("a shutdown of the host drains nothing: {why}"),
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }

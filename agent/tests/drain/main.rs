@@ -15,7 +15,6 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 #[path = "../support/mod.rs"]
-#[allow(dead_code, reason = "shared with other tests")]
 mod support;
 
 use support::{Running, TempDir, free_port, plumb};
