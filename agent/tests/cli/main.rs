@@ -128,8 +128,9 @@ fn settings_that_cannot_be_read_or_are_not_known_are_named() {
     fs::write(&wrong, "# settings\nlistten = '127.0.0.1:1'\n").unwrap();
     let line = format!(
         "plumb: {wrong}:2: unknown field `listten`, expected one of `listen`, `run_dir`, `state_dir`, `fd_events`, \
-         `max_processes`, `log_format`, `detect`, `ignore`; known keys are listen, run_dir, state_dir, fd_events, max_processes and \
-         log_format, and the tables [detect] and [[ignore]], whose keys README.md lists"
+         `max_processes`, `log_format`, `drain_on_sigterm`, `detect`, `ignore`, `drain`, `service`; known keys are listen, \
+         run_dir, state_dir, fd_events, max_processes, log_format and drain_on_sigterm, and the tables [detect], [[ignore]], \
+         [drain] and [[service]], whose keys README.md and docs/drain.md list"
     );
     assert_failure(&agent(&dir, &["--config", &wrong]).output().unwrap(), 1, &line);
     assert!(!fs::exists(dir.0.join("run")).unwrap(), "nothing was created");
