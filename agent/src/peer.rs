@@ -13,6 +13,9 @@ use crate::drain::{Caller, NoProcess, Process, Refusal, pid_of};
 /// `SO_PEERPIDFD` of include/uapi/asm-generic/socket.h, since 6.5.
 const SO_PEERPIDFD: i32 = 77;
 
+/// A user that nobody is, and that owns nothing: whoever is not known may do nothing.
+const NOBODY: u32 = u32::MAX;
+
 /// Whoever connected.
 #[derive(Clone, Debug)]
 pub(crate) struct Peer {
@@ -24,8 +27,9 @@ pub(crate) struct Peer {
 impl Peer {
     /// `is_admin`: only the administrator can open that socket.
     pub(crate) fn of(stream: &UnixStream, is_admin: bool) -> Self {
-        // Whoever is not known may do nothing: the highest number is nobody's.
-        let uid = stream.peer_cred().map_or(u32::MAX, |credentials| credentials.uid());
+        let uid = stream.peer_cred().map_or(NOBODY, |credentials| credentials.uid());
+        // Root of the host has the other socket; here it may be root of a container only.
+        let uid = if uid == 0 && !is_admin { NOBODY } else { uid };
         Self { caller: Caller { uid, is_admin }, pidfd: pidfd(stream).map(Arc::new) }
     }
 

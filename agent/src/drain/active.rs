@@ -135,7 +135,9 @@ pub(super) fn look(service: &Service) -> (Preflight, Vec<Process>) {
     for Match { process, .. } in found.iter().filter(|one| one.is_root) {
         let Some(stop) = &service.stop else { continue };
         let Some(facts) = facts::of(process, stop.signal.number()) else { continue };
+        // A user may signal his own process; what systemd stops for root is more than that.
         if let Supervisor::Unit(name) = &facts.supervisor
+            && service.uid == 0
             && is_main(name, process.identity.pid)
         {
             sum.unit = Some(name.clone());
@@ -209,7 +211,7 @@ pub(super) fn listed(service: &Service) -> Listed {
 }
 
 /// Ends when a process has; `None` if that cannot be waited for.
-pub(super) fn gone(process: &Arc<Process>) -> Option<impl Future<Output = ()> + Send + 'static> {
+pub(super) fn gone(process: &Process) -> Option<impl Future<Output = ()> + Send + 'static> {
     let own = process.pidfd().try_clone_to_owned();
     // SAFETY: an `OwnedFd` stays the same fd until it is dropped.
     let pidfd = own.and_then(|own| unsafe { AsyncFd::register(own) }.map_err(Into::into));

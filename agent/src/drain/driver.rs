@@ -11,9 +11,10 @@ use std::{
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{mpsc, watch},
+    task::block_in_place,
     time,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     active::{Active, gone, listed, look, prestop, stop_unit},
@@ -43,17 +44,24 @@ use crate::{
 enum Waited {
     /// A member of a service of the drain of this id has gone.
     Member(String, usize, usize),
-    /// A registered process has gone.
-    Registered(Name, Identity),
+    /// A registered process has gone; `None` when it was not to be waited for any more.
+    Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
     /// systemd has stopped a unit, or why not.
     Unit(String, usize, Option<String>),
 }
 
+/// The process of a registration.
+struct Held {
+    process: Process,
+    /// Its end is waited for as long as this is there.
+    _waits: DropGuard,
+}
+
 pub(crate) struct Driver {
     settings: Settings,
     registry: Registry,
-    held: HashMap<Name, Arc<Process>>,
+    held: HashMap<Name, Held>,
     active: Option<Active>,
     waits: FuturesUnordered<BoxFuture<'static, Waited>>,
     views: watch::Sender<View>,
@@ -96,7 +104,7 @@ impl Driver {
         stop: CancellationToken,
     ) {
         let mut events = Some(events);
-        tokio::task::block_in_place(|| {
+        block_in_place(|| {
             self.restore();
             self.resume();
         });
@@ -117,17 +125,19 @@ impl Driver {
                     None => pending().await,
                 }
             };
+            // A look at /proc and a wait for the disk take their time.
             tokio::select! {
                 () = stop.cancelled() => return,
-                Some(waited) = self.waits.next(), if !self.waits.is_empty() => self.waited(waited),
+                Some(waited) = self.waits.next(), if !self.waits.is_empty() => {
+                    block_in_place(|| self.waited(waited));
+                }
                 command = commands.recv() => match command {
-                    // A look at /proc and a wait for the disk take their time.
-                    Some(command) => tokio::task::block_in_place(|| self.command(command)),
+                    Some(command) => block_in_place(|| self.command(command)),
                     None => return,
                 },
-                () = timer => self.step(Input::Time),
+                () = timer => block_in_place(|| self.step(Input::Time)),
                 item = next_event => match item {
-                    Some(item) => self.events(&item),
+                    Some(item) => block_in_place(|| self.events(&item)),
                     None => events = None,
                 },
             }
@@ -135,6 +145,8 @@ impl Driver {
     }
 
     fn command(&mut self, command: Command) {
+        // A move to another cgroup is told by no event.
+        self.forget_changed(|_| true);
         // Whoever asked may have gone.
         match command {
             Command::Add(registration, reply) => {
@@ -186,15 +198,16 @@ impl Driver {
 
     /// Holds the process of a registration, which ends with it.
     fn hold(&mut self, service: &Service, process: Process) {
-        let process = Arc::new(process);
-        self.held.insert(service.name.clone(), Arc::clone(&process));
-        let (name, identity) = (service.name.clone(), process.identity.clone());
+        let (name, identity, ended) =
+            (service.name.clone(), process.identity.clone(), CancellationToken::new());
         if let Some(gone) = gone(&process) {
+            let ended = ended.clone();
             self.waits.push(Box::pin(async move {
-                gone.await;
-                Waited::Registered(name, identity)
+                let has_gone = ended.run_until_cancelled(gone).await;
+                Waited::Registered(has_gone.map(|()| (name, identity)))
             }));
         }
+        self.held.insert(service.name.clone(), Held { process, _waits: ended.drop_guard() });
     }
 
     /// Keeps the registrations for the next agent.
@@ -224,6 +237,12 @@ impl Driver {
 
     fn plan(&self, asked: &Asked) -> Result<Plan, Refusal> {
         self.possible()?;
+        // A look at services takes time that the drain has not.
+        if let Some(active) = self.active.as_ref().filter(|active| active.machine.ended.is_none())
+            && !asked.caller.is_admin
+        {
+            return Err(Refusal::UnderWay(active.machine.begun.id.clone()));
+        }
         let selected = self.registry.select(asked.names.as_deref(), asked.caller)?;
         let deadline = asked.deadline.unwrap_or(self.settings.deadline);
         let stages = order::stages(self.registry.list(), &selected);
@@ -319,6 +338,9 @@ impl Driver {
         let machine =
             Machine::replay(entries).filter(|machine| machine.begun.boot_id == self.settings.boot_id);
         let Some(machine) = machine.filter(|machine| machine.finished.is_none()) else {
+            tracing::warn!(
+                "the journal of a drain is removed: it is of another boot, over, or not what plumb writes"
+            );
             let _ = journal.remove();
             return;
         };
@@ -345,12 +367,12 @@ impl Driver {
             }
             Waited::Unit(id, service, why) if is_current(&id) => self.step(Input::UnitStopped(service, why)),
             Waited::Member(..) | Waited::Prestop(..) | Waited::Unit(..) => {}
-            Waited::Registered(name, identity) => {
-                let is_it = self.held.get(&name).is_some_and(|held| held.identity == identity);
-                if is_it {
+            Waited::Registered(Some((name, identity))) => {
+                if self.held.get(&name).is_some_and(|held| held.process.identity == identity) {
                     self.forget(&name, "its process has ended");
                 }
             }
+            Waited::Registered(None) => {}
         }
     }
 
@@ -370,7 +392,7 @@ impl Driver {
                 Event::Exit(exit) if exit.group_dead != 0 => {
                     self.exited(tgid, event.header().process.start_boottime, exit.code);
                 }
-                Event::Exec(_) => self.executed(tgid),
+                Event::Exec(_) => self.forget_changed(|pid| pid == tgid),
                 _ => {}
             }
         }
@@ -390,14 +412,14 @@ impl Driver {
         inputs.into_iter().for_each(|input| self.step(input));
     }
 
-    /// A registered process runs another program: the registration was of the one before.
-    fn executed(&mut self, pid: u32) {
-        let of_pid = self.held.iter().filter(|(_, held)| held.identity.pid == pid);
-        let changed = |(name, held): (&Name, &Arc<Process>)| {
-            let now = held.again().ok()?;
-            held.identity.differs(&now.identity).map(|why| (name.clone(), why))
+    /// A process that runs another program, or is in another cgroup, is not what was registered.
+    fn forget_changed(&mut self, is_asked: impl Fn(u32) -> bool) {
+        let changed = |(name, held): (&Name, &Held)| {
+            let meant = &held.process.identity;
+            let now = is_asked(meant.pid).then(|| held.process.again().ok())??;
+            meant.differs(&now.identity).map(|why| (name.clone(), why))
         };
-        let changed: Vec<_> = of_pid.filter_map(changed).collect();
+        let changed: Vec<_> = self.held.iter().filter_map(changed).collect();
         changed.iter().for_each(|(name, why)| self.forget(name, why));
     }
 
@@ -503,7 +525,7 @@ impl Driver {
                 let process = Process::open(meant.pid).ok()?;
                 process.identity.is_same_process(&meant).then(|| Arc::new(process))
             });
-            let (id, gone) = (active.machine.begun.id.clone(), held.as_ref().and_then(gone));
+            let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
             let is_there = held.is_some();
             if let Some(process) = held {
                 active.processes.insert((service, member), process);

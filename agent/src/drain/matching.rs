@@ -44,7 +44,10 @@ pub(super) fn find(target: &Target) -> Result<Vec<Match>, String> {
             Err(why) => return Err(why.to_string()),
         },
         Target::Pidfile(path) => of_pidfile(path)?.into_iter().collect(),
-        Target::Exe(path, arguments) => where_(|pid| runs(pid, path, arguments))?,
+        Target::Exe(path, arguments) => match fs::metadata(path) {
+            Ok(found) => where_(|pid| runs(pid, (found.dev(), found.ino()), arguments))?,
+            Err(error) => return Err(format!("{}: {error}", path.display())),
+        },
         Target::Cgroup(path) => where_(|pid| is_in_cgroup(pid, path))?,
         Target::Port(port) => {
             let sockets = listening(*port);
@@ -83,10 +86,11 @@ fn where_(mut holds: impl FnMut(u32) -> bool) -> Result<Vec<Process>, String> {
     Ok(found)
 }
 
-fn runs(pid: u32, path: &Path, arguments: &[String]) -> bool {
+/// By device and inode: the same path in a container is another program.
+fn runs(pid: u32, exe: (u64, u64), arguments: &[String]) -> bool {
     let folder = Path::new("/proc").join(pid.to_string());
-    let Ok(exe) = fs::read_link(folder.join("exe")) else { return false };
-    if exe != path {
+    let Ok(found) = fs::metadata(folder.join("exe")) else { return false };
+    if (found.dev(), found.ino()) != exe {
         return false;
     }
     if arguments.is_empty() {
