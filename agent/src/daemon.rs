@@ -132,6 +132,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let observed = Arc::new(AsyncMutex::new(observed));
     let settings = config.settings.clone();
     let state = state_dir(&config.state_dir);
+    let kept_in = state.as_ref().map(|_| config.state_dir.clone());
     let (host, format, counted, published) =
         (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
@@ -174,7 +175,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             Ok(())
         }
     });
-    let (drain, drains) = spawn_drain(&mut supervisor, &config, &subscribers, &drained)?;
+    let (drain, drains) = spawn_drain(&mut supervisor, &config, kept_in, &subscribers, &drained)?;
     let services = Services { commands: drain.clone(), views: drains.clone() };
     let open = services::router(services.clone());
     let events = api::Events { subscribers, requests: followers, inputs: said };
@@ -329,12 +330,12 @@ type Drains = (mpsc::Sender<drain::Command>, watch::Receiver<drain::View>);
 fn spawn_drain(
     supervisor: &mut Supervisor,
     config: &Config,
+    state_dir: Option<PathBuf>,
     subscribers: &Subscribers,
     own: &Own,
 ) -> Result<Drains, Failure> {
     let (commands, received) = channel(QUEUE);
     let (views, view) = watch::channel(drain::View::default());
-    let state_dir = state_folder(&config.state_dir);
     let settings = drain::Settings {
         services: config.services.clone(),
         deadline: config.drain.deadline,
@@ -362,11 +363,6 @@ fn spawn_drain(
         }
     });
     Ok((commands, view))
-}
-
-/// The state folder, if it can be used.
-fn state_folder(folder: &Path) -> Option<PathBuf> {
-    StateDir::open(folder, boot_id()).ok().map(|_| folder.to_owned())
 }
 
 fn boot_id() -> String {

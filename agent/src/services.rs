@@ -293,7 +293,6 @@ fn registration(
         stop: Some(stop),
         deadline: wish.deadline.as_deref().map(seconds).transpose()?,
         on_deadline: wish.on_deadline.unwrap_or_default(),
-        ready: None,
         prestop: None,
         uid: peer.caller.uid,
     };

@@ -86,15 +86,20 @@ impl StateDir {
         let document = Document { version: VERSION, boot_id: self.boot_id.clone(), findings };
         let bytes = serde_json::to_vec(&document)?;
         ensure!(bytes.len() as u64 <= LIMIT, "{} bytes are too much", bytes.len());
-        let draft = self.folder.join(format!("{NAME}.new"));
-        let _ = fs::remove_file(&draft);
-        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&draft)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        fs::rename(&draft, self.file())?;
-        File::open(&self.folder)?.sync_all()?;
+        replace(&self.folder, NAME, &bytes)?;
         Ok(())
     }
+}
+
+/// Puts a file in the place of another one, for its owner only: all of it is on the disk, or what was there is.
+pub(crate) fn replace(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let draft = folder.join(format!("{name}.new"));
+    let _ = fs::remove_file(&draft);
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&draft)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&draft, folder.join(name))?;
+    File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]

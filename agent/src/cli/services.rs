@@ -11,7 +11,7 @@ use super::{
     output::{self, Output},
 };
 use crate::{
-    drain::{OnDeadline, PRESETS, Signal},
+    drain::{OnDeadline, PRESETS, Signal, start_ticks},
     failure::{Exit, Failure},
     services::{ServiceList, ServiceRow, Which, Wish},
 };
@@ -118,8 +118,8 @@ fn path(name: &str) -> Result<String, Failure> {
 }
 
 fn register(add: &Add) -> Outcome {
-    let pid = add.pid.unwrap_or_else(std::os::unix::process::parent_id);
-    let start_ticks = Some(start_ticks(pid)?);
+    let pid = add.pid.map_or_else(parent, Ok)?;
+    let start_ticks = Some(start_ticks(pid).ok_or_else(|| super::no_such_process(pid))?);
     let after =
         if add.first { Some(Vec::new()) } else { Some(add.after.clone()).filter(|names| !names.is_empty()) };
     let wish = Wish {
@@ -139,12 +139,15 @@ fn register(add: &Add) -> Outcome {
     Ok(Exit::Ok)
 }
 
-/// When a process was started: its number alone may be another's by the time it is read.
-fn start_ticks(pid: u32) -> Result<u64, Failure> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|_| super::no_such_process(pid))?;
-    let fields = stat.rsplit_once(')').map(|(_, fields)| fields).unwrap_or_default();
-    let ticks = fields.split_whitespace().nth(22 - 3).and_then(|field| field.parse().ok());
-    ticks.ok_or_else(|| super::no_such_process(pid))
+/// Whoever runs this command; not what only changes the user for it.
+fn parent() -> Result<u32, Failure> {
+    let pid = std::os::unix::process::parent_id();
+    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if matches!(comm.trim(), "sudo" | "doas" | "su" | "setpriv" | "runuser") {
+        let cause = format!("this command was run by {}, which is no service", comm.trim());
+        return Err(Failure::new(Exit::Usage, cause, "name the process with --pid"));
+    }
+    Ok(pid)
 }
 
 fn list(agent: &Agent, output: &Output) -> Outcome {

@@ -34,8 +34,6 @@ pub(super) struct Active {
     /// Members whose end is waited for.
     pub(super) watched: HashSet<(usize, usize)>,
     pub(super) prestops: HashMap<usize, CancellationToken>,
-    /// Command lines of registered processes, to know them when they run again.
-    pub(super) commands: HashMap<usize, String>,
 }
 
 impl Active {
@@ -43,8 +41,8 @@ impl Active {
         if let Err(why) = &journal {
             tracing::warn!("this drain has no journal, nobody takes it up if the agent is killed: {why}");
         }
-        let (processes, watched, prestops, commands) = Default::default();
-        Self { machine, journal, processes, watched, prestops, commands }
+        let (processes, watched, prestops) = Default::default();
+        Self { machine, journal, processes, watched, prestops }
     }
 
     pub(super) fn document(&self) -> Document {
@@ -55,7 +53,6 @@ impl Active {
     /// Holds processes as the members of a service from a place on.
     pub(super) fn take(&mut self, service: usize, first: usize, processes: Vec<Process>) {
         for (member, process) in (first..).zip(processes) {
-            self.commands.entry(service).or_insert_with(|| process.command.clone());
             self.processes.insert((service, member), Arc::new(process));
         }
     }
@@ -85,8 +82,8 @@ impl Active {
         let known =
             |identity: &Identity| run.members.iter().any(|one| one.member.identity.is_same_process(identity));
         let found = match &target {
-            Target::Process(meant) => match self.commands.get(&service) {
-                Some(command) => successors(meant, command, ended),
+            Target::Process(meant) => match run.members.first() {
+                Some(known) => successors(meant, &known.member.command, ended),
                 None => Vec::new(),
             },
             target => find(target).map(|(found, _)| found).unwrap_or_default(),
@@ -101,9 +98,7 @@ impl Active {
             return (Vec::new(), again);
         }
         let first = run.members.len();
-        let members =
-            left.iter().map(|one| Member { identity: one.process.identity.clone(), is_root: false });
-        let members = members.collect();
+        let members = left.iter().map(|one| Member { is_root: false, ..member(one) }).collect();
         self.take(service, first, left.into_iter().map(|one| one.process).collect());
         (members, again)
     }
@@ -120,6 +115,11 @@ fn successors(meant: &Identity, command: &str, ended: u64) -> Vec<Match> {
     };
     let all = super::process::all().into_iter().filter_map(|pid| Process::open(pid).ok());
     all.filter(same).map(|process| Match { process, is_root: true }).collect()
+}
+
+fn member(found: &Match) -> Member {
+    let Process { identity, command, .. } = &found.process;
+    Member { identity: identity.clone(), is_root: found.is_root, command: command.clone() }
 }
 
 /// Finds a service and looks at it.
@@ -153,7 +153,6 @@ pub(super) fn look(service: &Service) -> (Preflight, Vec<Process>) {
     if let Some(unit) = &unit {
         sum.notes.push(format!("systemd stops it by signal {}, Restart={}", unit.kill_signal, unit.restart));
     }
-    let member = |one: &Match| Member { identity: one.process.identity.clone(), is_root: one.is_root };
     sum.members = found.iter().map(member).collect();
     (Preflight::Found(sum), found.into_iter().map(|one| one.process).collect())
 }

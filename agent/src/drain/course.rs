@@ -31,6 +31,8 @@ pub(crate) struct Member {
     pub identity: Identity,
     /// Gets the signal; the others are its children, and are waited for.
     pub is_root: bool,
+    /// Its arguments, by which it is known when it runs again.
+    pub command: String,
 }
 
 /// What was found of a service, and what pre-flight says.

@@ -349,12 +349,11 @@ impl Driver {
         self.step(Input::Resume);
     }
 
-    /// A drain that has ended is over now, whatever comes back.
+    /// A drain that has ended is over now.
     fn finish_early(&mut self) {
-        if let Some(mut active) = self.active.take() {
-            let now = clock::boottime();
-            active.machine.settle_all(now);
-            self.close(active);
+        if let Some(active) = &mut self.active {
+            let actions = active.machine.settle();
+            self.perform(actions);
         }
     }
 

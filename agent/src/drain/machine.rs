@@ -326,13 +326,12 @@ impl Machine {
         }
     }
 
-    /// What is gone will not be looked for any more.
-    pub(crate) fn settle_all(&mut self, now: u64) {
-        for service in 0..self.runs.len() {
-            if self.runs[service].phase == Phase::Gone {
-                self.apply(&Entry::Settled { at: now, service });
-            }
-        }
+    /// What is gone is looked for now, and not later any more.
+    pub(crate) fn settle(&mut self) -> Vec<Action> {
+        let gone = (0..self.runs.len()).filter(|service| self.runs[*service].phase == Phase::Gone);
+        let gone: Vec<usize> = gone.collect();
+        gone.iter().for_each(|service| self.runs[*service].looks = 2);
+        gone.into_iter().map(Action::Look).collect()
     }
 
     /// The signal that is sent late, and when, unless it has been.

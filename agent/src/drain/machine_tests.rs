@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::{
     super::{
         identity::Identity,
+        report::{Verdict, verdict},
         service::{Service, Stop},
     },
     *,
@@ -297,7 +298,16 @@ impl World {
                             let at =
                                 members.iter().position(|one| one.member.identity.pid as usize == number);
                             match at {
-                                Some(at) => Input::Gone(service, at),
+                                Some(at) => {
+                                    let fact = Fact::Exit { member: at, status: 0 };
+                                    let actions = self.machine.step(self.now, Input::Seen(service, fact));
+                                    self.perform(actions);
+                                    if !self.watched.contains(&(service, number)) {
+                                        // The agent was killed, and the next one knows.
+                                        continue;
+                                    }
+                                    Input::Gone(service, at)
+                                }
                                 None => continue,
                             }
                         }
@@ -319,7 +329,8 @@ impl World {
 }
 
 fn member(number: usize) -> Member {
-    Member { identity: Identity::example(number as u32), is_root: number == 0 }
+    let identity = Identity::example(number as u32);
+    Member { identity, is_root: number == 0, command: String::new() }
 }
 
 /// Places in stages, in order.
@@ -360,12 +371,14 @@ proptest! {
         prop_assert!(is_killed || ended <= world.machine.begun.deadline + kill_grace, "ended late");
         // What is told is what happened.
         for (service, run) in world.machine.runs.iter().enumerate() {
-            let verdict = super::super::report::verdict(run);
-            prop_assert!(verdict.is_some(), "{:?}", run);
-            if let Some((super::super::report::Verdict::Clean, _)) = verdict {
+            let found = verdict(run);
+            prop_assert!(found.is_some(), "{:?}", run);
+            if let Some((Verdict::Clean, _)) = found {
                 let all = 0..world.behaviours[service].stops.len();
                 let gone = all.clone().all(|number| world.dead.contains_key(&(service, number)));
                 prop_assert!(gone || world.behaviours[service].absent, "clean, and something is left of {}", service);
+                let roots = run.members.iter().filter(|one| one.member.is_root);
+                prop_assert!(roots.clone().all(|one| one.status == Some(0)), "clean, and nobody saw it");
             }
         }
         // Another agent would read the same.
@@ -398,6 +411,12 @@ fn each_stage_begins_as_soon_as_the_one_before_is_gone() {
     assert_eq!(ended, 500 * MS, "the slowest chain, and nothing more");
     assert_eq!(machine.finished.unwrap() - machine.begun.began, 500 * MS + nanos(SETTLE));
     assert_eq!(machine.runs[1].signalled.unwrap() - machine.begun.began, 300 * MS);
+    let verdicts = machine.runs.iter().map(|run| verdict(run).unwrap().0);
+    assert!(verdicts.eq([Verdict::Clean; 3]));
+    // Nobody saw how it ended.
+    let mut run = machine.runs[0].clone();
+    run.members[0].status = None;
+    assert_eq!(verdict(&run).unwrap().0, Verdict::Lossy);
 }
 
 #[test]

@@ -32,7 +32,7 @@ mod written;
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
     driver::Driver,
-    process::{NoProcess, Process, pid_of},
+    process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State, Verdict},
     service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},

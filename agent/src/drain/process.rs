@@ -168,6 +168,13 @@ fn stat_fields(stat: &[u8]) -> Option<(String, Vec<String>)> {
     Some((comm, rest.split_whitespace().map(str::to_owned).collect()))
 }
 
+/// When the process was started that has a number now, as `Identity` has it.
+#[must_use]
+pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
+    let (_, fields) = stat_fields(&fs::read(folder(pid).join("stat")).ok()?)?;
+    fields.get(22 - 3)?.parse().ok()
+}
+
 fn inode(pidfd: &OwnedFd) -> Option<u64> {
     let is_own = rustix::fs::fstatfs(pidfd).is_ok_and(|found| found.f_type == PIDFS);
     if is_own { rustix::fs::fstat(pidfd).ok().map(|found| found.st_ino) } else { None }
@@ -216,7 +223,9 @@ mod tests {
     #[test]
     fn a_process_is_known_until_it_ends_and_the_denied_ones_never() {
         let mut child = Command::new("sleep").arg("30").spawn().unwrap();
-        let process = Process::open(child.id()).unwrap();
+        // A child of vfork is on its own a moment before its arguments are in place.
+        let opened = std::iter::repeat_with(|| Process::open(child.id()).unwrap());
+        let process = opened.take(100_000).find(|process| !process.command.is_empty()).unwrap();
         assert!(process.is_alive() && process.command == "sleep 30", "{process:?}");
         assert_eq!(process.identity.differs(&process.again().unwrap().identity), None);
         assert_eq!(pid_of(&process.pidfd), Some(child.id()));

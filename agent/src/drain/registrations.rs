@@ -1,8 +1,8 @@
 //! The registrations of processes, kept over a restart of the agent.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read, Write},
+    fs::File,
+    io::{self, Read},
     os::unix::fs::OpenOptionsExt,
     path::Path,
 };
@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::service::Service;
+use crate::state;
 
 const NAME: &str = "services.json";
 /// The file is this long at most, in bytes.
@@ -30,12 +31,7 @@ struct Written<'a> {
 
 /// Writes all, or leaves what was there.
 pub(super) fn save(folder: &Path, boot_id: &str, services: &[&Service]) -> io::Result<()> {
-    let draft = folder.join(format!("{NAME}.new"));
-    let _ = fs::remove_file(&draft);
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&draft)?;
-    file.write_all(&serde_json::to_vec(&Written { boot_id, services })?)?;
-    file.sync_all()?;
-    fs::rename(&draft, folder.join(NAME))
+    state::replace(folder, NAME, &serde_json::to_vec(&Written { boot_id, services })?)
 }
 
 /// What was saved since this boot; nothing when that cannot be read.
@@ -57,6 +53,8 @@ pub(super) fn load(folder: &Path, boot_id: &str) -> Vec<Service> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{clock::Calendar, document::SCHEMA};
 pub(crate) enum Verdict {
     /// It ended by itself in time. What became of its connections was not watched.
     Clean,
-    /// It ended so that work was lost.
+    /// It ended so that work was lost, or nobody saw how it ended.
     Lossy,
     /// It was there at its deadline.
     Timeout,
@@ -143,10 +143,8 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     if run.is_killed {
         return Some((Verdict::Killed, "it did not stop in time".to_owned()));
     }
-    let roots = || run.members.iter().filter(|one| one.member.is_root);
-    let ended_by =
-        |status: Option<i32>| status.filter(|status| status & 0x7f != 0).map(|status| status & 0x7f);
-    let signal = roots().find_map(|one| ended_by(one.status));
+    let roots: Vec<_> = run.members.iter().filter(|one| one.member.is_root).map(|one| one.status).collect();
+    let signal = roots.iter().flatten().map(|status| status & 0x7f).find(|signal| *signal != 0);
     let verdict = match signal {
         Some(libc::SIGKILL) => (Verdict::Killed, "somebody else sent KILL".to_owned()),
         Some(signal) if run.signals.contains(&signal) => match run.found.connections {
@@ -155,6 +153,10 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
         },
         Some(signal) => (Verdict::Lossy, format!("it died of {}", signal_name(signal))),
         None if run.members.is_empty() => (Verdict::Clean, "it did not run".to_owned()),
+        // The agent was not there, or the event was lost.
+        None if roots.contains(&None) => {
+            (Verdict::Lossy, "it ended in time, but nobody saw how: work may be lost".to_owned())
+        }
         None => (Verdict::Clean, "it ended in time".to_owned()),
     };
     // One that comes back may still do so.
@@ -280,18 +282,18 @@ impl ServiceDocument {
             "checking" => "is looked at".to_owned(),
             "prestop" => "prestop runs".to_owned(),
             "stopping" | "confirming" => format!(
-                "{}; {} of {}s",
+                "{}; {}, {} at most",
                 match (&self.unit, self.signals.last()) {
                     (Some(unit), _) => format!("systemd stops {unit}"),
                     (None, Some(signal)) => format!("got {signal}"),
                     (None, None) => "stops".to_owned(),
                 },
                 if self.left == 1 {
-                    "1 process is there".to_owned()
+                    "1 process is left".to_owned()
                 } else {
-                    format!("{} processes are there", self.left)
+                    format!("{} processes are left", self.left)
                 },
-                grants::seconds(Duration::from_secs_f64(self.granted_seconds.max(0.0))).trim_end_matches('s'),
+                grants::seconds(Duration::from_secs_f64(self.granted_seconds.max(0.0))),
             ),
             "killing" => "got KILL".to_owned(),
             "gone" => "gone; is it started again?".to_owned(),

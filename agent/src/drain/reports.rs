@@ -3,6 +3,7 @@
 use std::{fs, io, path::Path};
 
 use super::report::Document;
+use crate::state;
 
 /// Reports that are kept.
 const KEPT: usize = 32;
@@ -11,10 +12,7 @@ const KEPT: usize = 32;
 pub(super) fn keep(folder: &Path, document: &Document) -> io::Result<()> {
     let folder = folder.join("drains");
     fs::create_dir_all(&folder)?;
-    let text = serde_json::to_vec(document)?;
-    let draft = folder.join(".new");
-    fs::write(&draft, text)?;
-    fs::rename(&draft, folder.join(format!("{}.json", document.id)))?;
+    state::replace(&folder, &format!("{}.json", document.id), &serde_json::to_vec(document)?)?;
     let mut all: Vec<_> = fs::read_dir(&folder)?
         .filter_map(Result::ok)
         .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))

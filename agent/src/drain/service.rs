@@ -248,8 +248,6 @@ pub(crate) struct Service {
     /// Of the time between its first signal and its end; `None`: its share of what remains.
     pub deadline: Option<Duration>,
     pub on_deadline: OnDeadline,
-    /// A shell command that is true as soon as the service serves; only from the settings.
-    pub ready: Option<String>,
     /// A shell command that is run before the signal; only from the settings.
     pub prestop: Option<String>,
     /// User who registered it.
@@ -267,7 +265,6 @@ impl Service {
             stop: Some(Stop { signal: Signal::TERM, late: None, preset: None }),
             deadline: None,
             on_deadline: OnDeadline::Report,
-            ready: None,
             prestop: None,
             uid: 0,
         }

@@ -44,7 +44,6 @@ struct Fields {
     deadline: Option<Duration>,
     #[serde(default)]
     on_deadline: OnDeadline,
-    ready: Option<String>,
     prestop: Option<String>,
 }
 
@@ -117,7 +116,6 @@ impl TryFrom<Fields> for WrittenService {
             stop,
             deadline: fields.deadline,
             on_deadline: fields.on_deadline,
-            ready: fields.ready,
             prestop: fields.prestop,
             uid: 0,
         }))
