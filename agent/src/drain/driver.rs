@@ -442,8 +442,8 @@ impl Driver {
             active.write(&mut written);
             if let Some(input) = self.act(&mut active, &action) {
                 let more = active.machine.step(clock::boottime(), input);
-                // What follows from an answer comes before what waits.
-                more.into_iter().rev().for_each(|action| todo.push_front(action));
+                // Behind what waits: entries are written in the order in which they have changed the machine.
+                todo.extend(more);
             }
         }
         active.write(&mut written);

@@ -173,7 +173,7 @@ impl World {
             self.tick()?;
             if let Some(input) = input {
                 let more = self.machine.step(self.now, input);
-                more.into_iter().rev().for_each(|action| todo.push_front(action));
+                todo.extend(more);
             }
         }
         Ok(())
@@ -417,6 +417,24 @@ fn each_stage_begins_as_soon_as_the_one_before_is_gone() {
     let mut run = machine.runs[0].clone();
     run.members[0].status = None;
     assert_eq!(verdict(&run).unwrap().0, Verdict::Lossy);
+}
+
+/// What was written was once not in the order in which it had happened: the end before what led to it.
+#[test]
+fn an_agent_that_is_killed_late_leaves_a_journal_that_is_in_order() {
+    for first in 0..40 {
+        let kills = Behaviour {
+            stops: vec![None, None],
+            kill: true,
+            late: true,
+            deadline: Some(143),
+            ..simple(None)
+        };
+        let behaviours = vec![kills, simple(None)];
+        let mut world = World::begin(behaviours, vec![vec![0], vec![1]], 5843, vec![25, 21, first]);
+        world.run();
+        assert!(world.machine.ended.is_some(), "{:#?}", world.journal);
+    }
 }
 
 #[test]
