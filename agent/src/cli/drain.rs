@@ -74,7 +74,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         return report(&progress.drain.ok_or_else(nothing)?, arguments.output.format);
     }
     if names.is_empty() && !arguments.all {
-        return Err(Failure::new(Exit::Usage, "which services?", "name some, or say --all"));
+        return Err(Failure::new(Exit::Usage, "no service is named", "name some, or say --all"));
     }
     let wish = DrainWish {
         services: (!names.is_empty()).then(|| names.clone()),

@@ -74,7 +74,7 @@ impl Signal {
         }
         let names: Vec<_> = SIGNALS.iter().map(|(name, _)| *name).collect();
         let why = if name == "KILL" {
-            "KILL ends a process without asking: say on_deadline = \"kill\" for what does not stop".to_owned()
+            "KILL ends a process without asking: say on_deadline = \"kill\", or --kill, for what does not stop".to_owned()
         } else {
             format!("{text:?} is not a signal that asks to stop: {}", names.join(", "))
         };
