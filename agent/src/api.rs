@@ -20,7 +20,7 @@ use plumb_common::task::ProcKey;
 use serde::Deserialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream, unix},
+    net::{TcpListener, TcpStream, UnixListener, unix},
     sync::{mpsc, watch},
     task::JoinSet,
     time,
@@ -36,6 +36,7 @@ use crate::{
     follow::Who,
     line::{self, Line},
     observe::Input,
+    peer::Connection,
     say,
     services::{self, Services},
     subscribe::{self, Item, Subscribers, Subscription},
@@ -149,11 +150,12 @@ impl Listener for Tcp {
 }
 
 impl Listener for Unix {
-    type Io = UnixStream;
+    type Io = Connection;
     type Addr = unix::SocketAddr;
 
-    async fn accept(&mut self) -> (UnixStream, unix::SocketAddr) {
-        accepted(|| self.0.accept()).await
+    async fn accept(&mut self) -> (Connection, unix::SocketAddr) {
+        let (stream, address) = accepted(|| self.0.accept()).await;
+        (Connection::new(stream), address)
     }
 
     fn local_addr(&self) -> io::Result<unix::SocketAddr> {

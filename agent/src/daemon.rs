@@ -10,7 +10,7 @@ use std::{
 };
 
 use axum::Extension;
-use rustix::fs::FlockOperation;
+use rustix::{fs::FlockOperation, net::sockopt::set_socket_passcred};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{
@@ -312,6 +312,8 @@ fn listen_unix(path: PathBuf, mode: u32) -> Result<(UnixListener, SocketFile), F
     let file = SocketFile(path);
     let _ = fs::remove_file(&file.0);
     let bound = UnixListener::bind(&file.0).and_then(|listener| {
+        // Accepted connections have it, too: since 3.13.
+        set_socket_passcred(&listener, true)?;
         fs::set_permissions(&file.0, fs::Permissions::from_mode(mode))?;
         Ok(listener)
     });

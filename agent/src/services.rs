@@ -294,6 +294,7 @@ fn registration(
         deadline: wish.deadline.as_deref().map(seconds).transpose()?,
         on_deadline: wish.on_deadline.unwrap_or_default(),
         prestop: None,
+        ready: None,
         uid: peer.caller.uid,
     };
     Ok(Registration { service, process, caller: peer.caller })

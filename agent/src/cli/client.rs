@@ -1,7 +1,9 @@
 //! Asks the running agent over one of its sockets.
 
 use std::{
-    io,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -11,6 +13,10 @@ use clap::Args;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, StatusCode, body::Bytes};
 use hyper_util::rt::TokioIo;
+use rustix::{
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+    process::{PidfdFlags, getpid, pidfd_open},
+};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
@@ -106,6 +112,7 @@ fn exchange_within(
 
 async fn ask(socket: &Path, method: Method, path: &str, body: String) -> anyhow::Result<(StatusCode, Bytes)> {
     let stream = UnixStream::connect(socket).await?;
+    show_who_asks(&stream)?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let request = Request::builder().method(method).uri(path).header("host", "plumb");
@@ -114,6 +121,18 @@ async fn ask(socket: &Path, method: Method, path: &str, body: String) -> anyhow:
     let status = response.status();
     let body = Limited::new(response.into_body(), LIMIT).collect().await;
     Ok((status, body.map_err(|error| anyhow!("{error}"))?.to_bytes()))
+}
+
+/// Sends a pidfd of this process, for an agent whose kernel does not say who has connected: with an empty line, which may
+/// stand before a request (RFC 9112, 2.2).
+fn show_who_asks(stream: &UnixStream) -> io::Result<()> {
+    // Where that is forbidden one can still ask about others.
+    let Ok(own) = pidfd_open(getpid(), PidfdFlags::empty()) else { return Ok(()) };
+    let (own, mut space) = ([own.as_fd()], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&own));
+    sendmsg(stream, &[IoSlice::new(b"\r\n")], &mut control, SendFlags::empty())?;
+    Ok(())
 }
 
 pub(super) fn unreachable(socket: &Path, error: &anyhow::Error) -> Failure {

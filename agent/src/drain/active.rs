@@ -2,7 +2,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    process::Stdio,
+    io,
+    process::{ExitStatus, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -226,16 +227,64 @@ pub(super) fn gone(process: &Process) -> Option<impl Future<Output = ()> + Send 
     }
 }
 
-/// Runs a command, and says why it failed.
-pub(super) async fn prestop(command: &str, cancelled: CancellationToken) -> Option<String> {
-    let mut shell = tokio::process::Command::new("/bin/sh");
-    shell.args(["-c", command]).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+/// Between two runs of `ready`.
+const READY_PAUSE: Duration = Duration::from_millis(200);
+
+/// Runs `prestop`, then `ready` until that fails, and says what went wrong.
+pub(super) async fn prestop(
+    (prestop, ready): (Option<String>, Option<String>),
+    cancelled: CancellationToken,
+) -> Option<String> {
     let ended = async {
-        match shell.status().await {
-            Ok(status) if status.success() => None,
-            Ok(status) => Some(format!("failed ({status})")),
-            Err(error) => Some(format!("could not be run: {error}")),
+        let failed = match prestop.as_deref() {
+            Some(command) => match shell(command).await {
+                Ok(status) if status.success() => None,
+                Ok(status) => Some(format!("failed ({status})")),
+                Err(error) => Some(format!("could not be run: {error}")),
+            },
+            None => None,
+        };
+        let Some(ready) = ready else { return failed };
+        loop {
+            match shell(&ready).await {
+                Ok(status) if status.success() => time::sleep(READY_PAUSE).await,
+                // What cannot be found says nothing about the service.
+                Ok(status) if matches!(status.code(), Some(126 | 127)) => {
+                    return Some(format!("ends early: ready could not be run ({status})"));
+                }
+                Ok(_) => return failed,
+                Err(error) => return Some(format!("ends early: ready could not be run: {error}")),
+            }
         }
     };
     cancelled.run_until_cancelled(ended).await.unwrap_or_else(|| Some("was ended".to_owned()))
+}
+
+async fn shell(command: &str) -> io::Result<ExitStatus> {
+    let mut shell = tokio::process::Command::new("/bin/sh");
+    shell.args(["-c", command]).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+    shell.status().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_signal_waits_until_a_service_is_not_ready_any_more() {
+        let asked = std::env::temp_dir().join(format!("plumb-ready-{}", std::process::id()));
+        let ready = format!("echo >> {0}; test $(wc -l < {0}) -lt 3", asked.display());
+        let run = |prestop: Option<&str>, ready: &str| {
+            super::prestop((prestop.map(str::to_owned), Some(ready.to_owned())), CancellationToken::new())
+        };
+        assert_eq!(run(None, &ready).await, None);
+        assert_eq!(std::fs::read_to_string(&asked).unwrap().lines().count(), 3);
+        std::fs::remove_file(&asked).unwrap();
+        assert!(run(Some("exit 3"), "false").await.unwrap().contains("exit status: 3"));
+        assert!(run(Some("true"), "/none/such").await.unwrap().contains("could not be run"));
+        let (cancelled, ready) = (CancellationToken::new(), (None, Some("true".to_owned())));
+        let ended = tokio::spawn(super::prestop(ready, cancelled.clone()));
+        cancelled.cancel();
+        assert_eq!(ended.await.unwrap().as_deref(), Some("was ended"));
+    }
 }

@@ -468,12 +468,13 @@ impl Driver {
                 })
             }
             Action::Prestop(service) => {
-                let command = active.machine.begun.services[*service].prestop.clone().unwrap_or_default();
+                let commands = &active.machine.begun.services[*service];
+                let commands = (commands.prestop.clone(), commands.ready.clone());
                 let cancelled = CancellationToken::new();
                 active.prestops.insert(*service, cancelled.clone());
                 let (id, service) = (active.machine.begun.id.clone(), *service);
                 self.waits.push(Box::pin(async move {
-                    Waited::Prestop(id, service, prestop(&command, cancelled).await)
+                    Waited::Prestop(id, service, prestop(commands, cancelled).await)
                 }));
                 None
             }

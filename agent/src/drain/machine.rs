@@ -239,7 +239,7 @@ impl Machine {
         if self.runs[service].phase != Phase::Checking {
             return;
         }
-        if self.begun.services[service].prestop.is_some() && !self.runs[service].prestopped {
+        if self.begun.services[service].has_prestop() && !self.runs[service].prestopped {
             self.record(out, Entry::Prestop { at: now, service });
             out.push(Action::Prestop(service));
             return;
@@ -348,7 +348,13 @@ impl Machine {
         let since = |time: Duration| run.gone.is_some_and(|gone| now >= gone + nanos(time));
         match run.phase {
             Phase::Prestop if now >= run.began + nanos(run.grant) / 2 => {
-                let why = format!("ended after {}: it took too long", grants::seconds(run.grant / 2));
+                let half = grants::seconds(run.grant / 2);
+                let why = match self.begun.services[service].ready {
+                    Some(_) => {
+                        format!("was given up after {half}: it takes too long, or the service still is ready")
+                    }
+                    None => format!("ended after {half}: it took too long"),
+                };
                 out.push(Action::EndPrestop(service));
                 self.record(out, Entry::PrestopEnded { at: now, service, why: Some(why) });
                 out.push(Action::Find(service));

@@ -250,8 +250,19 @@ pub(crate) struct Service {
     pub on_deadline: OnDeadline,
     /// A shell command that is run before the signal; only from the settings.
     pub prestop: Option<String>,
+    /// A shell command that succeeds while new work still comes: the signal waits until it fails; only from the settings.
+    #[serde(default)]
+    pub ready: Option<String>,
     /// User who registered it.
     pub uid: u32,
+}
+
+impl Service {
+    /// Whether something is to be awaited before its signal.
+    #[must_use]
+    pub(crate) const fn has_prestop(&self) -> bool {
+        self.prestop.is_some() || self.ready.is_some()
+    }
 }
 
 #[cfg(test)]
@@ -266,6 +277,7 @@ impl Service {
             deadline: None,
             on_deadline: OnDeadline::Report,
             prestop: None,
+            ready: None,
             uid: 0,
         }
     }

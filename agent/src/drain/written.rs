@@ -45,6 +45,7 @@ struct Fields {
     #[serde(default)]
     on_deadline: OnDeadline,
     prestop: Option<String>,
+    ready: Option<String>,
 }
 
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
@@ -117,6 +118,7 @@ impl TryFrom<Fields> for WrittenService {
             deadline: fields.deadline,
             on_deadline: fields.on_deadline,
             prestop: fields.prestop,
+            ready: fields.ready,
             uid: 0,
         }))
     }
@@ -136,9 +138,10 @@ mod tests {
     fn a_service_is_written_as_it_is_meant() {
         let service = read(
             "name = 'web'\nexe = '/usr/sbin/nginx'\nargs = ['-c', 'a.conf']\nafter = ['edge']\npreset = 'nginx'\n\
-             deadline = '10s'\non_deadline = 'kill'\nprestop = 'true'\n",
+             deadline = '10s'\non_deadline = 'kill'\nprestop = 'true'\nready = 'false'\n",
         );
         let service = service.unwrap();
+        assert_eq!((service.prestop.as_deref(), service.ready.as_deref()), (Some("true"), Some("false")));
         let arguments = vec!["-c".to_owned(), "a.conf".to_owned()];
         assert_eq!(service.target, Target::Exe("/usr/sbin/nginx".into(), arguments));
         assert_eq!(service.stop.unwrap().signal, Signal::QUIT);
