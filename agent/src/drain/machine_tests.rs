@@ -299,7 +299,7 @@ impl World {
                                 members.iter().position(|one| one.member.identity.pid as usize == number);
                             match at {
                                 Some(at) => {
-                                    let fact = Fact::Exit { member: at, status: 0 };
+                                    let fact = Fact::Exit { member: at, status: 0, time: 0 };
                                     let actions = self.machine.step(self.now, Input::Seen(service, fact));
                                     self.perform(actions);
                                     if !self.watched.contains(&(service, number)) {
