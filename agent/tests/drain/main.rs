@@ -14,6 +14,9 @@ use std::{
 use rustix::process::Signal;
 use serde_json::Value;
 
+mod client;
+mod storm;
+mod subject;
 #[path = "../support/mod.rs"]
 mod support;
 
