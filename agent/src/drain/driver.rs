@@ -346,13 +346,18 @@ impl Driver {
         };
         let machine =
             Machine::replay(entries).filter(|machine| machine.begun.boot_id == self.settings.boot_id);
-        let Some(machine) = machine.filter(|machine| machine.finished.is_none()) else {
+        let Some(machine) = machine else {
             tracing::warn!(
-                "the journal of a drain is removed: it is of another boot, over, or not what plumb writes"
+                "the journal of a drain is removed: it is of another boot, or not what plumb writes"
             );
             let _ = journal.remove();
             return;
         };
+        if machine.finished.is_some() {
+            // That agent has not come to keep the report.
+            self.close(Active::new(machine, Ok(journal), HashMap::new()));
+            return;
+        }
         tracing::warn!(drain = machine.begun.id, "takes up a drain that an agent before has left");
         // Nobody held these meanwhile: they are found by their numbers, once.
         let registered = by_place(&machine.begun.services, |service| match &service.target {
