@@ -203,7 +203,7 @@ pub(crate) fn run(effort: Effort) -> Result<()> {
     row("the end, later than the slowest service of each stage", each(|one| one.told - one.stages));
     row("of that, until the agent tells of it", each(|one| one.told - one.all));
     row("the end, later than the slowest chain", each(|one| one.told - one.chain));
-    waiting(&agent, &mut admin, effort)
+    waiting(&agent, effort)
 }
 
 fn once(admin: &mut Client, round: usize, random: &mut Random) -> Result<Taken> {
@@ -221,6 +221,8 @@ fn once(admin: &mut Client, round: usize, random: &mut Random) -> Result<Taken> 
     begin(admin)?;
     admin.drain_when(|drain| drain["state"] == "ended" || drain["state"] == "finished");
     let told = now() - began;
+    // The next one would first look once more for what this one has stopped.
+    admin.drain_when(|drain| drain["state"] == "finished");
     let said = services.iter_mut().map(Served::said).collect::<Result<Vec<_>>>()?;
     let slowest = |stage: &[Served]| stage.iter().map(|one| one.takes).max().unwrap_or(0) as f64;
     let (first, second) = services.split_at(CHAINS);
@@ -241,7 +243,7 @@ fn begin(admin: &mut Client) -> Result<Value> {
 }
 
 /// What the agent does while services take their time, beside what it does anyway.
-fn waiting(agent: &Agent, admin: &mut Client, effort: Effort) -> Result<()> {
+fn waiting(agent: &Agent, effort: Effort) -> Result<()> {
     let settle = Duration::from_secs(6);
     let mut rows = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
     for reading in 0..effort.readings {
@@ -251,11 +253,11 @@ fn waiting(agent: &Agent, admin: &mut Client, effort: Effort) -> Result<()> {
         let takes = u64::try_from(takes.as_millis())?;
         let mut services = (0..6).map(|_| Served::start(takes)).collect::<Result<Vec<_>>>()?;
         for (at, service) in services.iter().enumerate() {
-            service.register(admin, &format!("wait{reading}-{at}"), &[])?;
+            service.register(&mut agent.admin()?, &format!("wait{reading}-{at}"), &[])?;
         }
         thread::sleep(Duration::from_secs(1));
         let idle = agent.per_second(effort.reading)?;
-        begin(admin)?;
+        begin(&mut agent.admin()?)?;
         thread::sleep(Duration::from_secs(1));
         let waits = agent.per_second(effort.reading)?;
         for (row, (cpu, switches)) in rows.iter_mut().zip([idle, waits]) {

@@ -85,7 +85,7 @@ static PARTS: [Part; 7] = [
     },
     Part { name: "rate", seconds: [125, 15], run: |effort, _| rate::run(effort) },
     Part { name: "agent", seconds: [120, 60], run: |effort, _| agent::run(effort) },
-    Part { name: "drain", seconds: [150, 50], run: |effort, _| drain::run(effort) },
+    Part { name: "drain", seconds: [270, 90], run: |effort, _| drain::run(effort) },
     Part { name: "check", seconds: [1200, 240], run: check::run },
 ];
 

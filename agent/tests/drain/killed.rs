@@ -60,14 +60,14 @@ fn kill_at(entries: usize, later: Duration) -> Option<String> {
     fs::write(&pidfile, pid(&first)).unwrap();
     // Those of the settings wait for what is registered later: here they go first.
     for (name, server, more) in
-        [("second", &second, &[][..]), ("deaf", &deaf, &["--kill", "--deadline", "700ms"])]
+        [("second", &second, &[][..]), ("deaf", &deaf, &["--kill", "--deadline", "2s"])]
     {
         let add = ["services", "add", name, "--pid", &pid(server), "--signal", "TERM", "--after", "first"];
         let output = host.plumb(&[&add, more].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
     let mut drain = plumb();
-    drain.args(["drain", "--all", "--deadline", "30s"]).env("PLUMB_RUN_DIR", host.run_dir());
+    drain.args(["drain", "--all", "--deadline", "15s"]).env("PLUMB_RUN_DIR", host.run_dir());
     let mut drain = Running(drain.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     let mut was_there = false;
     loop {
@@ -109,7 +109,9 @@ fn check(host: &Host, report: &Value, last: &str, prestops: &str) {
         let times = host.events().iter().filter(|event| **event == format!("{name} TERM")).count();
         let notes = service["notes"].to_string();
         let is_unsure = notes.contains("may not have been sent");
-        assert!(times == 1 || is_unsure && times == 0, "{name} got {times}: {}", context());
+        // Its time may have passed while there was no agent: then KILL comes before it can note anything.
+        let is_at_once = service["verdict"] == "killed" && service["seconds"].as_f64() < Some(0.5);
+        assert!(times == 1 || (is_unsure || is_at_once) && times == 0, "{name} got {times}: {}", context());
         // Clean only if somebody saw it.
         let is_told = match (service["verdict"].as_str().unwrap(), &service["exit_code"]) {
             ("clean", code) => code == 0,
