@@ -66,7 +66,8 @@ pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let status = fs::read_to_string(folder.join("status")).ok()?;
     let masks = |key: &str| mask(&status, key).is_some_and(|mask| has(mask, signal));
     let sockets = own_sockets(process.identity.pid);
-    let tables = tcp(process.identity.pid);
+    // These take the kernel milliseconds, however few sockets there are.
+    let tables = if sockets.is_empty() { Vec::new() } else { tcp(process.identity.pid) };
     let own = || tables.iter().filter(|entry| sockets.contains(&entry.inode));
     let listens = own().filter(|entry| entry.state == TcpState::Listen);
     let mut listeners: Vec<String> = listens.map(|entry| entry.local_address.to_string()).collect();

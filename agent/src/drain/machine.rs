@@ -244,10 +244,14 @@ impl Machine {
             out.push(Action::Prestop(service));
             return;
         }
-        let unit = found.unit.clone();
         self.record(out, Entry::Found { at: now, service, found: Box::new(found) });
         out.push(Action::Watch(service));
-        match (unit, &self.begun.services[service].stop) {
+        self.ask_to_stop(now, service, out);
+    }
+
+    /// For the first time.
+    fn ask_to_stop(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
+        match (self.runs[service].found.unit.clone(), &self.begun.services[service].stop) {
             (Some(unit), _) => {
                 self.record(out, Entry::UnitStopping { at: now, service, unit: unit.clone() });
                 out.push(Action::StopUnit(service, unit));
@@ -404,6 +408,10 @@ impl Machine {
                         self.runs[service].notes.push(note.to_owned());
                     }
                     out.push(Action::Watch(service));
+                    if self.runs[service].signalled.is_none() {
+                        // It was found, and that agent has not come further.
+                        self.ask_to_stop(now, service, out);
+                    }
                     self.confirm(now, service, out);
                 }
                 _ => {}
