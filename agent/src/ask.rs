@@ -9,7 +9,7 @@ use std::{
 use plumb_common::task::ProcKey;
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::{detect::Resource, follow::Who};
+use crate::{detect::Resource, follow::Who, sockets::SocketRequest};
 
 /// What the observer is asked for.
 #[derive(Clone, Debug)]
@@ -30,6 +30,8 @@ pub(crate) enum Request {
     Threads(ProcKey, Vec<u32>),
     /// Count the threads that began before this time, nanoseconds since boot, by type.
     Census(ProcKey, u64),
+    /// Follow the sockets and signals of services.
+    Sockets(SocketRequest),
     /// No longer suspect.
     Forget(ProcKey, Resource),
 }

@@ -77,6 +77,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     })?;
     let limits = observe::Limits { fd_events: config.fd_events, max_processes: config.max_processes };
     let (subscribers, followers, bell) = (Subscribers::default(), ask.clone(), ask.bell());
+    let asks = ask.clone();
     let (stacks, inbox) = stacks::Queue::new();
     let waker = stacks.clone();
     let said = inputs.clone();
@@ -175,7 +176,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
             Ok(())
         }
     });
-    let (drain, drains) = spawn_drain(&mut supervisor, &config, kept_in, &subscribers, &drained)?;
+    let (drain, drains) = spawn_drain(&mut supervisor, &config, kept_in, (&subscribers, &asks), &drained)?;
     let services = Services { commands: drain.clone(), views: drains.clone() };
     let open = services::router(services.clone());
     let events = api::Events { subscribers, requests: followers, inputs: said };
@@ -333,7 +334,7 @@ fn spawn_drain(
     supervisor: &mut Supervisor,
     config: &Config,
     state_dir: Option<PathBuf>,
-    subscribers: &Subscribers,
+    (subscribers, ask): (&Subscribers, &Asker),
     own: &Own,
 ) -> Result<Drains, Failure> {
     let (commands, received) = channel(QUEUE);
@@ -351,11 +352,11 @@ fn spawn_drain(
     };
     Driver::check(&settings).map_err(refused)?;
     let received = Arc::new(AsyncMutex::new(received));
-    let (subscribers, own) = (subscribers.clone(), own.clone());
+    let (subscribers, ask, own) = (subscribers.clone(), ask.clone(), own.clone());
     supervisor.spawn("drain", move |stop| {
         let counted = own.clone();
         let done = Box::new(move |drain: &drain::Document| counted.drained(drain));
-        let driver = Driver::new(settings.clone(), views.clone(), done);
+        let driver = Driver::new(settings.clone(), ask.clone(), views.clone(), done);
         let (received, events) = (Arc::clone(&received), subscribers.add_own());
         let gauge = own.clone();
         async move {

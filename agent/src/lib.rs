@@ -42,6 +42,7 @@ mod procfs;
 mod report;
 mod say;
 mod services;
+mod sockets;
 mod stacks;
 mod state;
 mod subscribe;

@@ -207,6 +207,22 @@ fn fate(signal: &Signal) -> &'static str {
     }
 }
 
+/// What takes a signal that was delivered.
+#[must_use]
+pub(crate) const fn handler(signal: &Signal) -> &'static str {
+    match signal.handler {
+        0 => "by default",
+        1 => "and ignored",
+        _ => "by a handler",
+    }
+}
+
+/// Whether it was told from the kernel's clocks that a request is lost.
+#[must_use]
+pub(crate) const fn is_guessed(socket: &Socket) -> bool {
+    socket.marks & MARK_GUESSED != 0
+}
+
 /// `TERM`, or the number of what has no name.
 #[must_use]
 pub(crate) fn signal_name(signal: u32) -> String {
@@ -249,7 +265,7 @@ impl Tally {
             return None;
         }
         *self.lost.entry(class).or_default() += 1;
-        self.guessed += u64::from(socket.marks & MARK_GUESSED != 0);
+        self.guessed += u64::from(is_guessed(socket));
         Some(class)
     }
 

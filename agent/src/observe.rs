@@ -22,6 +22,7 @@ use crate::{
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
     say::Saying,
+    sockets::Sockets,
     stacks::{Losses, Named, Queue, Survivors},
     table::Pass,
 };
@@ -104,6 +105,7 @@ struct Observer {
     describer: Describer,
     evidence: Evidence,
     follow: Follow,
+    sockets: Sockets,
     admission: Admission,
     survivors: Survivors,
     /// Stacks of what has been drained and not handed on.
@@ -137,6 +139,7 @@ pub(crate) fn run(
         describer,
         evidence,
         follow,
+        sockets: Sockets::default(),
         survivors: Survivors::default(),
         survived: Vec::new(),
         execs: Vec::new(),
@@ -169,7 +172,8 @@ impl Observer {
         while !stop.is_cancelled() && is_heard {
             if !more && !asked {
                 let until_pass = next_pass.saturating_duration_since(Instant::now());
-                let rest = if self.follow.is_listened_to() { until_pass.min(TICK) } else { until_pass };
+                let is_urgent = self.follow.is_listened_to() || self.kernel.follows_sockets();
+                let rest = if is_urgent { until_pass.min(TICK) } else { until_pass };
                 self.ring.wait(rest)?;
             }
             // A full queue holds the reader up, the ring fills, and the kernel counts what it cannot keep:
@@ -278,7 +282,8 @@ impl Observer {
     /// Answers one request: looking through fds takes time, and the ring and the passes must not wait for a
     /// host full of suspects.
     fn answer(&mut self, request: Request) -> Option<Input> {
-        let Self { kernel, evidence, follow, stacks, .. } = self;
+        let rejected = self.ring.ledger().rejected;
+        let Self { kernel, evidence, follow, stacks, sockets, .. } = self;
         match request {
             Request::Follow(who) => follow.add(kernel, who),
             Request::Unfollow(who) => follow.remove(kernel, who),
@@ -307,6 +312,7 @@ impl Observer {
                 let threads = kernel.threads(key).unwrap_or_default();
                 return Some(Input::Census(key, census::older_than(old, &threads)));
             }
+            Request::Sockets(request) => sockets.answer(kernel, rejected, request),
             Request::Confirm(key, resource, baseline) => {
                 // Without a list the trend has to speak for itself.
                 let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {

@@ -24,9 +24,13 @@ use super::{
     process::Process,
     report::{self, Document},
     service::{Service, Target},
+    sockets::Sockets,
     systemd::{self, Systemd, Unit},
 };
-use crate::clock::{self, Calendar};
+use crate::{
+    clock::{self, Calendar},
+    decode::Event,
+};
 
 /// A drain under way.
 pub(super) struct Active {
@@ -38,6 +42,8 @@ pub(super) struct Active {
     /// Members whose end is waited for.
     pub(super) watched: HashSet<(usize, usize)>,
     pub(super) prestops: HashMap<usize, CancellationToken>,
+    /// What the kernel says of the services; `None` when nobody is asked.
+    pub(super) sockets: Option<Sockets>,
 }
 
 impl Active {
@@ -45,12 +51,13 @@ impl Active {
         machine: Machine,
         journal: Result<Journal, String>,
         registered: HashMap<usize, Arc<Process>>,
+        sockets: Option<Sockets>,
     ) -> Self {
         if let Err(why) = &journal {
             tracing::warn!("this drain has no journal, nobody takes it up if the agent is killed: {why}");
         }
         let (processes, watched, prestops) = Default::default();
-        Self { machine, journal, processes, registered, watched, prestops }
+        Self { machine, journal, processes, registered, watched, prestops, sockets }
     }
 
     pub(super) fn document(&self) -> Document {
@@ -98,6 +105,33 @@ impl Active {
             }
         }
         inputs
+    }
+
+    /// What a batch of events tells of the services.
+    pub(super) fn seen(&mut self, events: &[Event]) -> Vec<Input> {
+        let mut inputs = Vec::new();
+        for event in events {
+            if let Event::Exit(exit) = event
+                && exit.group_dead != 0
+            {
+                inputs.extend(self.exited(event.header(), exit.code));
+            }
+        }
+        let Self { machine, sockets, .. } = self;
+        let of = |pid: u32, start: u64| {
+            let ticks = start / (1_000_000_000 / TICKS);
+            let is =
+                |one: &MemberRun| (one.member.identity.pid, one.member.identity.start_ticks) == (pid, ticks);
+            machine.runs.iter().position(|run| run.members.iter().any(is))
+        };
+        inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of)));
+        inputs
+    }
+
+    /// What was counted of a service until now.
+    pub(super) fn counted(&mut self, service: usize) -> Option<Input> {
+        let fact = self.sockets.as_mut()?.counted(service);
+        Some(Input::Seen(service, fact))
     }
 
     /// Children of a service that are left, and what runs in its place.

@@ -1,9 +1,10 @@
 //! What an entry of the journal changes.
 
 use super::{
-    course::{Entry, Fact, Found, Phase, Sent, of_member, signal_name},
+    course::{Entry, Fact, Found, Phase, Run, Sent, of_member, signal_name},
     machine::Machine,
 };
+use crate::losses::MAX_EXAMPLES;
 
 impl Machine {
     /// The only place where anything changes that is not made up again.
@@ -110,10 +111,7 @@ impl Machine {
                 let run = &mut self.runs[*service];
                 (run.phase, run.gone) = (Phase::Gone, Some(*at));
             }
-            Entry::Seen { service, fact: Fact::Exit { member, status, time }, .. } => {
-                let one = &mut self.runs[*service].members[*member];
-                (one.status, one.exited) = (Some(*status), Some(*time));
-            }
+            Entry::Seen { service, fact, .. } => saw(&mut self.runs[*service], fact),
             Entry::Late { at, service } => {
                 tell(*at, *service, "its deadline has passed".to_owned());
                 let run = &mut self.runs[*service];
@@ -127,5 +125,51 @@ impl Machine {
             Entry::Ended { at } => self.ended = Some(*at),
             Entry::Finished { at } => self.finished = Some(*at),
         }
+    }
+}
+
+/// What the kernel said of a service.
+fn saw(run: &mut Run, fact: &Fact) {
+    let mut tell = |at: u64, words: String| {
+        // It is told a moment later.
+        let place = run.timeline.partition_point(|(time, _)| *time <= at);
+        run.timeline.insert(place, (at, words));
+    };
+    let seen = &mut run.seen;
+    match fact {
+        Fact::Exit { member, status, time } => {
+            let one = &mut run.members[*member];
+            (one.status, one.exited) = (Some(*status), Some(*time));
+        }
+        Fact::Taken { at, signal, how } => {
+            tell(*at, format!("{} is taken, {how}", signal_name(*signal)));
+            seen.taken.push(*signal);
+        }
+        Fact::Killed { at, by } => {
+            tell(*at, format!("{by} sends KILL"));
+            seen.killed_by = Some(by.clone());
+        }
+        Fact::NoMemory { at } => {
+            tell(*at, "is killed by the kernel: there is no memory".to_owned());
+            seen.killed_by = Some("the kernel, which had no memory left for it".to_owned());
+        }
+        Fact::Listener { at, port, waiting } => {
+            tell(*at, format!("port {port} is closed, {waiting} not accepted"));
+            seen.listeners.push((*port, *at, *waiting));
+        }
+        Fact::Lost { requests, guessed, examples } => {
+            for (class, many) in requests {
+                let at = examples.iter().find(|one| one.class == *class).map_or(0, |one| one.at);
+                if !seen.lost.contains_key(class) && at != 0 {
+                    tell(at, format!("the first request is lost: {class}"));
+                }
+                *seen.lost.entry(*class).or_default() += many;
+            }
+            seen.guessed += guessed;
+            let room = MAX_EXAMPLES.saturating_sub(seen.examples.len());
+            seen.examples.extend(examples.iter().take(room).cloned());
+        }
+        Fact::Counted { counts } => seen.counts.clone_from(counts),
+        Fact::Unseen { why } => seen.unseen.push(why.clone()),
     }
 }

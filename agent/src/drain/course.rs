@@ -1,6 +1,6 @@
 //! What can happen in a drain and what is to be done then, and where a service is in its course.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +8,7 @@ use super::{
     identity::Identity,
     service::{Service, Signal},
 };
+use crate::losses::Class;
 
 /// A drain as it was asked for. Times are nanoseconds since boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +47,9 @@ pub(crate) struct Found {
     pub connections: usize,
     /// Nothing handles the signal: it ends the process by itself.
     pub is_unhandled: bool,
+    /// On which it listens.
+    #[serde(default)]
+    pub ports: Vec<u32>,
 }
 
 /// What the kernel says of a service.
@@ -54,6 +58,32 @@ pub(crate) struct Found {
 pub(crate) enum Fact {
     /// Status of a process as wait(2) has it, and when it ended.
     Exit { member: usize, status: i32, time: u64 },
+    /// A thread of it takes a signal: by a handler, by default, or to ignore it.
+    Taken { at: u64, signal: i32, how: String },
+    /// Somebody else than plumb sent KILL.
+    Killed { at: u64, by: String },
+    /// The kernel killed it because there was no memory.
+    NoMemory { at: u64 },
+    /// It listens on a port no longer; so many connections were waiting to be accepted.
+    Listener { at: u64, port: u32, waiting: u32 },
+    /// Requests that are lost; of some of them that is told from the kernel's clocks.
+    Lost { requests: BTreeMap<Class, u64>, guessed: u64, examples: Vec<LostRequest> },
+    /// How often what happened to its connections, while it was drained.
+    Counted { counts: BTreeMap<String, u64> },
+    /// Something may have happened that nobody saw.
+    Unseen { why: String },
+}
+
+/// A request that is lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LostRequest {
+    /// Nanoseconds since boot.
+    pub at: u64,
+    pub class: Class,
+    /// Address and port of who asked.
+    pub peer: String,
+    pub unread_bytes: u32,
+    pub unsent_bytes: u32,
 }
 
 /// Why a signal was not sent to one process.
@@ -278,7 +308,28 @@ pub(crate) struct Run {
     pub again: Option<String>,
     /// How often it was looked for after its end.
     pub looks: u8,
+    /// What the kernel saw of it.
+    pub seen: Seen,
     pub timeline: Vec<(u64, String)>,
+}
+
+/// What the kernel saw of a service.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    pub lost: BTreeMap<Class, u64>,
+    /// Of these it was told from the kernel's clocks.
+    pub guessed: u64,
+    /// The first ones.
+    pub examples: Vec<LostRequest>,
+    /// Port, time since boot, and how many were waiting to be accepted.
+    pub listeners: Vec<(u32, u64, u32)>,
+    /// Signals that a thread of it has taken.
+    pub taken: Vec<i32>,
+    /// Who has killed it, but plumb.
+    pub killed_by: Option<String>,
+    pub counts: BTreeMap<String, u64>,
+    /// Why there may be more.
+    pub unseen: Vec<String>,
 }
 
 impl Run {
@@ -299,6 +350,7 @@ impl Run {
             is_killed: false,
             again: None,
             looks: 0,
+            seen: Seen::default(),
             timeline: Vec::new(),
         }
     }

@@ -19,7 +19,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     active::{Active, by_place, gone, listed, look, prestop, same, stop_unit},
     command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
-    course::{Action, Begun, Input, NotSent},
+    course::{Action, Begun, Fact, Input, NotSent},
     grants,
     identity::Identity,
     journal::Journal,
@@ -32,8 +32,10 @@ use super::{
     reports,
     service::{Name, Service, Target},
     signaller,
+    sockets::Sockets,
 };
 use crate::{
+    ask::Asker,
     clock,
     decode::Event,
     subscribe::{Item, Subscription},
@@ -59,6 +61,7 @@ struct Held {
 
 pub(crate) struct Driver {
     settings: Settings,
+    ask: Asker,
     registry: Registry,
     held: HashMap<Name, Held>,
     active: Option<Active>,
@@ -77,6 +80,7 @@ impl Driver {
     /// `done` is called with each drain that is over.
     pub(crate) fn new(
         settings: Settings,
+        ask: Asker,
         views: watch::Sender<View>,
         done: Box<dyn Fn(&Document) + Send>,
     ) -> Result<Self, Refusal> {
@@ -84,6 +88,7 @@ impl Driver {
         registry.add_all(settings.services.clone())?;
         Ok(Self {
             settings,
+            ask,
             registry,
             held: HashMap::new(),
             active: None,
@@ -134,7 +139,7 @@ impl Driver {
                     Some(command) => block_in_place(|| self.command(command)),
                     None => return,
                 },
-                () = timer => block_in_place(|| self.step(Input::Time)),
+                () = timer => block_in_place(|| self.due()),
                 item = next_event => match item {
                     Some(item) => block_in_place(|| self.events(&item)),
                     None => events = None,
@@ -317,7 +322,8 @@ impl Driver {
         let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
         let registered = by_place(&begun.services, held);
         let (machine, actions) = Machine::begin(begun);
-        self.active = Some(Active::new(machine, journal, registered));
+        let sockets = Sockets::begin(&self.ask, machine.runs.len());
+        self.active = Some(Active::new(machine, journal, registered, Some(sockets)));
         self.perform(actions);
         Ok(id)
     }
@@ -355,7 +361,7 @@ impl Driver {
         };
         if machine.finished.is_some() {
             // That agent has not come to keep the report.
-            self.close(Active::new(machine, Ok(journal), HashMap::new()));
+            self.close(Active::new(machine, Ok(journal), HashMap::new(), None));
             return;
         }
         tracing::warn!(drain = machine.begun.id, "takes up a drain that an agent before has left");
@@ -364,7 +370,13 @@ impl Driver {
             Target::Process(meant) => same(meant),
             _ => None,
         });
-        self.active = Some(Active::new(machine, Ok(journal), registered));
+        let sockets = Sockets::begin(&self.ask, machine.runs.len());
+        let unseen = machine.unseen();
+        self.active = Some(Active::new(machine, Ok(journal), registered, Some(sockets)));
+        for service in unseen {
+            let why = "the agent was away for a part of it".to_owned();
+            self.step(Input::Seen(service, Fact::Unseen { why }));
+        }
         self.step(Input::Resume);
     }
 
@@ -404,17 +416,11 @@ impl Driver {
 
     fn events(&mut self, item: &Item) {
         let Item::Events(events) = item else { return };
-        for event in events.iter() {
+        let seen = self.active.as_mut().map(|active| active.seen(events));
+        seen.into_iter().flatten().for_each(|input| self.step(input));
+        for event in events.iter().filter(|event| matches!(event, Event::Exec(_))) {
             let tgid = event.header().process.tgid;
-            match event {
-                Event::Exit(exit) if exit.group_dead != 0 => {
-                    let active = self.active.as_ref();
-                    let seen = active.map(|active| active.exited(event.header(), exit.code));
-                    seen.into_iter().flatten().for_each(|input| self.step(input));
-                }
-                Event::Exec(_) => self.forget_changed(|pid| pid == tgid),
-                _ => {}
-            }
+            self.forget_changed(|pid| pid == tgid);
         }
     }
 
@@ -427,6 +433,16 @@ impl Driver {
         };
         let changed: Vec<_> = self.held.iter().filter_map(changed).collect();
         changed.iter().for_each(|(name, why)| self.forget(name, why));
+    }
+
+    /// What is given up now is counted before.
+    fn due(&mut self) {
+        let late = self.active.as_ref().map(|active| active.machine.about_to_be_late(clock::boottime()));
+        for service in late.into_iter().flatten() {
+            let counted = self.active.as_mut().and_then(|active| active.counted(service));
+            counted.into_iter().for_each(|input| self.step(input));
+        }
+        self.step(Input::Time);
     }
 
     fn step(&mut self, input: Input) {
@@ -447,6 +463,11 @@ impl Driver {
             }
             // Nothing is done that another agent would not know of.
             active.write(&mut written);
+            if let Action::Look(service) = action {
+                let counted = active.counted(service);
+                let more = counted.map(|input| active.machine.step(clock::boottime(), input));
+                todo.extend(more.into_iter().flatten());
+            }
             if let Some(input) = self.act(&mut active, &action) {
                 let more = active.machine.step(clock::boottime(), input);
                 // Behind what waits: entries are written in the order in which they have changed the machine.
@@ -468,9 +489,13 @@ impl Driver {
             Action::Find(service) => {
                 let held = active.registered.get(service).map(Arc::as_ref);
                 let (found, processes) = look(&active.machine.begun.services[*service], held);
+                let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
                 active.take(*service, 0, processes);
                 Some(match found {
-                    Preflight::Found(found) => Input::Found(*service, found),
+                    Preflight::Found(mut found) => {
+                        found.ports = ports.unwrap_or_default();
+                        Input::Found(*service, found)
+                    }
                     Preflight::NotRunning => Input::NotRunning(*service),
                     Preflight::Refused(why) => Input::Refused(*service, why),
                 })

@@ -1,6 +1,6 @@
 //! What pre-flight looks at, of one process.
 
-use std::{collections::HashSet, fs, os::unix::fs::MetadataExt, path::Path};
+use std::{collections::HashSet, fs, os::unix::fs::MetadataExt, path::Path, thread, time::Duration};
 
 use plumb_common::sockets::Port;
 use procfs::net::{TcpNetEntry, TcpState};
@@ -10,6 +10,9 @@ use crate::text;
 
 /// Threads whose signal mask is read at most.
 const MAX_THREADS: usize = 1024;
+
+/// Between two looks at what may be blocked for a moment only.
+const MOMENT: Duration = Duration::from_millis(2);
 
 /// What is known of a process that is to be signalled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,7 +80,7 @@ pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let facts = Facts {
         caught: masks("SigCgt:"),
         ignored: masks("SigIgn:"),
-        blocked: is_blocked_everywhere(&folder, signal),
+        blocked: stays_blocked(&folder, signal),
         has_signalfd: has_signalfd(&folder),
         is_init: is_init(&status),
         listeners,
@@ -94,7 +97,8 @@ pub(crate) fn ports(pid: u32) -> HashSet<Port> {
     let Some(netns) = namespace.ok().and_then(|inode| u32::try_from(inode).ok()) else {
         return HashSet::new();
     };
-    let (sockets, tables) = (own_sockets(pid), tcp(pid));
+    let sockets = own_sockets(pid);
+    let tables = if sockets.is_empty() { Vec::new() } else { tcp(pid) };
     let listens =
         tables.iter().filter(|entry| entry.state == TcpState::Listen && sockets.contains(&entry.inode));
     listens.map(|entry| Port { netns, port: u32::from(entry.local_address.port()) }).collect()
@@ -108,6 +112,15 @@ fn mask(status: &str, key: &str) -> Option<u64> {
 
 fn has(mask: u64, signal: i32) -> bool {
     u32::try_from(signal - 1).is_ok_and(|bit| mask.checked_shr(bit).unwrap_or(0) & 1 == 1)
+}
+
+/// Whoever forks blocks signals for a moment.
+fn stays_blocked(folder: &Path, signal: i32) -> bool {
+    let mut looks = (0..3).map(|look| {
+        thread::sleep(MOMENT * look);
+        is_blocked_everywhere(folder, signal)
+    });
+    looks.all(|blocked| blocked)
 }
 
 fn is_blocked_everywhere(folder: &Path, signal: i32) -> bool {

@@ -39,6 +39,8 @@ pub(crate) const SETTLE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(1);
 /// For a process to end after KILL, which nothing but the kernel can delay.
 const KILL_GRACE: Duration = Duration::from_secs(2);
+/// Sockets of a service that have left LISTEN, one by one.
+const MAX_LISTENERS: usize = 64;
 /// With less time left a stage does not begin.
 const TOO_LATE: Duration = Duration::from_millis(10);
 
@@ -114,6 +116,7 @@ impl Machine {
             | Entry::NoTime { service, .. }
             | Entry::Prestop { service, .. }
             | Entry::PrestopEnded { service, .. }
+            | Entry::Seen { service, .. }
             | Entry::Found { service, .. }
             | Entry::UnitStopping { service, .. }
             | Entry::UnitStopped { service, .. }
@@ -144,6 +147,22 @@ impl Machine {
             _ => None,
         };
         self.runs.iter().enumerate().filter_map(due).min()
+    }
+
+    /// Services of which something may have happened while no agent was there.
+    pub(crate) fn unseen(&self) -> Vec<usize> {
+        let is_under_way =
+            |run: &Run| run.signalled.is_some() && !matches!(run.phase, Phase::Settled | Phase::Late);
+        (0..self.runs.len()).filter(|service| is_under_way(&self.runs[*service])).collect()
+    }
+
+    /// Services that the next `Input::Time` gives up.
+    pub(crate) fn about_to_be_late(&self, now: u64) -> Vec<usize> {
+        let is_due = |run: &Run| {
+            let grace = if run.phase == Phase::Killing { nanos(KILL_GRACE) } else { 0 };
+            matches!(run.phase, Phase::Stopping | Phase::Killing) && now >= run.deadline() + grace
+        };
+        (0..self.runs.len()).filter(|service| is_due(&self.runs[*service])).collect()
     }
 
     /// Takes what has happened.
@@ -186,8 +205,7 @@ impl Machine {
             }
             Input::Looked(service, more, again) => self.looked(now, service, more, again, &mut out),
             Input::Seen(service, fact) => {
-                let Fact::Exit { member, .. } = fact;
-                if self.runs[service].members.get(member).is_some_and(|one| one.status.is_none()) {
+                if self.is_news(service, &fact) {
                     self.record(&mut out, Entry::Seen { at: now, service, fact });
                 }
             }
@@ -195,6 +213,19 @@ impl Machine {
         }
         self.advance(now, &mut out);
         out
+    }
+
+    /// Whether something of it is not known already.
+    fn is_news(&self, service: usize, fact: &Fact) -> bool {
+        let Run { members, signals, seen, .. } = &self.runs[service];
+        match fact {
+            Fact::Exit { member, .. } => members.get(*member).is_some_and(|one| one.status.is_none()),
+            Fact::Taken { signal, .. } => signals.contains(signal) && !seen.taken.contains(signal),
+            Fact::Killed { .. } => seen.killed_by.is_none(),
+            Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
+            Fact::Unseen { why } => !seen.unseen.contains(why),
+            Fact::NoMemory { .. } | Fact::Lost { .. } | Fact::Counted { .. } => true,
+        }
     }
 
     fn record(&mut self, out: &mut Vec<Action>, entry: Entry) {

@@ -25,6 +25,7 @@ mod report;
 mod reports;
 mod service;
 mod signaller;
+mod sockets;
 mod systemd;
 mod triggers;
 mod written;

@@ -1,22 +1,22 @@
 //! What came of a drain: one document, and the same for people.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    course::{Fact, Found, NotSent, Phase, Run, Sent, signal_name},
+    course::{Fact, Found, LostRequest, NotSent, Phase, Run, Sent, signal_name},
     grants,
     machine::Machine,
     service::Name,
 };
-use crate::{clock::Calendar, document::SCHEMA};
+use crate::{clock::Calendar, document::SCHEMA, losses::Class};
 
 /// What became of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Verdict {
-    /// It ended by itself in time. What became of its connections was not watched.
+    /// It ended by itself in time, and lost no request.
     Clean,
     /// It ended so that work was lost, or nobody saw how it ended.
     Lossy,
@@ -107,8 +107,53 @@ pub(crate) struct ServiceDocument {
     /// Of the process that got the signal, as a shell has it.
     pub exit_code: Option<i32>,
     pub connections: usize,
+    /// On which it listened.
+    #[serde(default)]
+    pub ports: Vec<u32>,
+    /// By class: `accept_queue`, `keep_alive_race`, `unread`, `unanswered`.
+    #[serde(default)]
+    pub lost_requests: BTreeMap<Class, u64>,
+    /// Of these it was told from the kernel's clocks, because nothing had been seen of the connection before.
+    #[serde(default)]
+    pub guessed: u64,
+    /// The first ones.
+    #[serde(default)]
+    pub lost: Vec<LostDocument>,
+    #[serde(default)]
+    pub listeners: Vec<ListenerDocument>,
+    /// How often what happened to its connections, from the moment it was found.
+    #[serde(default)]
+    pub counted: BTreeMap<String, u64>,
+    /// Who sent KILL, if it was not plumb.
+    #[serde(default)]
+    pub killed_by: Option<String>,
+    /// Why there may be more than this tells.
+    #[serde(default)]
+    pub unseen: Vec<String>,
     pub notes: Vec<String>,
     pub timeline: Vec<Moment>,
+}
+
+/// A request that is lost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LostDocument {
+    /// Since the drain began.
+    pub seconds: f64,
+    pub class: Class,
+    /// Address and port of who asked.
+    pub peer: String,
+    pub unread_bytes: u32,
+    pub unsent_bytes: u32,
+}
+
+/// A port on which nobody listens any more.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ListenerDocument {
+    pub port: u32,
+    /// Since the drain began.
+    pub closed_seconds: f64,
+    /// Connections that were waiting to be accepted.
+    pub waiting: u32,
 }
 
 /// Something that happened.
@@ -141,17 +186,29 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
         return None;
     }
     if run.is_killed {
-        return Some((Verdict::Killed, "it did not stop in time".to_owned()));
+        return Some((Verdict::Killed, format!("it did not stop in time{}", lost_too(run))));
     }
     let roots: Vec<_> = run.members.iter().filter(|one| one.member.is_root).map(|one| one.status).collect();
     let signal = roots.iter().flatten().map(|status| status & 0x7f).find(|signal| *signal != 0);
     let verdict = match signal {
-        Some(libc::SIGKILL) => (Verdict::Killed, "somebody else sent KILL".to_owned()),
-        Some(signal) if run.signals.contains(&signal) => match run.found.connections {
-            0 => (Verdict::Clean, format!("{} ended it, and it had no connections", signal_name(signal))),
-            many => (Verdict::Lossy, format!("{} ended it with {many} connections", signal_name(signal))),
+        Some(libc::SIGKILL) => {
+            let by = run.seen.killed_by.as_deref().unwrap_or("somebody else");
+            (Verdict::Killed, format!("{by} sent KILL{}", lost_too(run)))
+        }
+        Some(signal) if !run.signals.contains(&signal) => {
+            (Verdict::Lossy, format!("it died of {}{}", signal_name(signal), lost_too(run)))
+        }
+        _ if !run.seen.lost.is_empty() => (Verdict::Lossy, lost(run)),
+        _ if !run.found.ports.is_empty() && !run.seen.unseen.is_empty() => {
+            let why = run.seen.unseen.join("; ");
+            (Verdict::Lossy, format!("it may have lost requests that nobody saw: {why}"))
+        }
+        Some(signal) => match run.found.connections {
+            many @ 1.. if run.found.ports.is_empty() => {
+                (Verdict::Lossy, format!("{} ended it with {many} connections", signal_name(signal)))
+            }
+            _ => (Verdict::Clean, format!("{} ended it, and no request was lost", signal_name(signal))),
         },
-        Some(signal) => (Verdict::Lossy, format!("it died of {}", signal_name(signal))),
         None if run.members.is_empty() => (Verdict::Clean, "it did not run".to_owned()),
         // The agent was not there, or the event was lost.
         None if roots.contains(&None) => {
@@ -161,6 +218,21 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     };
     // One that comes back may still do so.
     (run.phase == Phase::Settled).then_some(verdict)
+}
+
+/// `3 requests lost: 2 reset in the accept queue, 1 read and not answered`
+fn lost(run: &Run) -> String {
+    let all: u64 = run.seen.lost.values().sum();
+    let by: Vec<String> = run.seen.lost.iter().map(|(class, many)| format!("{many} {class}")).collect();
+    let guessed = match run.seen.guessed {
+        0 => String::new(),
+        many => format!("; {many} of them perhaps"),
+    };
+    format!("{all} {} lost: {}{guessed}", if all == 1 { "request" } else { "requests" }, by.join(", "))
+}
+
+fn lost_too(run: &Run) -> String {
+    if run.seen.lost.is_empty() { String::new() } else { format!("; {}", lost(run)) }
 }
 
 /// Seconds between two times since boot.
@@ -246,7 +318,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
             notes.push(format!("not signalled: {why}"));
         }
     }
-    let Found { unit, connections, .. } = &run.found;
+    let Found { unit, connections, ports, .. } = &run.found;
     ServiceDocument {
         name: begun.services[at].name.to_string(),
         stage,
@@ -264,6 +336,23 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
         exit_code: status
             .map(|status| if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) }),
         connections: *connections,
+        ports: ports.clone(),
+        lost_requests: run.seen.lost.clone(),
+        guessed: run.seen.guessed,
+        lost: run.seen.examples.iter().map(|one| lost_document(one, begun.began)).collect(),
+        listeners: run
+            .seen
+            .listeners
+            .iter()
+            .map(|(port, at, waiting)| ListenerDocument {
+                port: *port,
+                closed_seconds: between(begun.began, *at),
+                waiting: *waiting,
+            })
+            .collect(),
+        counted: run.seen.counts.clone(),
+        killed_by: run.seen.killed_by.clone(),
+        unseen: run.seen.unseen.clone(),
         notes,
         timeline: run
             .timeline
@@ -271,6 +360,11 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
             .map(|(time, what)| Moment { seconds: between(begun.began, *time), what: what.clone() })
             .collect(),
     }
+}
+
+fn lost_document(one: &LostRequest, began: u64) -> LostDocument {
+    let LostRequest { at, class, peer, unread_bytes, unsent_bytes } = one.clone();
+    LostDocument { seconds: between(began, at), class, peer, unread_bytes, unsent_bytes }
 }
 
 impl ServiceDocument {

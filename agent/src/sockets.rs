@@ -1,0 +1,115 @@
+//! Which sockets and signals of services are followed: asked by the drain, done by the observer.
+
+use std::sync::mpsc::SyncSender;
+
+use plumb_common::{
+    counts,
+    sockets::{Port, SLOTS},
+    task::ProcKey,
+};
+
+use crate::kernel::{Kernel, SocketCounts};
+
+/// What the observer is asked for.
+#[derive(Clone, Debug)]
+pub(crate) enum SocketRequest {
+    /// Follow; the answer is what this kernel does not show.
+    Begin(SyncSender<Vec<String>>),
+    /// From now on these ports and processes, by number and start, are those of a slot.
+    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<()> },
+    /// What was counted since the programs were loaded; nothing if nobody is followed any more.
+    Count(SyncSender<Option<SocketLedger>>),
+    /// Follow nobody.
+    End,
+}
+
+/// What was counted of all slots.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SocketLedger {
+    pub counts: Vec<SocketCounts>,
+    /// Events that are missing.
+    pub lost: u64,
+}
+
+/// Who is followed.
+#[derive(Debug, Default)]
+pub(crate) struct Sockets {
+    ports: Vec<Port>,
+    processes: Vec<ProcKey>,
+}
+
+/// `USER_HZ`, in which /proc tells when a process was started.
+const TICKS: u64 = 100;
+
+impl Sockets {
+    /// Does what is asked for. Whoever asked may not wait any more.
+    pub(crate) fn answer(&mut self, kernel: &mut Kernel, rejected: u64, request: SocketRequest) {
+        match request {
+            SocketRequest::Begin(reply) => {
+                self.end(kernel);
+                kernel.follow_sockets(true);
+                let missing = kernel.programs().iter().filter(|status| {
+                    let is_wanted = status.program.sockets || status.program.name == "signal_generate";
+                    is_wanted && !status.is_fine()
+                });
+                let words = missing
+                    .map(|status| format!("{} ({})", status.program.gives, status.verdict.explain()))
+                    .collect();
+                let _ = reply.send(words);
+            }
+            SocketRequest::Add { slot, ports, processes, done } => {
+                if let Err(error) = self.add(kernel, slot, ports, &processes) {
+                    tracing::warn!("a service's sockets are not followed: {error:#}");
+                }
+                let _ = done.send(());
+            }
+            SocketRequest::Count(reply) => {
+                let ledger = kernel.follows_sockets().then(|| ledger(kernel, rejected)).flatten();
+                let _ = reply.send(ledger);
+            }
+            SocketRequest::End => {
+                self.end(kernel);
+                kernel.follow_sockets(false);
+            }
+        }
+    }
+
+    fn add(
+        &mut self,
+        kernel: &mut Kernel,
+        slot: u32,
+        ports: Vec<Port>,
+        processes: &[(u32, u64)],
+    ) -> anyhow::Result<()> {
+        for port in ports {
+            kernel.follow_port(port, slot)?;
+            self.ports.push(port);
+        }
+        let is_meant =
+            |key: &ProcKey| processes.contains(&(key.tgid, key.start_boottime / (1_000_000_000 / TICKS)));
+        let keys: Vec<ProcKey> =
+            kernel.processes()?.iter().map(|record| record.key).filter(is_meant).collect();
+        for key in keys {
+            kernel.follow_signals(key)?;
+            self.processes.push(key);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, kernel: &mut Kernel) {
+        for port in self.ports.drain(..) {
+            let _ = kernel.unfollow_port(port);
+        }
+        for process in self.processes.drain(..) {
+            let _ = kernel.unfollow_signals(process);
+        }
+    }
+}
+
+fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {
+    let counts = (0..SLOTS).map(|slot| kernel.socket_counts(slot)).collect::<Result<_, _>>().ok()?;
+    let ledger = kernel.counts().ok()?;
+    let of = |source| counts::LOSSES.iter().map(|outcome| ledger.of(source, *outcome)).sum::<u64>();
+    let lost = of(counts::SIGNAL) + of(counts::SOCKET) + rejected + kernel.not_run();
+    Some(SocketLedger { counts, lost })
+}
