@@ -1,6 +1,7 @@
 //! How long a drain takes beyond what its services take, and what the agent does while it only waits.
 
 use std::{
+    collections::BTreeMap,
     env,
     fs::{self, File},
     io::{BufRead, BufReader, Write},
@@ -14,11 +15,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use self::client::Client;
-use crate::{
-    Effort,
-    stats::Median,
-    usage::{cpu_time, die_with_parent},
-};
+use crate::{Effort, stats::Median, usage::die_with_parent};
 
 #[allow(clippy::unwrap_used, clippy::panic, dead_code, reason = "shared with the tests")]
 #[path = "../../tests/drain/client.rs"]
@@ -133,25 +130,34 @@ impl Agent {
         Ok(Client::connect(self.dir.join("run").to_str().context("the folder")?))
     }
 
-    /// CPU time in ms, and how often its threads have gone to sleep.
-    fn used(&self) -> Result<(f64, u64)> {
+    /// CPU time in ms of each thread, and how often it has gone to sleep.
+    fn used(&self) -> Result<BTreeMap<PathBuf, (f64, f64)>> {
         let pid = self.process.0.id();
-        let mut switches = 0;
+        let mut used = BTreeMap::new();
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let Ok(status) = fs::read_to_string(thread?.path().join("status")) else { continue };
-            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            switches += line.context("switches")?.trim().parse::<u64>()?;
+            let thread = thread?.path();
+            let read = |name: &str| fs::read_to_string(thread.join(name));
+            // It may end meanwhile.
+            let (Ok(status), Ok(time)) = (read("status"), read("schedstat")) else { continue };
+            let sleeps = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            let time = time.split(' ').next().context("schedstat")?.parse::<f64>()?;
+            used.insert(thread, (time / 1e6, sleeps.context("switches")?.trim().parse()?));
         }
-        Ok((cpu_time(pid)?.as_secs_f64() * 1e3, switches))
+        Ok(used)
     }
 
-    /// The same, of one second.
+    /// The same of one second, of all threads that are there at its end.
     fn per_second(&self, time: Duration) -> Result<(f64, f64)> {
         let before = self.used()?;
         thread::sleep(time);
         let after = self.used()?;
         let seconds = time.as_secs_f64();
-        Ok(((after.0 - before.0) / seconds, (after.1 - before.1) as f64 / seconds))
+        let mut sum = (0.0, 0.0);
+        for (thread, (time, sleeps)) in after {
+            let (time_before, sleeps_before) = before.get(&thread).copied().unwrap_or_default();
+            sum = (sum.0 + time - time_before, sum.1 + sleeps - sleeps_before);
+        }
+        Ok((sum.0 / seconds, sum.1 / seconds))
     }
 }
 

@@ -247,6 +247,20 @@ mod tests {
     }
 
     #[test]
+    fn a_registered_process_is_the_one_that_is_held_whoever_has_its_number_now() {
+        let mut first = Running(Command::new("sleep").arg("30").spawn().unwrap());
+        let held = Process::open(first.0.id()).unwrap();
+        assert_eq!(find(&Target::Process(held.identity.clone()), Some(&held)).unwrap().len(), 1);
+        first.0.kill().unwrap();
+        first.0.wait().unwrap();
+        // One that nothing in /proc tells from it.
+        let other = Running(Command::new("sleep").arg("30").spawn().unwrap());
+        let target = Target::Process(Process::open(other.0.id()).unwrap().identity);
+        assert!(find(&target, Some(&held)).unwrap().is_empty());
+        assert!(find(&target, None).unwrap().is_empty());
+    }
+
+    #[test]
     fn a_port_is_that_of_the_process_that_listens() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
