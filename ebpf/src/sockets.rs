@@ -252,7 +252,7 @@ fn ended(sk: u64, slot: u32, port: Port, old: u32) {
     let (is_lost, guessed) = is_unanswered(sk, &course);
     if old == ESTABLISHED && (unread > 0 || is_lost) {
         let _ = maps::CLOSED.insert(peer, used(&course), 0);
-        let what = if unread > 0 { LOST_UNREAD } else { LOST_UNANSWERED };
+        let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
         tell(slot, peer, what, used(&course) | guessed | exiting(), (unread, course.unsent));
     } else {
         count(slot, ABORTED);
