@@ -16,10 +16,12 @@ use serde_json::Value;
 mod client;
 mod course;
 mod killed;
+mod ledger;
 mod storm;
 mod subject;
 #[path = "../support/mod.rs"]
 mod support;
+mod tiers;
 
 use support::{Running, TempDir, free_port, plumb};
 
