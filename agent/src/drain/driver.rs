@@ -17,13 +17,13 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    active::{Active, gone, listed, look, prestop, stop_unit},
+    active::{Active, gone, listed, look, prestop},
     command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
-    course::{Action, Begun, Input, NotSent},
+    course::{Action, Begun, Input, NotSent, UnitEnd, nanos},
     grants,
     identity::Identity,
     journal::Journal,
-    machine::Machine,
+    machine::{KILL_GRACE, Machine},
     matching::TICKS,
     order,
     process::Process,
@@ -32,7 +32,7 @@ use super::{
     report::{self, Document},
     reports,
     service::{Name, Service, Target},
-    signaller,
+    signaller, units,
 };
 use crate::{
     clock,
@@ -47,8 +47,7 @@ enum Waited {
     /// A registered process has gone; `None` when it was not to be waited for any more.
     Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
-    /// systemd has stopped a unit, or why not.
-    Unit(String, usize, Option<String>),
+    Unit(String, usize, UnitEnd),
 }
 
 /// The process of a registration.
@@ -172,6 +171,10 @@ impl Driver {
             Command::Cancel(caller, reply) => {
                 let _ = reply.send(self.cancel(caller));
             }
+            Command::Settle(reply) => {
+                self.settle();
+                let _ = reply.send(());
+            }
         }
     }
 
@@ -275,7 +278,7 @@ impl Driver {
             };
         }
         // One that only watches whether something comes back makes room.
-        self.finish_early();
+        self.settle();
         let began = clock::boottime();
         let deadline = asked.deadline.unwrap_or(self.settings.deadline);
         let services: Vec<Service> =
@@ -350,8 +353,8 @@ impl Driver {
     }
 
     /// A drain that has ended is over now.
-    fn finish_early(&mut self) {
-        if let Some(active) = &mut self.active {
+    fn settle(&mut self) {
+        if let Some(active) = self.active.as_mut().filter(|active| active.machine.ended.is_some()) {
             let actions = active.machine.settle();
             self.perform(actions);
         }
@@ -364,7 +367,7 @@ impl Driver {
             Waited::Prestop(id, service, why) if is_current(&id) => {
                 self.step(Input::PrestopEnded(service, why));
             }
-            Waited::Unit(id, service, why) if is_current(&id) => self.step(Input::UnitStopped(service, why)),
+            Waited::Unit(id, service, end) if is_current(&id) => self.step(Input::Unit(service, end)),
             Waited::Member(..) | Waited::Prestop(..) | Waited::Unit(..) => {}
             Waited::Registered(Some((name, identity))) => {
                 if self.held.get(&name).is_some_and(|held| held.process.identity == identity) {
@@ -496,10 +499,18 @@ impl Driver {
             }
             Action::StopUnit(service, unit) => {
                 let run = &active.machine.runs[*service];
+                if !run.members.is_empty() && !active.is_held(*service) {
+                    // Whatever runs there now is not what was found.
+                    return Some(Input::Unit(
+                        *service,
+                        UnitEnd::Unknown("its processes were gone when the agent was back".to_owned()),
+                    ));
+                }
+                let left = run.deadline().saturating_add(nanos(KILL_GRACE)).saturating_sub(clock::boottime());
                 let (id, service, unit) = (active.machine.begun.id.clone(), *service, unit.clone());
-                let within = run.grant;
-                self.waits
-                    .push(Box::pin(async move { Waited::Unit(id, service, stop_unit(unit, within).await) }));
+                self.waits.push(Box::pin(async move {
+                    Waited::Unit(id, service, units::stop(unit, Duration::from_nanos(left)).await)
+                }));
                 None
             }
             Action::Watch(service) => {
