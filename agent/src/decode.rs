@@ -3,8 +3,10 @@
 use bytemuck::Pod;
 use plumb_common::event::{
     CLONE_THREAD, Clone as CloneEvent, Exec, Exit, FD_OPENED, FD_REPLACED, FdChange, Header, KIND_CLONE,
-    KIND_EXEC, KIND_EXIT, KIND_FD, KIND_RENAME, KIND_STACK, KIND_TABLE, Rename, Stack,
+    KIND_EXEC, KIND_EXIT, KIND_FD, KIND_RENAME, KIND_SIGNAL, KIND_SOCKET, KIND_STACK, KIND_TABLE, Rename,
+    Stack,
 };
+use plumb_common::sockets::{Signal, Socket};
 
 /// One event of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +16,8 @@ pub enum Event {
     Rename(Rename),
     Exit(Exit),
     Fd(FdChange),
+    Signal(Signal),
+    Socket(Socket),
 }
 
 impl Event {
@@ -26,6 +30,8 @@ impl Event {
             Self::Rename(event) => &event.header,
             Self::Exit(event) => &event.header,
             Self::Fd(event) => &event.header,
+            Self::Signal(event) => &event.header,
+            Self::Socket(event) => &event.header,
         }
     }
 }
@@ -70,6 +76,8 @@ pub fn event(bytes: &[u8]) -> Result<Event, Rejected> {
         kind @ KIND_RENAME => exactly(kind, bytes).map(Event::Rename),
         kind @ KIND_EXIT => exactly(kind, bytes).map(Event::Exit),
         kind @ KIND_FD => exactly(kind, bytes).map(Event::Fd),
+        kind @ KIND_SIGNAL => exactly(kind, bytes).map(Event::Signal),
+        kind @ KIND_SOCKET => exactly(kind, bytes).map(Event::Socket),
         kind => Err(Rejected::UnknownKind(kind)),
     }
 }

@@ -13,7 +13,8 @@ use plumb_common::{
 use serde::Serialize;
 
 use crate::{
-    clock::Calendar, decode::Event, document::SCHEMA, files::OpenFile, kernel::Seam, stacks::Function, text,
+    clock::Calendar, decode::Event, document::SCHEMA, files::OpenFile, kernel::Seam, losses,
+    stacks::Function, text,
 };
 
 /// Functions of a stack that are printed for people.
@@ -64,6 +65,8 @@ enum Detail {
         kind: String,
         target: String,
     },
+    Signal(losses::SignalSeen),
+    Socket(losses::SocketSeen),
     None {},
 }
 
@@ -77,6 +80,12 @@ impl Line {
             Event::Rename(_) => ("rename", Detail::None {}),
             Event::Exit(event) => ("exit", exit(event)),
             Event::Fd(event) => fd(event),
+            Event::Signal(event) => {
+                (losses::signal_event(event), Detail::Signal(losses::SignalSeen::new(event)))
+            }
+            Event::Socket(event) => {
+                (losses::socket_event(event), Detail::Socket(losses::SocketSeen::new(event)))
+            }
         };
         Self {
             schema: SCHEMA,
@@ -111,6 +120,8 @@ impl Line {
             Detail::Closed { fd, fd_last: u32::MAX, .. } => format!("{fd} and above"),
             Detail::Closed { fd, fd_last, .. } => format!("{fd} to {fd_last}"),
             Detail::Dropped { syscall, kind, target } => format!("{kind} {target} ({syscall})"),
+            Detail::Signal(seen) => seen.words(),
+            Detail::Socket(seen) => seen.words(),
             Detail::None {} => String::new(),
         };
         let line = format!(
@@ -186,6 +197,7 @@ impl Counted {
             Event::Rename(_) => self.renames += 1,
             Event::Exit(_) => self.exits += 1,
             Event::Fd(event) => self.fds[(event.change as usize).min(4)] += 1,
+            Event::Signal(_) | Event::Socket(_) => {}
         }
     }
 

@@ -3,14 +3,16 @@
 //! The kernel side keeps a per-CPU array with one `u64` per (source, outcome); the agent sums it.
 
 /// Which program produced the event.
-pub const SOURCES: [&str; 6] = ["clone", "exec", "rename", "exit", "fd", "stack"];
+pub const SOURCES: [&str; 8] = ["clone", "exec", "rename", "exit", "fd", "signal", "socket", "stack"];
 pub const CLONE: u32 = 0;
 pub const EXEC: u32 = 1;
 pub const RENAME: u32 = 2;
 pub const EXIT: u32 = 3;
 pub const FD: u32 = 4;
+pub const SIGNAL: u32 = 5;
+pub const SOCKET: u32 = 6;
 /// Of a new fd or thread. One that is lost is an origin without a stack, not a lost event.
-pub const STACK: u32 = 5;
+pub const STACK: u32 = 7;
 
 /// What became of it.
 pub const OUTCOMES: [&str; 6] = ["sent", "filtered", "ring_full", "forged", "fault", "quota"];

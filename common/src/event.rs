@@ -16,6 +16,9 @@ pub const KIND_FD: u32 = 5;
 pub const KIND_STACK: u32 = 6;
 /// In the ring of stacks only: which fds are open at an exec or at the end of a process.
 pub const KIND_TABLE: u32 = 7;
+/// `sockets::Signal` and `sockets::Socket`.
+pub const KIND_SIGNAL: u32 = 8;
+pub const KIND_SOCKET: u32 = 9;
 
 /// In `Clone::flags` (linux/sched.h): the new task joins its creator's thread group.
 pub const CLONE_THREAD: u64 = 0x0001_0000;

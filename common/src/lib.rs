@@ -10,5 +10,6 @@ pub mod event;
 pub mod file;
 pub mod limits;
 pub mod offsets;
+pub mod sockets;
 pub mod syscalls;
 pub mod task;

@@ -194,6 +194,15 @@ pub(crate) fn by_current(source: u32, kind: u32) -> Option<Header> {
     Some(Header { kind, tid: ids as u32, time: now(), process, comm })
 }
 
+/// As `by_current`, of whoever runs: the event is about somebody else.
+#[inline(always)]
+pub(crate) fn by_anybody(kind: u32) -> Header {
+    let ids = bpf_get_current_pid_tgid();
+    let start = kernel::beyond_current::<u64>(offsets::TASK_GROUP_LEADER, offsets::TASK_START_BOOTTIME);
+    let process = ProcKey::new((ids >> 32) as u32, start);
+    Header { kind, tid: ids as u32, time: now(), process, comm: kernel::current_comm() }
+}
+
 /// The header of an event about `task`, which need not be the running one.
 ///
 /// # Safety

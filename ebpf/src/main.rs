@@ -1,7 +1,7 @@
 //! plumb's kernel programs. They count, verify and hand on; what a number means is decided in the agent.
 //!
 //! `task` follows clone, exec, rename and exit; `fd` turns every hook into one `FdChange`; `iter` answers "what
-//! is there now". `stack` copies the user's stack beside them. `emit` is the only writer of the rings, `kernel` the only reader of kernel structs.
+//! is there now". `stack` copies the user's stack beside them. `signals` and `sockets` tell what becomes of services that are drained. `emit` is the only writer of the rings, `kernel` the only reader of kernel structs.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics), allow(internal_features))]
 
 mod emit;
@@ -12,6 +12,8 @@ mod iter;
 mod kernel;
 mod maps;
 mod regs;
+mod signals;
+mod sockets;
 mod stack;
 mod task;
 

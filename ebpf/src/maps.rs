@@ -9,6 +9,9 @@ use plumb_common::{
     event::{FdControl, Watch},
     limits::{BITMAP_WORDS, COMM_LEN, MAX_SHARES, MAX_WATCHED, RING_BYTES, STACK_RING_BYTES},
     offsets,
+    sockets::{
+        COUNTERS, Conversation, MAX_CLOSED, MAX_CONVERSATIONS, MAX_PORTS, MAX_TARGETS, Peer, Port, SLOTS,
+    },
     task::ProcKey,
 };
 
@@ -41,6 +44,26 @@ pub(crate) static FD_CONTROL: Array<FdControl> = Array::with_max_entries(1, 0);
 /// is not watched, and the agent says so.
 #[map]
 pub(crate) static WATCHED: HashMap<u32, Watch> = HashMap::with_max_entries(MAX_WATCHED, 0);
+
+/// Ports of the services that are followed, by the service's slot.
+#[map]
+pub(crate) static PORTS: HashMap<Port, u32> = HashMap::with_max_entries(MAX_PORTS, 0);
+
+/// Processes whose signals are followed, by thread group id, with their start.
+#[map]
+pub(crate) static TARGETS: HashMap<u32, u64> = HashMap::with_max_entries(MAX_TARGETS, 0);
+
+/// Connections of followed ports, by the address of their socket.
+#[map]
+pub(crate) static CONVERSATIONS: HashMap<u64, Conversation> = HashMap::with_max_entries(MAX_CONVERSATIONS, 0);
+
+/// Connections that services have closed, with `MARK_USED` or 0. A request that still comes is told from a new one by it.
+#[map]
+pub(crate) static CLOSED: LruHashMap<Peer, u32> = LruHashMap::with_max_entries(MAX_CLOSED, 0);
+
+/// Counters of each slot, `sockets::COUNTERS`.
+#[map]
+pub(crate) static SOCKET_COUNTS: PerCpuArray<[u64; COUNTERS.len()]> = PerCpuArray::with_max_entries(SLOTS, 0);
 
 /// What each cgroup has used of a ring that is filling up. A guide for who must wait, not an account: the
 /// least recently seen may be forgotten.
@@ -86,6 +109,10 @@ static TREE: u32 = 0;
 #[unsafe(no_mangle)]
 static HAS_TASK_PT_REGS: u32 = 0;
 
+/// 1: every KILL is told, whoever gets it.
+#[unsafe(no_mangle)]
+static KILLS: u32 = 0;
+
 /// Offset of a kernel field, `None` when this kernel has no such field. `index` is a constant, so the
 /// verifier knows the value and removes the branch that is not taken.
 #[inline(always)]
@@ -130,4 +157,10 @@ pub(crate) fn tree() -> bool {
 pub(crate) fn has_task_pt_regs() -> bool {
     // SAFETY: as above.
     unsafe { core::ptr::read_volatile(&raw const HAS_TASK_PT_REGS) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn kills() -> bool {
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const KILLS) != 0 }
 }

@@ -30,6 +30,8 @@ enum Part {
     Rate,
     /// The agent's CPU time and memory on an idle host
     Agent,
+    /// How long a drain takes beyond what its services take, and what the agent does while it waits
+    Drain,
     /// What `plumb check` adds to commands, and Valgrind
     Check,
     /// The detector over 10,000 made-up processes; without root, and only by its name

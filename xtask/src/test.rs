@@ -26,6 +26,11 @@ use crate::{
 
 /// The test binary that needs nothing but a kernel, and what it runs.
 const KERNEL_TESTS: &str = "kernel";
+/// Tests of drains; of them the storm needs only a kernel and a shell, and how many operations are played on an emulated
+/// one: half a minute.
+const DRAIN_TESTS: &str = "drain";
+const STORM: &str = "storm::";
+const EMULATED_STORM: u32 = 1500;
 /// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
 /// program that is already running), hold 900,000 fds, count what kernel programs run, or take almost all pids.
 const ALONE: [&str; 7] = [
@@ -109,6 +114,10 @@ impl Arguments {
             below_systemd(&self.kernel)?;
         }
         let mut guest = guest(&tests);
+        let storm = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
+        guest.files.push((storm, PathBuf::from("/bin/drain-tests")));
+        guest.env.push(("PLUMB_DRAIN_OPERATIONS".to_owned(), EMULATED_STORM.to_string()));
+        guest.commands.push(vec!["/bin/drain-tests".to_owned(), STORM.to_owned()]);
         if self.bless {
             guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
         }

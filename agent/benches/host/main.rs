@@ -9,6 +9,7 @@ mod attach;
 mod calm;
 mod check;
 mod crowd;
+mod drain;
 mod overhead;
 mod rate;
 mod snapshot;
@@ -67,7 +68,7 @@ struct Part {
     run: fn(Effort, Option<&str>) -> Result<()>,
 }
 
-static PARTS: [Part; 6] = [
+static PARTS: [Part; 7] = [
     Part { name: "snapshot", seconds: [20, 5], run: |effort, _| snapshot::run(effort) },
     Part {
         name: "overhead",
@@ -84,6 +85,7 @@ static PARTS: [Part; 6] = [
     },
     Part { name: "rate", seconds: [125, 15], run: |effort, _| rate::run(effort) },
     Part { name: "agent", seconds: [120, 60], run: |effort, _| agent::run(effort) },
+    Part { name: "drain", seconds: [270, 90], run: |effort, _| drain::run(effort) },
     Part { name: "check", seconds: [1200, 240], run: check::run },
 ];
 
@@ -92,6 +94,7 @@ fn main() -> Result<()> {
     match &arguments[..] {
         [role, cpu] if role == worker::ROLE => return worker::run(cpu),
         [role, address] if role == "scrape" => return attach::scrape(address),
+        [role, takes] if role == drain::ROLE => return drain::serve(takes),
         [role, file, words @ ..] if role == check::ROLE => return check::timed(file, words),
         _ => {}
     }

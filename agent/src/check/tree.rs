@@ -264,6 +264,7 @@ impl Tree {
             }
             Event::Exit(exit) if exit.group_dead != 0 => return self.ended(exit, beside.table),
             Event::Exit(exit) => self.of(&exit.header)?.thread_ended(exit),
+            Event::Signal(_) | Event::Socket(_) => {}
         }
         None
     }

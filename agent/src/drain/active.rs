@@ -8,12 +8,13 @@ use std::{
     time::Duration,
 };
 
+use plumb_common::event::Header;
 use tokio::{io::unix::AsyncFd, time};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     command::{Listed, Preflight},
-    course::{Entry, Found, Member, Phase},
+    course::{Entry, Found, Input, Member, MemberRun, Phase},
     facts,
     identity::Identity,
     journal::Journal,
@@ -21,7 +22,7 @@ use super::{
     matching::{self, Match, TICKS},
     preflight,
     process::Process,
-    report::Document,
+    report::{self, Document},
     service::{Service, Target},
     systemd::Unit,
     units,
@@ -33,18 +34,24 @@ pub(super) struct Active {
     pub(super) machine: Machine,
     pub(super) journal: Result<Journal, String>,
     pub(super) processes: HashMap<(usize, usize), Arc<Process>>,
+    /// The registered processes, by service, held since before the drain began; none for one that was gone then.
+    pub(super) registered: HashMap<usize, Arc<Process>>,
     /// Members whose end is waited for.
     pub(super) watched: HashSet<(usize, usize)>,
     pub(super) prestops: HashMap<usize, CancellationToken>,
 }
 
 impl Active {
-    pub(super) fn new(machine: Machine, journal: Result<Journal, String>) -> Self {
+    pub(super) fn new(
+        machine: Machine,
+        journal: Result<Journal, String>,
+        registered: HashMap<usize, Arc<Process>>,
+    ) -> Self {
         if let Err(why) = &journal {
             tracing::warn!("this drain has no journal, nobody takes it up if the agent is killed: {why}");
         }
         let (processes, watched, prestops) = Default::default();
-        Self { machine, journal, processes, watched, prestops }
+        Self { machine, journal, processes, registered, watched, prestops }
     }
 
     pub(super) fn document(&self) -> Document {
@@ -80,11 +87,32 @@ impl Active {
         }
     }
 
+    /// Of which members this is the end: it lies between the time when one was held and the time when it was gone, and
+    /// that of another process that had its number before, or has it now, does not.
+    pub(super) fn exited(&self, event: &Header, code: u32) -> Vec<Input> {
+        let start_ticks = event.process.start_boottime / (1_000_000_000 / TICKS);
+        let mut inputs = Vec::new();
+        for (service, run) in self.machine.runs.iter().enumerate() {
+            for (member, one) in run.members.iter().enumerate() {
+                let identity = &one.member.identity;
+                if (identity.pid, identity.start_ticks) == (event.process.tgid, start_ticks)
+                    && self.processes.get(&(service, member)).is_some_and(|held| held.looked <= event.time)
+                    && one.gone.is_none_or(|gone| event.time <= gone)
+                {
+                    inputs.push(Input::Seen(service, report::exit(member, code, event.time)));
+                }
+            }
+        }
+        inputs
+    }
+
     /// Children of a service that are left, and what runs in its place.
     pub(super) fn look_again(&mut self, service: usize) -> (Vec<Member>, Option<String>) {
         let target = self.machine.begun.services[service].target.clone();
         let run = &self.machine.runs[service];
-        let last = run.members.iter().filter_map(|one| one.gone).max().or(run.gone).unwrap_or(0);
+        // A supervisor may be quicker than this task: the kernel's word on when it ended comes first.
+        let end = |one: &MemberRun| one.exited.or(one.gone);
+        let last = run.members.iter().filter_map(end).max().or(run.gone).unwrap_or(0);
         let ended = last / (1_000_000_000 / TICKS);
         let known =
             |identity: &Identity| run.members.iter().any(|one| one.member.identity.is_same_process(identity));
@@ -93,7 +121,7 @@ impl Active {
                 Some(known) => successors(meant, &known.member.command, ended),
                 None => Vec::new(),
             },
-            target => find(target).map(|(found, _)| found).unwrap_or_default(),
+            target => find(target, None).map(|(found, _)| found).unwrap_or_default(),
         };
         let fresh: Vec<Match> = found.into_iter().filter(|one| !known(&one.process.identity)).collect();
         let (again, left): (Vec<_>, Vec<_>) =
@@ -111,6 +139,22 @@ impl Active {
     }
 }
 
+/// The registered processes of a drain.
+pub(super) fn by_place(
+    services: &[Service],
+    held: impl Fn(&Service) -> Option<Arc<Process>>,
+) -> HashMap<usize, Arc<Process>> {
+    let of = |(at, service): (usize, &Service)| Some((at, held(service)?));
+    services.iter().enumerate().filter_map(of).collect()
+}
+
+/// A process that another agent has looked at, by its number: before 6.9 another one that was started in the same 10 ms
+/// would be taken for it.
+pub(super) fn same(meant: &Identity) -> Option<Arc<Process>> {
+    let process = Process::open(meant.pid).ok()?;
+    meant.is_same_process(&process.identity).then(|| Arc::new(process))
+}
+
 /// Processes that do what one did that has ended: its program, with its arguments, in its cgroup.
 fn successors(meant: &Identity, command: &str, ended: u64) -> Vec<Match> {
     let same = |process: &Process| {
@@ -120,8 +164,11 @@ fn successors(meant: &Identity, command: &str, ended: u64) -> Vec<Match> {
             && identity.start_ticks >= ended
             && process.command == command
     };
-    let all = super::process::all().into_iter().filter_map(|pid| Process::open(pid).ok());
-    all.filter(same).map(|process| Match { process, is_root: true }).collect()
+    let all = super::process::all().into_iter().filter(|pid| matching::runs(*pid, meant.exe, &[]));
+    all.filter_map(|pid| Process::open(pid).ok())
+        .filter(same)
+        .map(|process| Match { process, is_root: true })
+        .collect()
 }
 
 fn member(found: &Match) -> Member {
@@ -129,9 +176,9 @@ fn member(found: &Match) -> Member {
     Member { identity: identity.clone(), is_root: found.is_root, command: command.clone() }
 }
 
-/// Finds a service and looks at it.
-pub(super) fn look(service: &Service) -> (Preflight, Vec<Process>) {
-    let (found, unit) = match find(&service.target) {
+/// Finds a service, which is `held` if it is a registered process, and looks at it.
+pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec<Process>) {
+    let (found, unit) = match find(&service.target, held) {
         Ok(found) => found,
         Err(why) => return (Preflight::Refused(why), Vec::new()),
     };
@@ -166,18 +213,18 @@ pub(super) fn look(service: &Service) -> (Preflight, Vec<Process>) {
 }
 
 /// The processes of a service and, if it is named by its unit, that.
-fn find(target: &Target) -> Result<(Vec<Match>, Option<Unit>), String> {
-    let Target::Unit(name) = target else { return Ok((matching::find(target)?, None)) };
+fn find(target: &Target, held: Option<&Process>) -> Result<(Vec<Match>, Option<Unit>), String> {
+    let Target::Unit(name) = target else { return Ok((matching::find(target, held)?, None)) };
     let unit = units::unit(name)?;
     if unit.control_group.len() < 2 || units::is_stopped(&unit) {
         return Ok((Vec::new(), Some(unit)));
     }
-    let found = matching::find(&Target::Cgroup(unit.control_group.clone()))?;
+    let found = matching::find(&Target::Cgroup(unit.control_group.clone()), None)?;
     Ok((found, Some(unit)))
 }
 
-pub(super) fn listed(service: &Service) -> Listed {
-    let (pids, problem) = match find(&service.target) {
+pub(super) fn listed(service: &Service, held: Option<&Process>) -> Listed {
+    let (pids, problem) = match find(&service.target, held) {
         Ok((found, _)) => (found.iter().map(|one| one.process.identity.pid).collect(), None),
         Err(why) => (Vec::new(), Some(why)),
     };

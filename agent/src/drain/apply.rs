@@ -124,8 +124,9 @@ impl Machine {
                 let run = &mut self.runs[*service];
                 (run.phase, run.gone) = (Phase::Gone, Some(*at));
             }
-            Entry::Seen { service, fact: Fact::Exit { member, status }, .. } => {
-                self.runs[*service].members[*member].status = Some(*status);
+            Entry::Seen { service, fact: Fact::Exit { member, status, time }, .. } => {
+                let one = &mut self.runs[*service].members[*member];
+                (one.status, one.exited) = (Some(*status), Some(*time));
             }
             Entry::Late { at, service } => {
                 tell(*at, *service, "its deadline has passed".to_owned());

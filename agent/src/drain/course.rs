@@ -66,8 +66,8 @@ pub(crate) enum UnitEnd {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Fact {
-    /// Status of a process as wait(2) has it.
-    Exit { member: usize, status: i32 },
+    /// Status of a process as wait(2) has it, and when it ended.
+    Exit { member: usize, status: i32, time: u64 },
 }
 
 /// Why a signal was not sent to one process.
@@ -271,6 +271,8 @@ pub(crate) struct MemberRun {
     pub gone: Option<u64>,
     /// As wait(2) has it.
     pub status: Option<i32>,
+    /// When it ended, by the kernel's word.
+    pub exited: Option<u64>,
 }
 
 /// The course of one service.
@@ -349,7 +351,7 @@ pub(super) fn nanos(time: Duration) -> u64 {
 }
 
 pub(super) fn of_member(member: Member) -> MemberRun {
-    MemberRun { member, sent: Sent::Not, gone: None, status: None }
+    MemberRun { member, sent: Sent::Not, gone: None, status: None, exited: None }
 }
 
 /// As people write it.

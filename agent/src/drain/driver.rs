@@ -17,19 +17,18 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    active::{Active, gone, listed, look, prestop},
+    active::{Active, by_place, gone, listed, look, prestop, same},
     command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
     course::{Action, Begun, Input, NotSent, UnitEnd, nanos},
     grants,
     identity::Identity,
     journal::Journal,
     machine::{KILL_GRACE, Machine},
-    matching::TICKS,
     order,
     process::Process,
     registrations,
     registry::{Caller, Refusal, Registry},
-    report::{self, Document},
+    report::Document,
     reports,
     service::{Name, Service, Target},
     signaller, units,
@@ -52,7 +51,7 @@ enum Waited {
 
 /// The process of a registration.
 struct Held {
-    process: Process,
+    process: Arc<Process>,
     /// Its end is waited for as long as this is there.
     _waits: DropGuard,
 }
@@ -160,6 +159,7 @@ impl Driver {
             }
             Command::List(caller, reply) => {
                 let own = self.registry.list().iter().filter(|service| caller.owns(service.uid));
+                let listed = |service| listed(service, self.held(service));
                 let _ = reply.send(own.map(listed).collect());
             }
             Command::Plan(asked, reply) => {
@@ -210,7 +210,13 @@ impl Driver {
                 Waited::Registered(has_gone.map(|()| (name, identity)))
             }));
         }
-        self.held.insert(service.name.clone(), Held { process, _waits: ended.drop_guard() });
+        self.held
+            .insert(service.name.clone(), Held { process: Arc::new(process), _waits: ended.drop_guard() });
+    }
+
+    /// The process of a registration.
+    fn held(&self, service: &Service) -> Option<&Process> {
+        self.held.get(&service.name).map(|held| &*held.process)
     }
 
     /// Keeps the registrations for the next agent.
@@ -261,7 +267,8 @@ impl Driver {
             grant
         };
         let grants = (0..stages.len()).map(grant).collect();
-        let services = all.into_iter().map(|service| (service.clone(), look(service).0)).collect();
+        let services =
+            all.into_iter().map(|service| (service.clone(), look(service, self.held(service)).0)).collect();
         Ok(Plan { deadline, stages, services, grants })
     }
 
@@ -310,8 +317,10 @@ impl Driver {
             Some(folder) => Journal::create(folder).map_err(|error| error.to_string()),
             None => Err("there is no state folder".to_owned()),
         };
+        let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
+        let registered = by_place(&begun.services, held);
         let (machine, actions) = Machine::begin(begun);
-        self.active = Some(Active::new(machine, journal));
+        self.active = Some(Active::new(machine, journal, registered));
         self.perform(actions);
         Ok(id)
     }
@@ -340,15 +349,25 @@ impl Driver {
         };
         let machine =
             Machine::replay(entries).filter(|machine| machine.begun.boot_id == self.settings.boot_id);
-        let Some(machine) = machine.filter(|machine| machine.finished.is_none()) else {
+        let Some(machine) = machine else {
             tracing::warn!(
-                "the journal of a drain is removed: it is of another boot, over, or not what plumb writes"
+                "the journal of a drain is removed: it is of another boot, or not what plumb writes"
             );
             let _ = journal.remove();
             return;
         };
+        if machine.finished.is_some() {
+            // That agent has not come to keep the report.
+            self.close(Active::new(machine, Ok(journal), HashMap::new()));
+            return;
+        }
         tracing::warn!(drain = machine.begun.id, "takes up a drain that an agent before has left");
-        self.active = Some(Active::new(machine, Ok(journal)));
+        // Nobody held these meanwhile: they are found by their numbers, once.
+        let registered = by_place(&machine.begun.services, |service| match &service.target {
+            Target::Process(meant) => same(meant),
+            _ => None,
+        });
+        self.active = Some(Active::new(machine, Ok(journal), registered));
         self.step(Input::Resume);
     }
 
@@ -392,26 +411,14 @@ impl Driver {
             let tgid = event.header().process.tgid;
             match event {
                 Event::Exit(exit) if exit.group_dead != 0 => {
-                    self.exited(tgid, event.header().process.start_boottime, exit.code);
+                    let active = self.active.as_ref();
+                    let seen = active.map(|active| active.exited(event.header(), exit.code));
+                    seen.into_iter().flatten().for_each(|input| self.step(input));
                 }
                 Event::Exec(_) => self.forget_changed(|pid| pid == tgid),
                 _ => {}
             }
         }
-    }
-
-    fn exited(&mut self, pid: u32, start: u64, code: u32) {
-        let Some(active) = &self.active else { return };
-        let mut inputs = Vec::new();
-        for (service, run) in active.machine.runs.iter().enumerate() {
-            for (member, one) in run.members.iter().enumerate() {
-                let identity = &one.member.identity;
-                if identity.pid == pid && identity.start_ticks == start / (1_000_000_000 / TICKS) {
-                    inputs.push(Input::Seen(service, report::exit(member, code)));
-                }
-            }
-        }
-        inputs.into_iter().for_each(|input| self.step(input));
     }
 
     /// A process that runs another program, or is in another cgroup, is not what was registered.
@@ -462,7 +469,8 @@ impl Driver {
         match action {
             Action::Journal(_) => None,
             Action::Find(service) => {
-                let (found, processes) = look(&active.machine.begun.services[*service]);
+                let held = active.registered.get(service).map(Arc::as_ref);
+                let (found, processes) = look(&active.machine.begun.services[*service], held);
                 active.take(*service, 0, processes);
                 Some(match found {
                     Preflight::Found(found) => Input::Found(*service, found),
@@ -532,10 +540,9 @@ impl Driver {
             if known.gone.is_some() || !active.watched.insert((service, member)) {
                 continue;
             }
-            let held = active.processes.get(&(service, member)).cloned().or_else(|| {
-                let process = Process::open(meant.pid).ok()?;
-                process.identity.is_same_process(&meant).then(|| Arc::new(process))
-            });
+            let held = active.processes.get(&(service, member)).cloned();
+            // Of an agent before.
+            let held = held.or_else(|| active.registered.get(&service).cloned()).or_else(|| same(&meant));
             let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
             let is_there = held.is_some();
             if let Some(process) = held {

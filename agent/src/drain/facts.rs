@@ -1,7 +1,8 @@
 //! What pre-flight looks at, of one process.
 
-use std::{collections::HashSet, fs, path::Path};
+use std::{collections::HashSet, fs, os::unix::fs::MetadataExt, path::Path};
 
+use plumb_common::sockets::Port;
 use procfs::net::{TcpNetEntry, TcpState};
 
 use super::{matching::own_sockets, process::Process};
@@ -65,7 +66,8 @@ pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let status = fs::read_to_string(folder.join("status")).ok()?;
     let masks = |key: &str| mask(&status, key).is_some_and(|mask| has(mask, signal));
     let sockets = own_sockets(process.identity.pid);
-    let tables = tcp(process.identity.pid);
+    // These take the kernel milliseconds, however few sockets there are.
+    let tables = if sockets.is_empty() { Vec::new() } else { tcp(process.identity.pid) };
     let own = || tables.iter().filter(|entry| sockets.contains(&entry.inode));
     let listens = own().filter(|entry| entry.state == TcpState::Listen);
     let mut listeners: Vec<String> = listens.map(|entry| entry.local_address.to_string()).collect();
@@ -83,6 +85,19 @@ pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
         supervisor: supervisor(process),
     };
     process.is_alive().then_some(facts)
+}
+
+/// The ports on which a process listens, each with its network namespace.
+#[must_use]
+pub(crate) fn ports(pid: u32) -> HashSet<Port> {
+    let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).map(|found| found.ino());
+    let Some(netns) = namespace.ok().and_then(|inode| u32::try_from(inode).ok()) else {
+        return HashSet::new();
+    };
+    let (sockets, tables) = (own_sockets(pid), tcp(pid));
+    let listens =
+        tables.iter().filter(|entry| entry.state == TcpState::Listen && sockets.contains(&entry.inode));
+    listens.map(|entry| Port { netns, port: u32::from(entry.local_address.port()) }).collect()
 }
 
 /// A set of signals, as proc_pid_status(5) has it.

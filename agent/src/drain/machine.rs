@@ -245,10 +245,14 @@ impl Machine {
             out.push(Action::Prestop(service));
             return;
         }
-        let unit = found.unit.clone();
         self.record(out, Entry::Found { at: now, service, found: Box::new(found) });
         out.push(Action::Watch(service));
-        match (unit, &self.begun.services[service].stop) {
+        self.ask_to_stop(now, service, out);
+    }
+
+    /// For the first time.
+    fn ask_to_stop(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
+        match (self.runs[service].found.unit.clone(), &self.begun.services[service].stop) {
             (Some(unit), _) => {
                 self.record(out, Entry::UnitStopping { at: now, service, unit: unit.clone() });
                 out.push(Action::StopUnit(service, unit));
@@ -428,7 +432,10 @@ impl Machine {
                     }
                     out.push(Action::Watch(service));
                     let run = &self.runs[service];
-                    if let Some(unit) = run.found.unit.clone().filter(|_| !run.unit_stopped) {
+                    if run.signalled.is_none() {
+                        // It was found, and that agent has not come further.
+                        self.ask_to_stop(now, service, out);
+                    } else if let Some(unit) = run.found.unit.clone().filter(|_| !run.unit_stopped) {
                         // Asking twice stops it once.
                         out.push(Action::StopUnit(service, unit));
                     }

@@ -337,7 +337,7 @@ impl World {
                                 members.iter().position(|one| one.member.identity.pid as usize == number);
                             match at {
                                 Some(at) => {
-                                    let fact = Fact::Exit { member: at, status: 0 };
+                                    let fact = Fact::Exit { member: at, status: 0, time: 0 };
                                     let actions = self.machine.step(self.now, Input::Seen(service, fact));
                                     self.perform(actions);
                                     if !self.watched.contains(&(service, number)) {
@@ -414,6 +414,8 @@ proptest! {
         for (service, run) in world.machine.runs.iter().enumerate() {
             let found = verdict(run);
             prop_assert!(found.is_some(), "{:?}", run);
+            let is_asked = run.signalled.is_some() || run.refused.is_some();
+            prop_assert!(run.members.is_empty() || is_asked, "found, and never asked to stop: {:?}", run);
             if let Some((Verdict::Clean, _)) = found {
                 let all = 0..world.behaviours[service].stops.len();
                 let gone = all.clone().all(|number| world.dead.contains_key(&(service, number)));

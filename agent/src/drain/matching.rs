@@ -30,18 +30,17 @@ pub(super) struct Match {
     pub(super) is_root: bool,
 }
 
-/// What runs of a service; nothing when it does not run.
-pub(super) fn find(target: &Target) -> Result<Vec<Match>, String> {
+/// What runs of a service; nothing when it does not run. A registered process is the one that is held since, never one
+/// that has its number now.
+pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<Vec<Match>, String> {
     let processes = match target {
-        Target::Process(meant) => match Process::open(meant.pid) {
-            Ok(process) => match meant.differs(&process.identity) {
+        Target::Process(meant) => match held.map(Process::again) {
+            Some(Ok(process)) => match meant.differs(&process.identity) {
                 None => vec![process],
-                // Its number is another's: it has ended.
-                Some(_) if !meant.is_same_process(&process.identity) => Vec::new(),
                 Some(why) => return Err(why),
             },
-            Err(NoProcess::Gone(_)) => Vec::new(),
-            Err(why) => return Err(why.to_string()),
+            None | Some(Err(NoProcess::Gone(_))) => Vec::new(),
+            Some(Err(why)) => return Err(why.to_string()),
         },
         Target::Pidfile(path) => of_pidfile(path)?.into_iter().collect(),
         Target::Exe(path, arguments) => match fs::metadata(path) {
@@ -87,7 +86,7 @@ fn where_(mut holds: impl FnMut(u32) -> bool) -> Result<Vec<Process>, String> {
 }
 
 /// By device and inode: the same path in a container is another program.
-fn runs(pid: u32, exe: (u64, u64), arguments: &[String]) -> bool {
+pub(super) fn runs(pid: u32, exe: (u64, u64), arguments: &[String]) -> bool {
     let folder = Path::new("/proc").join(pid.to_string());
     let Ok(found) = fs::metadata(folder.join("exe")) else { return false };
     if (found.dev(), found.ino()) != exe {
@@ -197,7 +196,7 @@ mod tests {
     }
 
     fn pids(target: &Target) -> Vec<u32> {
-        find(target).unwrap().iter().map(|one| one.process.identity.pid).collect()
+        find(target, None).unwrap().iter().map(|one| one.process.identity.pid).collect()
     }
 
     #[test]
@@ -210,7 +209,7 @@ mod tests {
         while pids(&target).len() < 2 && std::time::Instant::now() < end {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let found = find(&target).unwrap();
+        let found = find(&target, None).unwrap();
         let roots: Vec<_> =
             found.iter().filter(|one| one.is_root).map(|one| one.process.identity.pid).collect();
         assert_eq!((found.len(), &roots[..]), (2, &[running.0.id()][..]));
@@ -235,15 +234,15 @@ mod tests {
         assert!(pids(&target).is_empty());
         file.set_modified(std::time::SystemTime::now()).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
-        assert!(find(&target).unwrap_err().contains("written by others"));
+        assert!(find(&target, None).unwrap_err().contains("written by others"));
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
         for (text, why) in [("", "no number"), ("-1", "no number"), ("1", "first process")] {
             fs::write(&path, text).unwrap();
-            assert!(find(&target).unwrap_err().contains(why), "{text}");
+            assert!(find(&target, None).unwrap_err().contains(why), "{text}");
         }
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
-        assert!(find(&target).is_err());
+        assert!(find(&target, None).is_err());
         fs::remove_file(&path).unwrap();
     }
 
@@ -252,7 +251,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         // It is plumb's own here, which is found and refused.
-        assert!(find(&Target::Port(port)).unwrap_err().contains("plumb itself"));
+        assert!(find(&Target::Port(port), None).unwrap_err().contains("plumb itself"));
         drop(listener);
         assert!(pids(&Target::Port(port)).is_empty());
     }

@@ -32,7 +32,9 @@ mod written;
 
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
+    course::signal_name,
     driver::Driver,
+    facts::ports,
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State, Verdict},

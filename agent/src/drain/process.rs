@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::identity::Identity;
-use crate::text;
+use crate::{clock, text};
 
 /// Why a process cannot be taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,6 +40,8 @@ pub(crate) struct Process {
     pub uids: (u32, u32),
     /// Its arguments, escaped and cut.
     pub command: String,
+    /// When it was looked at, nanoseconds since boot: what happened before to a process of its number was another's.
+    pub looked: u64,
 }
 
 /// Longest command line that is kept, in bytes.
@@ -72,6 +74,7 @@ impl Process {
         if getppid().is_some_and(|parent| i64::from(parent.as_raw_nonzero().get()) == i64::from(pid)) {
             return Err(NoProcess::Denied(pid, "the process that has started plumb"));
         }
+        let looked = clock::boottime();
         let read = read(pid, &pidfd);
         // Whoever is there now was there before, so what was read is of it.
         if !is_alive(&pidfd) {
@@ -86,7 +89,7 @@ impl Process {
         if !is_alive(&pidfd) {
             return Err(NoProcess::Gone(pid));
         }
-        Ok(Self { pidfd, identity, ppid, uids, command })
+        Ok(Self { pidfd, identity, ppid, uids, command, looked })
     }
 
     /// It as it is now; its number is its own for as long as it is there.

@@ -317,6 +317,6 @@ impl ServiceDocument {
 
 /// The evidence of a service's end, as far as there is one now.
 #[must_use]
-pub(crate) fn exit(member: usize, status: u32) -> Fact {
-    Fact::Exit { member, status: status as i32 }
+pub(crate) fn exit(member: usize, status: u32, time: u64) -> Fact {
+    Fact::Exit { member, status: status as i32, time }
 }

@@ -12,6 +12,7 @@ const MAGIC: u16 = 0xeb9f;
 const ARRAY: u32 = 3;
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
+const ENUM: u32 = 6;
 const TYPEDEF: u32 = 8;
 const VOLATILE: u32 = 9;
 const CONST: u32 = 10;
@@ -38,6 +39,8 @@ pub(crate) struct Facts {
     pub offsets: [u32; offsets::LEN],
     /// Whether it has the helper `bpf_task_pt_regs`.
     pub has_task_pt_regs: bool,
+    /// Whether resets have a reason: then their tracepoint tells of every one, since 6.10.
+    pub has_reset_reason: bool,
 }
 
 /// Reads a kernel's types.
@@ -45,7 +48,8 @@ pub(crate) fn facts(btf: &[u8]) -> Result<Facts, BtfError> {
     let types = Types::parse(btf)?;
     Ok(Facts {
         offsets: offsets::PATHS.map(|path| types.resolve(path).unwrap_or(offsets::MISSING)),
-        has_task_pt_regs: types.has_function("bpf_task_pt_regs"),
+        has_task_pt_regs: types.has(FUNCTION, "bpf_task_pt_regs"),
+        has_reset_reason: types.has(ENUM, "sk_rst_reason"),
     })
 }
 
@@ -150,10 +154,10 @@ impl<'a> Types<'a> {
         (!want_stride).then_some(offset)
     }
 
-    /// Whether the kernel has a function of this name; a BPF helper is one.
-    fn has_function(&self, wanted: &str) -> bool {
+    /// Whether the kernel has a type of this kind and name; a BPF helper is a function.
+    fn has(&self, kind: u32, wanted: &str) -> bool {
         let mut all = self.starts.iter().filter_map(|at| self.record(*at as usize));
-        all.any(|t| t.kind() == FUNCTION && self.name(t.name) == wanted.as_bytes())
+        all.any(|t| t.kind() == kind && self.name(t.name) == wanted.as_bytes())
     }
 
     /// Byte offset and type of a member, looked for in anonymous members too.
@@ -240,7 +244,7 @@ mod tests {
         assert_eq!(types.resolve("outer.first[]"), None);
         assert_eq!(types.resolve("outer.nothing"), None);
         assert_eq!(types.resolve("nobody.first"), None);
-        assert!(types.has_function("helper") && !types.has_function("outer"));
+        assert!(types.has(FUNCTION, "helper") && !types.has(FUNCTION, "outer"));
     }
 
     #[test]

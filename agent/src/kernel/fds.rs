@@ -25,7 +25,7 @@ use super::{
 /// One attached program; dropping it detaches.
 #[derive(Debug)]
 #[allow(dead_code, reason = "held, not read")]
-enum Attached {
+pub(super) enum Attached {
     Tracepoint(BtfTracePointLink),
     Entry(FEntryLink),
     Exit(FExitLink),
@@ -139,12 +139,7 @@ impl FdHooks {
         }
         let mut links = Vec::new();
         for program in of_seam(Seam::Functions) {
-            match ebpf.program_mut(program.name) {
-                Some(programs::Program::FEntry(hook)) => hook.unload(),
-                Some(programs::Program::FExit(hook)) => hook.unload(),
-                _ => Ok(()),
-            }
-            .map_err(refusal)?;
+            unload(ebpf, program)?;
             load(ebpf, program, btf, known)?;
             links.push(attach(ebpf, program)?);
         }
@@ -153,7 +148,17 @@ impl FdHooks {
     }
 }
 
-fn attach(ebpf: &mut Ebpf, program: &Program) -> Result<Attached, Verdict> {
+/// So that it can be loaded again.
+pub(super) fn unload(ebpf: &mut Ebpf, program: &Program) -> Result<(), Verdict> {
+    match ebpf.program_mut(program.name) {
+        Some(programs::Program::FEntry(hook)) => hook.unload(),
+        Some(programs::Program::FExit(hook)) => hook.unload(),
+        _ => Ok(()),
+    }
+    .map_err(refusal)
+}
+
+pub(super) fn attach(ebpf: &mut Ebpf, program: &Program) -> Result<Attached, Verdict> {
     match ebpf.program_mut(program.name) {
         Some(programs::Program::BtfTracePoint(hook)) => {
             hook.attach().and_then(|id| hook.take_link(id)).map(Attached::Tracepoint)

@@ -13,6 +13,7 @@ use plumb_common::{
         COMM_LEN, MAX_TREE, MAX_WATCHED, RING_BYTES, STACK_RING_BYTES, TREE_RING_BYTES, TREE_STACK_RING_BYTES,
     },
     offsets,
+    sockets::{MAX_CLOSED, MAX_CONVERSATIONS},
 };
 
 use super::{
@@ -20,6 +21,7 @@ use super::{
     fds::FdHooks,
     programs::{Hook, Intent, PROGRAMS, Program, Seam, Status, Verdict},
     ring::{Ring, RingError},
+    sockets::SocketHooks,
 };
 use crate::failure::{Exit, Failure};
 
@@ -54,6 +56,20 @@ pub struct Plan {
     /// Whether stacks can be taken: of everybody whose fds are followed at once, else of those that
     /// `Kernel::watch` names.
     pub stacks: bool,
+    /// Whether sockets and signals of services can be followed.
+    pub sockets: Sockets,
+    /// Whether every KILL is told, whoever gets it.
+    pub kills: bool,
+}
+
+/// Whether and when the socket programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sockets {
+    /// They are not loaded.
+    Never,
+    /// Loaded, to be attached by `Kernel::follow_sockets`.
+    OnDemand,
+    AtOnce,
 }
 
 /// Whether and how fds are followed.
@@ -78,6 +94,8 @@ impl Plan {
             "sched_process_exec",
             "task_rename",
             "sched_process_exit",
+            "signal_generate",
+            "mark_victim",
             "processes",
             "threads",
             "files",
@@ -86,6 +104,8 @@ impl Plan {
         filter: Filter { tgid: None, comm: None },
         ring_bytes: RING_BYTES,
         stacks: true,
+        sockets: Sockets::OnDemand,
+        kills: true,
     };
 
     /// All there is, for `plumb doctor`.
@@ -100,17 +120,52 @@ impl Plan {
             filter,
             ring_bytes: RING_BYTES,
             stacks: false,
+            sockets: Sockets::Never,
+            kills: false,
         }
     }
 
     /// A command and all its descendants.
-    pub const TREE: Self = Self { fds: Fds::Tree, ring_bytes: TREE_RING_BYTES, stacks: true, ..Self::AGENT };
+    pub const TREE: Self = Self {
+        programs: Some(&[
+            "task_newtask",
+            "sched_process_exec",
+            "task_rename",
+            "sched_process_exit",
+            "processes",
+            "threads",
+            "files",
+        ]),
+        fds: Fds::Tree,
+        ring_bytes: TREE_RING_BYTES,
+        sockets: Sockets::Never,
+        kills: false,
+        ..Self::AGENT
+    };
+
+    /// The sockets and signals of some processes.
+    pub const SOCKETS: Self = Self {
+        programs: Some(&["sched_process_exit", "signal_generate", "mark_victim", "processes"]),
+        fds: Fds::Never,
+        stacks: false,
+        sockets: Sockets::AtOnce,
+        kills: false,
+        ..Self::AGENT
+    };
 
     /// One pass of these iterators.
     #[must_use]
     pub const fn pass(programs: &'static [&'static str]) -> Self {
         let filter = Filter { tgid: None, comm: None };
-        Self { programs: Some(programs), fds: Fds::Never, filter, ring_bytes: PAGE, stacks: false }
+        Self {
+            programs: Some(programs),
+            fds: Fds::Never,
+            filter,
+            ring_bytes: PAGE,
+            stacks: false,
+            sockets: Sockets::Never,
+            kills: false,
+        }
     }
 }
 
@@ -172,6 +227,8 @@ pub struct Kernel {
     pub(super) ebpf: Ebpf,
     pub(super) programs: Vec<Status>,
     pub(super) fds: FdHooks,
+    pub(super) sockets: SocketHooks,
+    pub(super) offsets: [u32; offsets::LEN],
     /// Whether pids of this process's namespace are those of the kernel.
     pub(super) sees_host_pids: bool,
 }
@@ -202,15 +259,22 @@ impl Kernel {
             .override_global("ALL_STACKS", &all_stacks, true)
             .override_global("TREE", &tree, true)
             .override_global("HAS_TASK_PT_REGS", &has_task_pt_regs, true)
+            .override_global("KILLS", &u32::from(plan.kills), true)
             .override_global("FILTER_TGID", &tgid, true)
             .override_global("FILTER_COMM", &comm[..], true)
             .map_max_entries(EVENTS, plan.ring_bytes)
             .map_max_entries(STACKS, stack_ring_bytes(plan))
+            .map_max_entries(
+                "CONVERSATIONS",
+                if plan.sockets == Sockets::Never { 1 } else { MAX_CONVERSATIONS },
+            )
+            .map_max_entries("CLOSED", if plan.sockets == Sockets::Never { 1 } else { MAX_CLOSED })
             .map_max_entries(WATCHED, if plan.fds == Fds::Tree { MAX_TREE } else { MAX_WATCHED })
             .load(OBJECT)
             .map_err(|error| LoadError::Refused(chain(&error)))?;
         let wanted = |program: &&Program| {
-            program.seam.is_none() && plan.programs.is_none_or(|names| names.contains(&program.name))
+            let is_on_demand = program.seam.is_some() || program.sockets;
+            !is_on_demand && plan.programs.is_none_or(|names| names.contains(&program.name))
         };
         let mut programs = Vec::new();
         for program in PROGRAMS.iter().filter(wanted) {
@@ -228,10 +292,12 @@ impl Kernel {
             });
         }
         let fds = FdHooks::load(plan.fds, &mut ebpf, &btf, &facts.offsets, &mut programs);
+        let sockets = SocketHooks::load(plan.sockets, &mut ebpf, &btf, &facts, &mut programs);
         drop(btf);
         // SAFETY: no preconditions. The kernel's types took about 20 MB for a moment; give them back.
         unsafe { libc::malloc_trim(0) };
-        Ok(Self { ebpf, programs, fds, sees_host_pids: sees_host_pids() })
+        let (offsets, sees_host_pids) = (facts.offsets, sees_host_pids());
+        Ok(Self { ebpf, programs, fds, sockets, offsets, sees_host_pids })
     }
 
     /// As `load`, and an error when a required program is not attached.

@@ -68,6 +68,8 @@ pub struct Program {
     pub hook: Hook,
     /// Of the fd programs, the way of attaching they belong to. Only one way is attached at a time.
     pub seam: Option<Seam>,
+    /// Attached only while sockets are followed.
+    pub sockets: bool,
     pub intent: Intent,
     /// What the user goes without when it is not there.
     pub gives: &'static str,
@@ -96,11 +98,28 @@ const IN_SLOT: &[usize] = &[
     offsets::FDT_FD,
 ];
 
-pub static PROGRAMS: [Program; 11] = [
+/// What is noted when something is sent.
+const ANSWERED: &[usize] =
+    &[offsets::SOCK_NET, offsets::NET_INUM, offsets::SOCK_NUM, offsets::SOCK_PROTOCOL, offsets::TCP_COPIED];
+
+/// What a packet is read by.
+const OF_PACKET: &[usize] = &[
+    offsets::NET_INUM,
+    offsets::SKB_HEAD,
+    offsets::SKB_DATA,
+    offsets::SKB_LEN,
+    offsets::SKB_TRANSPORT,
+    offsets::SKB_NETWORK,
+    offsets::SKB_DEVICE,
+    offsets::DEVICE_NET,
+];
+
+pub static PROGRAMS: [Program; 20] = [
     Program {
         name: "task_newtask",
         hook: Hook::Tracepoint("task_newtask"),
         seam: None,
+        sockets: false,
         intent: Intent::Optional,
         gives: "new processes and threads between two passes",
         needs: ACTOR,
@@ -109,6 +128,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "sched_process_exec",
         hook: Hook::Tracepoint("sched_process_exec"),
         seam: None,
+        sockets: false,
         intent: Intent::Optional,
         gives: "exec events",
         needs: ACTOR,
@@ -117,6 +137,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "task_rename",
         hook: Hook::Tracepoint("task_rename"),
         seam: None,
+        sockets: false,
         intent: Intent::Optional,
         gives: "thread names as they change",
         needs: ACTOR,
@@ -125,6 +146,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "sched_process_exit",
         hook: Hook::Tracepoint("sched_process_exit"),
         seam: None,
+        sockets: false,
         intent: Intent::Optional,
         gives: "exits between two passes, with their codes",
         needs: &[
@@ -139,6 +161,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "fd_install",
         hook: Hook::Entry(&["fd_install"]),
         seam: Some(Seam::Functions),
+        sockets: false,
         intent: Intent::Optional,
         gives: "fd events that cost other syscalls nothing: new fds",
         needs: IN_SLOT,
@@ -147,6 +170,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "do_dup2",
         hook: Hook::Exit("do_dup2"),
         seam: Some(Seam::Functions),
+        sockets: false,
         intent: Intent::Optional,
         gives: "fd events that cost other syscalls nothing: replaced fds",
         needs: IN_SLOT,
@@ -156,6 +180,7 @@ pub static PROGRAMS: [Program; 11] = [
         // From 6.6 on close(2) goes past filp_close, which itself calls filp_flush.
         hook: Hook::Entry(&["filp_flush", "filp_close"]),
         seam: Some(Seam::Functions),
+        sockets: false,
         intent: Intent::Optional,
         gives: "fd events that cost other syscalls nothing: closed fds",
         needs: IN_SLOT,
@@ -164,6 +189,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "sys_exit",
         hook: Hook::Tracepoint("sys_exit"),
         seam: Some(Seam::SysExit),
+        sockets: false,
         intent: Intent::Optional,
         gives: "fd events where the kernel's functions cannot be attached",
         needs: IN_SLOT,
@@ -172,6 +198,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "processes",
         hook: Hook::Iterator("task"),
         seam: None,
+        sockets: false,
         intent: Intent::Required,
         gives: "the counts of fds and threads of every process",
         needs: &[
@@ -194,6 +221,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "threads",
         hook: Hook::Iterator("task"),
         seam: None,
+        sockets: false,
         intent: Intent::Optional,
         gives: "the threads of one process by name",
         needs: &[offsets::TASK_PID, offsets::TASK_TGID, offsets::TASK_COMM, offsets::TASK_START_BOOTTIME],
@@ -202,6 +230,7 @@ pub static PROGRAMS: [Program; 11] = [
         name: "files",
         hook: Hook::Iterator("task_file"),
         seam: None,
+        sockets: false,
         intent: Intent::Optional,
         gives: "the open files of one process and what leaks",
         needs: &[
@@ -220,6 +249,100 @@ pub static PROGRAMS: [Program; 11] = [
             offsets::DENTRY_NAME,
         ],
     },
+    Program {
+        name: "signal_generate",
+        hook: Hook::Tracepoint("signal_generate"),
+        seam: None,
+        sockets: false,
+        intent: Intent::Optional,
+        gives: "who kills, and that a signal was made",
+        needs: ACTOR,
+    },
+    Program {
+        name: "mark_victim",
+        hook: Hook::Tracepoint("mark_victim"),
+        seam: None,
+        sockets: false,
+        intent: Intent::Optional,
+        gives: "that a process was killed for want of memory",
+        needs: ACTOR,
+    },
+    Program {
+        name: "signal_deliver",
+        hook: Hook::Tracepoint("signal_deliver"),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "that a signal was taken, and by a handler",
+        needs: &[offsets::TASK_GROUP_LEADER, offsets::TASK_START_BOOTTIME, offsets::SIGACTION_HANDLER],
+    },
+    Program {
+        name: "inet_sock_set_state",
+        hook: Hook::Tracepoint("inet_sock_set_state"),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "when listeners close, and which connections lose a request",
+        needs: &[
+            offsets::TASK_GROUP_LEADER,
+            offsets::TASK_START_BOOTTIME,
+            offsets::SOCK_NET,
+            offsets::NET_INUM,
+            offsets::SOCK_NUM,
+            offsets::SOCK_SOURCE,
+            offsets::SOCK_FLAGS,
+            offsets::SOCK_SOCKET,
+            offsets::SOCK_ERR,
+            offsets::SOCK_PROTOCOL,
+            offsets::TCP_COPIED,
+            offsets::TCP_RECEIVED,
+        ],
+    },
+    Program {
+        name: "sock_send_length",
+        hook: Hook::Tracepoint("sock_send_length"),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "which requests were answered",
+        needs: ANSWERED,
+    },
+    Program {
+        name: "tcp_sendmsg",
+        hook: Hook::Entry(&["tcp_sendmsg"]),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "which requests were answered",
+        needs: ANSWERED,
+    },
+    Program {
+        name: "tcp_send_reset",
+        hook: Hook::Tracepoint("tcp_send_reset"),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "which requests come too late, and who is refused",
+        needs: OF_PACKET,
+    },
+    Program {
+        name: "tcp_v4_send_reset",
+        hook: Hook::Entry(&["tcp_v4_send_reset"]),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "which requests come too late, and who is refused",
+        needs: OF_PACKET,
+    },
+    Program {
+        name: "tcp_v6_send_reset",
+        hook: Hook::Entry(&["tcp_v6_send_reset"]),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "which requests come too late over IPv6, and who is refused",
+        needs: OF_PACKET,
+    },
 ];
 
 /// What became of a program on this kernel.
@@ -227,7 +350,7 @@ pub static PROGRAMS: [Program; 11] = [
 pub enum Verdict {
     /// Attached or, for an iterator, loaded.
     Attached,
-    /// Loaded, to be attached as soon as somebody's fds are followed.
+    /// Loaded, to be attached as soon as somebody's fds or sockets are followed.
     Loaded,
     /// Not needed: another program sees the same. `why` says what speaks against this one.
     Substituted { by: &'static str, why: String },
@@ -258,7 +381,7 @@ impl Verdict {
     pub fn explain(&self) -> String {
         match self {
             Self::Attached => String::new(),
-            Self::Loaded => "attached while somebody's fds are followed".to_owned(),
+            Self::Loaded => "attached while somebody's fds or sockets are followed".to_owned(),
             Self::Substituted { by, why } => format!("{by} does its work: {why}"),
             Self::Unsupported { why } => why.clone(),
             Self::Refused { errno, remedy } => format!("{}; {remedy}", io::Error::from_raw_os_error(*errno)),

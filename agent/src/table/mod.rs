@@ -61,7 +61,7 @@ impl Table {
             Event::Exit(event) => self.thread_exited(event),
             Event::Exec(event) => self.image_replaced(event),
             // A pass notices a new name by itself; these are for those who listen.
-            Event::Rename(_) | Event::Fd(_) => {}
+            Event::Rename(_) | Event::Fd(_) | Event::Signal(_) | Event::Socket(_) => {}
         }
     }
 

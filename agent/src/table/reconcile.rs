@@ -86,7 +86,7 @@ fn subjects(event: &Event) -> impl Iterator<Item = ProcKey> {
         Event::Clone(event) => Some(event.child),
         Event::Exit(event) => Some(event.header.process),
         Event::Exec(event) => Some(event.header.process),
-        Event::Rename(_) | Event::Fd(_) => None,
+        Event::Rename(_) | Event::Fd(_) | Event::Signal(_) | Event::Socket(_) => None,
     };
     subject.into_iter()
 }

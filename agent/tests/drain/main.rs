@@ -11,9 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::Signal;
 use serde_json::Value;
 
+mod client;
+mod course;
+mod killed;
+mod storm;
+mod subject;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -155,55 +159,6 @@ fn services_of_the_settings_and_registered_ones_stop_in_order() {
     assert!(!host.dir.0.join("state/drain.journal").exists());
     let metric = "plumb_drains_total{outcome=\"clean\",service=\"b\"} 1";
     assert!(host.json(&["drain", "--last"])["id"] == report["id"], "{metric}");
-}
-
-#[test]
-fn an_agent_that_is_killed_in_between_goes_on_and_signals_nobody_twice() {
-    for delay in [0, 20, 60, 150, 300, 600, 1200] {
-        let mut host = Host::new("");
-        let (first, second) = (host.server("first", "0.4"), host.server("second", "0.4"));
-        host.register("second", second.0.id());
-        host.register("first", first.0.id());
-        let mut drain = Running(
-            plumb()
-                .args(["drain", "--all", "--deadline", "20s"])
-                .env("PLUMB_RUN_DIR", host.run_dir())
-                .stdout(std::process::Stdio::null())
-                .stderr(std::process::Stdio::null())
-                .spawn()
-                .unwrap(),
-        );
-        sleep(Duration::from_millis(delay));
-        let mut agent = host.agent.take().unwrap();
-        agent.signal(Signal::KILL);
-        agent.0.wait().unwrap();
-        drain.0.wait().unwrap();
-        let has_begun = host.dir.0.join("state/drain.journal").exists();
-        host.start();
-        if has_begun {
-            host.until("the drain is over", || host.json(&["drain", "--last"])["state"] == "finished");
-            let report = host.json(&["drain", "--last"]);
-            assert!(report["resumed"].as_u64().unwrap() >= 1, "{report}");
-            for service in report["services"].as_array().unwrap() {
-                // Clean only if somebody saw it; what was signalled perhaps is told so.
-                let verdict = service["verdict"].as_str().unwrap();
-                let is_told = match (verdict, &service["exit_code"]) {
-                    ("clean", code) => code == 0,
-                    ("lossy", code) => {
-                        code.is_null() && service["why"].to_string().contains("nobody saw how")
-                    }
-                    ("timeout", _) => service["notes"].to_string().contains("may not have"),
-                    _ => false,
-                };
-                assert!(is_told, "{report}");
-            }
-        }
-        for name in ["first TERM", "second TERM"] {
-            let times = host.events().iter().filter(|event| *event == name).count();
-            assert!(times <= 1, "after {delay} ms: {:?}", host.events());
-            assert!(!has_begun || times == 1 || host.log().contains("takes up"), "{:?}", host.events());
-        }
-    }
 }
 
 #[test]

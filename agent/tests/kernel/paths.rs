@@ -15,7 +15,7 @@ use std::{
 
 use plumb::{
     decode::Event,
-    kernel::{Fds, Filter, Kernel, LoadError, Plan, Ring, Seam},
+    kernel::{Fds, Filter, Kernel, LoadError, Plan, Ring, Seam, Sockets},
 };
 use plumb_common::{
     counts,
@@ -196,6 +196,8 @@ impl Watcher {
             filter,
             ring_bytes: RING_BYTES,
             stacks: false,
+            sockets: Sockets::Never,
+            kills: false,
         };
         let mut kernel = Kernel::load_all(plan)?;
         let ring = kernel.ring().unwrap();

@@ -15,6 +15,7 @@ use rustix::{
 use tokio_util::sync::CancellationToken;
 
 mod printer;
+mod sockets;
 
 use self::printer::Printer;
 use super::{
@@ -53,6 +54,10 @@ pub(super) struct Arguments {
     /// are left came from
     #[arg(long, requires = "pid")]
     origins: bool,
+    /// Instead, say what becomes of the process's connections, listeners and signals, and those of its descendants: which
+    /// requests are lost, and who kills it
+    #[arg(long, requires = "pid", conflicts_with_all = ["origins", "via", "count"])]
+    sockets: bool,
     /// Attach the fd programs this way and no other [default: functions, or else sys_exit]
     #[arg(long, value_enum, value_name = "WAY")]
     via: Option<Via>,
@@ -95,6 +100,9 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let target =
         arguments.pid.map(|pid| Target::open(pid).ok_or_else(|| no_such_process(pid))).transpose()?;
     let stop = interrupted()?;
+    if let (true, Some(target)) = (arguments.sockets, &target) {
+        return sockets::run(arguments, target, &stop);
+    }
     let via = arguments.via.map(|via| match via {
         Via::Functions => Seam::Functions,
         Via::SysExit => Seam::SysExit,

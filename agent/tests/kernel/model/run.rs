@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use plumb::kernel::{Fds, Filter, Kernel, Plan, Seam};
+use plumb::kernel::{Fds, Filter, Kernel, Plan, Seam, Sockets};
 use plumb_common::limits::RING_BYTES;
 use proptest::{
     strategy::Strategy,
@@ -62,6 +62,8 @@ impl Host {
             filter,
             ring_bytes: RING_BYTES,
             stacks: false,
+            sockets: Sockets::Never,
+            kills: false,
         };
         let mut kernel = Kernel::load_all(plan).unwrap();
         let watch = Watch::new(kernel.ring().unwrap(), kernel.seam().unwrap());

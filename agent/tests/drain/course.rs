@@ -1,0 +1,136 @@
+//! The course of a drain beyond the order: side by side, with too little time, cancelled, joined, with a prestop command,
+//! below a supervisor.
+
+use std::{fs, process::Command};
+
+use serde_json::{Value, json};
+
+use super::{Host, client::Client, pid, support::Running};
+
+impl Host {
+    fn admin(&self) -> Client {
+        Client::connect(&self.run_dir())
+    }
+
+    /// Registers a process as the API does, with what else is wished.
+    fn add(&self, name: &str, pid: u32, wish: Value) {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let ticks = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
+        let mut wish = wish;
+        wish["process"] = json!({ "pid": pid, "start_ticks": ticks.parse::<u64>().unwrap() });
+        wish["signal"] = json!("TERM");
+        let (status, answer) = self.admin().ask("PUT", &format!("/v1/services/{name}"), Some(&wish));
+        assert_eq!(status, 200, "{answer}");
+    }
+}
+
+fn service<'a>(report: &'a Value, name: &str) -> &'a Value {
+    report["services"].as_array().unwrap().iter().find(|one| one["name"] == name).unwrap()
+}
+
+#[test]
+fn what_a_supervisor_starts_again_is_called_restarted() {
+    let host = Host::new("");
+    let number = host.dir.join("number");
+    // It is there again before anybody can look.
+    let server = format!(
+        "trap 'exit 0' TERM; echo $$ > {number}.new; mv {number}.new {number}; \
+                          while :; do sleep 0.02; done"
+    );
+    let script = format!("while :; do /bin/sh -c \"{}\" server; done", server.replace('$', "\\$"));
+    let _supervisor = Running(Command::new("/bin/sh").args(["-c", &script]).spawn().unwrap());
+    let running = || fs::read_to_string(&number).unwrap_or_default().trim().parse::<u32>().ok();
+    host.until("it runs", || running().is_some());
+    let first = running().unwrap();
+    host.register("server", first);
+    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    let again = running().unwrap();
+    assert_ne!(first, again);
+    let server = service(&report, "server");
+    assert_eq!(server["verdict"], "restarted", "{report:#}");
+    assert!(server["why"].as_str().unwrap().contains(&again.to_string()), "{report:#}");
+    // The last of its kind: the supervisor is gone before it.
+    drop(_supervisor);
+    let last = rustix::process::Pid::from_raw(i32::try_from(again).unwrap()).unwrap();
+    let last = rustix::process::pidfd_open(last, rustix::process::PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_send_signal(last, rustix::process::Signal::KILL).unwrap();
+}
+
+#[test]
+fn services_that_wait_for_nobody_stop_side_by_side() {
+    let host = Host::new("");
+    let (a, b) = (host.server("a", "0.7"), host.server("b", "0.7"));
+    host.add("a", a.pid(), json!({ "after": [] }));
+    host.add("b", b.pid(), json!({ "after": [] }));
+    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    let events = host.events();
+    let (asked, gone) = events.split_at(2);
+    assert!(asked.iter().all(|event| event.ends_with("TERM")), "{events:?}");
+    assert!(gone.iter().all(|event| event.ends_with("gone")), "{events:?}");
+    assert_eq!(report["stages"].as_array().unwrap().len(), 1, "{report:#}");
+}
+
+#[test]
+fn too_little_time_in_all_shortens_everybody_and_is_said() {
+    let host = Host::new("");
+    let (first, second) = (host.server("first", "0"), host.server("second", "30"));
+    host.add("second", second.pid(), json!({ "deadline": "8s" }));
+    host.add("first", first.pid(), json!({ "deadline": "24s" }));
+    let output = host.plumb(&["drain", "--all", "--deadline", "4s", "-o", "json"]);
+    assert_eq!(output.status.code(), Some(124));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let note = |name: &str| service(&report, name)["notes"].to_string();
+    assert!(note("first").contains("shortened from 24s to 3s"), "{report:#}");
+    // The first has left it most of its time.
+    assert!(note("second").contains("shortened from 8s to "), "{report:#}");
+    assert_eq!(service(&report, "second")["verdict"], "timeout", "{report:#}");
+    assert_eq!(host.events(), ["first TERM", "first gone", "second TERM"], "it was not ended by force");
+}
+
+#[test]
+fn a_drain_that_is_cancelled_begins_no_other_stage_and_another_one_joins_it_before() {
+    let host = Host::new("");
+    let (first, second) = (host.server("first", "1.5"), host.server("second", "0"));
+    host.add("second", second.pid(), json!({}));
+    host.add("first", first.pid(), json!({}));
+    let mut admin = host.admin();
+    let (status, begun) = admin.ask("POST", "/v1/drain", Some(&json!({ "all": true, "deadline": "20s" })));
+    assert_eq!(status, 202, "{begun}");
+    // Whoever asks for what is under way is told of that.
+    for services in [json!({ "all": true }), json!({ "services": ["second"] })] {
+        let (status, joined) = admin.ask("POST", "/v1/drain", Some(&services));
+        assert_eq!((status, &joined["id"]), (202, &begun["id"]), "{joined}");
+    }
+    let other = host.server("other", "0");
+    host.add("other", other.pid(), json!({}));
+    let (status, refused) = admin.ask("POST", "/v1/drain", Some(&json!({ "all": true })));
+    assert_eq!((status, &refused["code"]), (409, &json!("under-way")), "{refused}");
+
+    assert!(host.plumb(&["drain", "--cancel"]).status.success());
+    let report = admin.drain_when(|drain| drain["state"] == "finished");
+    assert_eq!((&report["id"], &report["cancelled"]), (&begun["id"], &json!(true)), "{report:#}");
+    assert_eq!(service(&report, "first")["verdict"], "clean", "{report:#}");
+    assert_eq!(service(&report, "second")["verdict"], "refused", "{report:#}");
+    assert!(service(&report, "second")["why"].to_string().contains("cancelled"), "{report:#}");
+    assert_eq!(host.events(), ["first TERM", "first gone"]);
+}
+
+#[test]
+fn prestop_runs_before_the_signal_and_what_it_says_is_told() {
+    let dir = super::support::TempDir::new();
+    let (pidfile, events) = (dir.join("pid"), dir.join("events"));
+    let settings = format!(
+        "[[service]]\nname = 'web'\npidfile = '{pidfile}'\nsignal = 'TERM'\n\
+         prestop = 'echo prestop >> {events}; sleep 0.3; exit 3'\n"
+    );
+    let host = Host::new(&settings);
+    fs::remove_file(&events).unwrap_or_default();
+    std::os::unix::fs::symlink(&events, host.dir.0.join("events")).unwrap();
+    let web = host.server("web", "0.1");
+    fs::write(&pidfile, pid(&web)).unwrap();
+    let report = host.json(&["drain", "web", "--deadline", "20s"]);
+    assert_eq!(host.events(), ["prestop", "web TERM", "web gone"], "{report:#}");
+    let web = service(&report, "web");
+    assert_eq!(web["verdict"], "clean", "{report:#}");
+    assert!(web["notes"].to_string().contains("prestop failed (exit status: 3)"), "{report:#}");
+}

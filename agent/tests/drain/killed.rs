@@ -1,0 +1,153 @@
+//! The agent is killed at each step of a drain: another one goes on, tells the truth, and signals nobody twice.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    process::{Command, Stdio},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    thread::{scope, sleep},
+    time::Duration,
+};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::{
+    Host, pid,
+    support::{Running, TempDir, plumb},
+};
+
+/// Agents at a time: they mostly wait.
+const SIDE_BY_SIDE: usize = 8;
+
+impl Host {
+    /// A process that notes each TERM, and goes 2 to 3 s after the first: later than another agent can be there.
+    fn patient(&self, name: &str, ends: bool) -> Running {
+        let (events, ready) = (self.dir.join("events"), self.dir.join(name));
+        let ends = if ends { "[ $n -gt 100 ] && exit 0" } else { ":" };
+        let script = format!(
+            "t=0; n=0; trap 'echo {name} TERM >> {events}; t=1' TERM; : > {ready}; \
+             while :; do sleep 0.02; n=$((n+t)); {ends}; done"
+        );
+        let server = Running(Command::new("/bin/sh").args(["-c", &script, name]).spawn().unwrap());
+        self.until("a server is ready", || fs::exists(&ready).unwrap());
+        server
+    }
+
+    /// The words of the entries that are in the journal; `None` without one.
+    fn journal(&self) -> Option<Vec<String>> {
+        let text = fs::read_to_string(self.dir.0.join("state/drain.journal")).ok()?;
+        let word = |line: &str| line.split('"').nth(1).unwrap_or_default().to_owned();
+        Some(text.split_inclusive('\n').filter(|line| line.ends_with('\n')).map(word).collect())
+    }
+}
+
+/// Kills the agent when so many entries are in the journal, and a moment later; returns the last of them, or `None` when
+/// the drain was over before.
+fn kill_at(entries: usize, later: Duration) -> Option<String> {
+    let shared = TempDir::new();
+    let (pidfile, prestops) = (shared.join("pid"), shared.join("prestops"));
+    let settings = format!(
+        "[[service]]\nname = 'first'\npidfile = '{pidfile}'\nsignal = 'TERM'\n\
+         prestop = 'echo prestop >> {prestops}; sleep 0.2'\n"
+    );
+    let mut host = Host::new(&settings);
+    let (first, second) = (host.patient("first", true), host.patient("second", true));
+    let deaf = host.patient("deaf", false);
+    fs::write(&pidfile, pid(&first)).unwrap();
+    // Those of the settings wait for what is registered later: here they go first.
+    for (name, server, more) in
+        [("second", &second, &[][..]), ("deaf", &deaf, &["--kill", "--deadline", "2s"])]
+    {
+        let add = ["services", "add", name, "--pid", &pid(server), "--signal", "TERM", "--after", "first"];
+        let output = host.plumb(&[&add, more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let mut drain = plumb();
+    drain.args(["drain", "--all", "--deadline", "15s"]).env("PLUMB_RUN_DIR", host.run_dir());
+    let mut drain = Running(drain.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let mut was_there = false;
+    loop {
+        let journal = host.journal();
+        if was_there && journal.is_none() {
+            drain.0.wait().unwrap();
+            return None;
+        }
+        was_there |= journal.is_some();
+        if journal.is_some_and(|journal| journal.len() >= entries) {
+            break;
+        }
+        sleep(Duration::from_micros(100));
+    }
+    sleep(later);
+    let mut agent = host.agent.take().unwrap();
+    agent.signal(Signal::KILL);
+    agent.0.wait().unwrap();
+    drain.0.wait().unwrap();
+    let last = host.journal().map(|journal| journal.last().cloned().unwrap_or_else(|| "none".to_owned()))?;
+    host.start();
+    if last == "none" {
+        // The folder was made, and nothing has begun.
+        assert!(host.events().is_empty(), "{:?}", host.events());
+        return Some(last);
+    }
+    let report = || host.json(&["drain", "--last"]);
+    host.until("the drain is over", || report()["state"] == "finished");
+    check(&host, &report(), &last, &fs::read_to_string(&prestops).unwrap_or_default());
+    Some(last)
+}
+
+fn check(host: &Host, report: &Value, last: &str, prestops: &str) {
+    let context = || format!("after {last}: {:?}\n{report:#}\n{}", host.events(), host.log());
+    let is_over = last == "finished";
+    assert_eq!(report["resumed"], i32::from(!is_over), "{}", context());
+    for service in report["services"].as_array().unwrap() {
+        let name = service["name"].as_str().unwrap();
+        let times = host.events().iter().filter(|event| **event == format!("{name} TERM")).count();
+        let notes = service["notes"].to_string();
+        let is_unsure = notes.contains("may not have been sent");
+        // Its time may have passed while there was no agent: then KILL comes before it can note anything.
+        let is_at_once = service["verdict"] == "killed" && service["seconds"].as_f64() < Some(0.5);
+        assert!(times == 1 || (is_unsure || is_at_once) && times == 0, "{name} got {times}: {}", context());
+        // Clean only if somebody saw it.
+        let is_told = match (service["verdict"].as_str().unwrap(), &service["exit_code"]) {
+            ("clean", code) => code == 0,
+            ("lossy", code) => code.is_null() && service["why"].to_string().contains("nobody saw how"),
+            ("killed", _) => name == "deaf",
+            ("timeout", _) => is_unsure,
+            _ => false,
+        };
+        assert!(is_told, "{name}: {}", context());
+    }
+    let prestops = prestops.lines().count();
+    assert!((1..=2).contains(&prestops), "{prestops}: {}", context());
+}
+
+#[test]
+fn an_agent_that_is_killed_at_any_step_is_followed_by_one_that_goes_on_and_signals_nobody_twice() {
+    let (next, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let killed = Mutex::new(BTreeSet::new());
+    scope(|scope| {
+        for _ in 0..SIDE_BY_SIDE {
+            scope.spawn(|| {
+                while !is_over.load(Relaxed) {
+                    let entries = next.fetch_add(1, Relaxed);
+                    // Somewhere before the next step, or in it.
+                    let later = Duration::from_micros(entries as u64 * 7919 % 3000);
+                    match kill_at(entries, later) {
+                        Some(last) => drop(killed.lock().unwrap().insert(last)),
+                        None => is_over.store(true, Relaxed),
+                    }
+                }
+            });
+        }
+    });
+    let killed = killed.into_inner().unwrap();
+    println!("killed after {killed:?}");
+    for step in ["stage", "prestop", "signalled", "gone", "all-gone", "ended"] {
+        assert!(killed.contains(step), "{step} was not hit: {killed:?}");
+    }
+}
