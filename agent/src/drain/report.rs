@@ -131,9 +131,11 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     if run.is_late {
         let left = run.members.iter().filter(|one| one.gone.is_none()).count();
         let why = match (run.signalled, left) {
-            (Some(_), 0) => "systemd was not through with its unit at its deadline".to_owned(),
             (None, _) => "no time was left to ask it to stop".to_owned(),
-            (_, 1) => "it still ran at its deadline".to_owned(),
+            (_, 0) if run.found.unit.is_some() && !run.unit_stopped => {
+                "systemd was not through with its unit at its deadline".to_owned()
+            }
+            (_, 0 | 1) => "it still ran at its deadline".to_owned(),
             (_, left) => format!("{left} of its processes still ran at its deadline"),
         };
         return Some((Verdict::Timeout, why));

@@ -132,7 +132,9 @@ impl Host {
     }
 
     fn answers(&self) {
+        let began = Instant::now();
         until("the agent answers", || plumb().args(["services", "list"]).output().unwrap().status.success());
+        println!("AGENT {:?}", began.elapsed());
     }
 
     fn clear(&self) {

@@ -147,7 +147,7 @@ fn services_of_the_settings_and_registered_ones_stop_in_order() {
     assert_eq!(order, ["c", "b", "a", "by-exe", "by-port", "by-pidfile"], "{plan}");
     assert!(host.events().is_empty(), "nothing happens in a dry run");
 
-    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    let report = host.json(&["drain", "--all", "--deadline", "60s"]);
     let expected = ["c", "b", "a", "by-port", "by-pidfile"];
     let expected: Vec<String> =
         expected.iter().flat_map(|name| [format!("{name} TERM"), format!("{name} gone")]).collect();
