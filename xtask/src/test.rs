@@ -26,9 +26,10 @@ use crate::{
 
 /// The test binary that needs nothing but a kernel, and what it runs.
 const KERNEL_TESTS: &str = "kernel";
-/// Tests of drains; of them the storm needs only a kernel and a shell, and how many operations are played on an emulated
-/// one: half a minute.
+/// Tests of drains.
 const DRAIN_TESTS: &str = "drain";
+/// Of them the storm needs only a kernel and a shell, and how many operations are played on an emulated
+/// one: half a minute.
 const STORM: &str = "storm::";
 const EMULATED_STORM: u32 = 1500;
 /// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
@@ -56,8 +57,7 @@ const SYSTEMD_TESTS: &str = "drain::systemd::tests::booted";
 const SHUTDOWN_TEST: &str = "drain::systemd::tests::booted::a_shutdown_is_told_and_waits_for_the_inhibitor";
 /// The series of the Debian that systemd comes from.
 const SYSTEMD_KERNEL: &str = "6.1";
-/// Tests of drains, and of them those that need systemd, all with `#[ignore]`.
-const DRAIN_TESTS: &str = "drain";
+/// Of the tests of drains those that need systemd, all with `#[ignore]`.
 const BOOTED: &str = "booted::";
 /// Those that have many agents or processes at a time, for which an emulated machine takes too long.
 const DRAIN_MANY: [&str; 2] = ["killed::", "storm::"];
@@ -152,15 +152,15 @@ fn below_systemd(asked: &[String]) -> Result<()> {
     let is_asked = |series: &str| asked.is_empty() || asked.iter().any(|one| one == series);
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let mut machines = Vec::new();
+    let built = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
     for (series, shutdown) in DRAIN_SHUTDOWNS.into_iter().filter(|(series, _)| is_asked(series)) {
         let (tests, file) = ("/usr/bin/drain-tests", PathBuf::from("/usr/bin/drain-tests"));
         let plumb = PathBuf::from("/usr/local/bin/plumb");
-        let built = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
         let skip = DRAIN_SHUTDOWNS.iter().flat_map(|(_, last)| ["--skip", last]);
         let skipped: Vec<_> = DRAIN_MANY.iter().flat_map(|test| ["--skip", test]).collect();
         let together = [tests, "--ignored", "--test-threads", "1", BOOTED].into_iter().chain(skip);
         let guest = Guest {
-            files: vec![(built, file), (workspace().join("target/release/plumb"), plumb)],
+            files: vec![(built.clone(), file), (workspace().join("target/release/plumb"), plumb)],
             env: vec![("PLUMB_BIN".to_owned(), "/usr/local/bin/plumb".to_owned())],
             commands: vec![
                 words(&[&[tests, "--test-threads", "2"][..], &skipped].concat()),

@@ -121,7 +121,7 @@ impl Shutdown {
                 (back_off, said) = (BACK_OFF, String::new());
             }
             if said != why {
-                tracing::info!("a shutdown of the host is not held back, which is tried again: {why}");
+                tracing::info!("{why}; logind is asked again");
                 said = why;
             }
             tokio::select! {
