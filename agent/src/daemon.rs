@@ -211,14 +211,17 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         }
         std::future::pending::<()>().await;
     };
+    let host = drain::Shutdown::new(drain.clone(), drains.clone(), config.drain.deadline);
     tokio::select! {
         () = &mut shutdown => {}
         () = first_pass => {}
         () = drain::on_usr1(&drain) => {}
-        () = drain::on_shutdown(&drain, drains.clone(), config.drain.deadline) => {}
+        () = host.wait() => {}
     }
     if config.drain_on_sigterm {
         drain::all(&drain, drains, "TERM", None).await;
+    } else {
+        host.at_end().await;
     }
     tracing::info!("stops");
     let late = supervisor.stop(STOP_DEADLINE).await;

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     command::{Listed, Preflight},
     course::{Entry, Found, Input, Member, MemberRun, Phase},
-    facts::{self, Supervisor},
+    facts,
     identity::Identity,
     journal::Journal,
     machine::Machine,
@@ -25,7 +25,8 @@ use super::{
     report::{self, Document},
     service::{Service, Target},
     sockets::Sockets,
-    systemd::{self, Systemd, Unit},
+    systemd::Unit,
+    units,
 };
 use crate::{
     clock::{self, Calendar},
@@ -70,6 +71,11 @@ impl Active {
         for (member, process) in (first..).zip(processes) {
             self.processes.insert((service, member), Arc::new(process));
         }
+    }
+
+    /// Whether a process of a service is held, which was there when it was found.
+    pub(super) fn is_held(&self, service: usize) -> bool {
+        self.processes.keys().any(|(of, _)| *of == service)
     }
 
     /// Writes what is to be known before anything else is done.
@@ -210,20 +216,23 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
         Ok(found) => found,
         Err(why) => return (Preflight::Refused(why), Vec::new()),
     };
-    if found.is_empty() {
+    // A unit without a process may be between two runs, or have something to do when it is stopped.
+    if found.is_empty() && unit.as_ref().is_none_or(units::is_stopped) {
         return (Preflight::NotRunning, Vec::new());
     }
-    let mut sum = Found { unit: unit.as_ref().map(|unit| unit.name.clone()), ..Found::default() };
+    let unit = match unit.map_or_else(|| units::of_main(service, &found), |unit| Ok(Some(unit))) {
+        Ok(unit) => unit,
+        Err(why) => return (Preflight::Refused(why), Vec::new()),
+    };
+    let mut sum = Found {
+        unit: unit.as_ref().map(|unit| unit.name.clone()),
+        kill_signal: unit.as_ref().map(|unit| unit.kill_signal),
+        ..Found::default()
+    };
+    let stop = units::stop_of(service, unit.as_ref());
     for Match { process, .. } in found.iter().filter(|one| one.is_root) {
-        let Some(stop) = &service.stop else { continue };
+        let Some(stop) = &stop else { continue };
         let Some(facts) = facts::of(process, stop.signal.number()) else { continue };
-        // A user may signal his own process; what systemd stops for root is more than that.
-        if let Supervisor::Unit(name) = &facts.supervisor
-            && service.uid == 0
-            && is_main(name, process.identity.pid)
-        {
-            sum.unit = Some(name.clone());
-        }
         let judgement = preflight::judge(&facts, stop, sum.unit.as_deref());
         if let Some(why) = judgement.refused {
             return (Preflight::Refused(format!("process {}: {why}", process.identity.pid)), Vec::new());
@@ -232,9 +241,7 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
         sum.is_unhandled |= judgement.is_unhandled;
         sum.notes.extend(judgement.notes);
     }
-    if let Some(unit) = &unit {
-        sum.notes.push(format!("systemd stops it by signal {}, Restart={}", unit.kill_signal, unit.restart));
-    }
+    sum.notes.extend(unit.as_ref().map(units::note));
     sum.members = found.iter().map(member).collect();
     (Preflight::Found(sum), found.into_iter().map(|one| one.process).collect())
 }
@@ -242,45 +249,12 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
 /// The processes of a service and, if it is named by its unit, that.
 fn find(target: &Target, held: Option<&Process>) -> Result<(Vec<Match>, Option<Unit>), String> {
     let Target::Unit(name) = target else { return Ok((matching::find(target, held)?, None)) };
-    let unit = with_systemd(async |systemd| systemd.unit(name).await)?;
-    if unit.control_group.len() < 2 || matches!(unit.active_state.as_str(), "inactive" | "failed") {
+    let unit = units::unit(name)?;
+    if unit.control_group.len() < 2 || units::is_stopped(&unit) {
         return Ok((Vec::new(), Some(unit)));
     }
     let found = matching::find(&Target::Cgroup(unit.control_group.clone()), None)?;
     Ok((found, Some(unit)))
-}
-
-/// Whether a process is the main one of a unit, which systemd would start again if it ended by itself.
-fn is_main(unit: &str, pid: u32) -> bool {
-    with_systemd(async |systemd| systemd.unit(unit).await).is_ok_and(|unit| unit.main_pid == Some(pid))
-}
-
-/// Time for systemd to answer.
-const ANSWER: Duration = Duration::from_secs(5);
-
-fn with_systemd<T>(work: impl AsyncFnOnce(&Systemd) -> Result<T, systemd::Error>) -> Result<T, String> {
-    let asked = async {
-        let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
-        work(&systemd).await.map_err(|error| error.to_string())
-    };
-    let asked = async {
-        time::timeout(ANSWER, asked).await.unwrap_or_else(|_| Err("systemd does not answer".to_owned()))
-    };
-    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(asked))
-}
-
-/// Has systemd stop a unit, and says why it could not.
-pub(super) async fn stop_unit(unit: String, within: Duration) -> Option<String> {
-    let stopped = async {
-        let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
-        let mut job = systemd.stop(&unit).await.map_err(|error| error.to_string())?;
-        job.result(within).await.map_err(|error| error.to_string())
-    };
-    match stopped.await {
-        Ok(result) if result == "done" => None,
-        Ok(result) => Some(format!("systemd says of stopping {unit}: {result}")),
-        Err(why) => Some(format!("{unit} was not stopped: {why}")),
-    }
 }
 
 pub(super) fn listed(service: &Service, held: Option<&Process>) -> Listed {

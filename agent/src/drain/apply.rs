@@ -89,9 +89,23 @@ impl Machine {
                     one.sent = Sent::Yes;
                 }
             }
-            Entry::UnitStopped { at, service, why } => {
-                tell(*at, *service, "systemd has stopped it".to_owned());
-                self.runs[*service].notes.extend(why.clone());
+            Entry::UnitStopped { at, service, result, why } => {
+                match (result.as_deref(), why) {
+                    (_, Some(why)) => tell(*at, *service, why.clone()),
+                    (None | Some("success"), None) => {
+                        tell(*at, *service, "systemd has stopped it".to_owned());
+                    }
+                    (Some(result), None) => {
+                        tell(
+                            *at,
+                            *service,
+                            format!("systemd has stopped it, and calls it failed ({result})"),
+                        );
+                    }
+                }
+                let run = &mut self.runs[*service];
+                run.notes.extend(why.clone());
+                (run.unit_stopped, run.unit_result) = (true, result.clone());
             }
             Entry::Gone { at, service, member } => {
                 let run = &mut self.runs[*service];

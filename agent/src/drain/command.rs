@@ -23,6 +23,9 @@ pub(crate) enum Command {
     /// Answers as soon as the drain has begun, or with the one that is under way.
     Drain(Asked, Reply<String>),
     Cancel(Caller, Reply<()>),
+    /// Whether something comes back is looked at now and no more, if the drain has ended: answers when its report is
+    /// kept.
+    Settle(oneshot::Sender<()>),
 }
 
 type Reply<T> = oneshot::Sender<Result<T, Refusal>>;

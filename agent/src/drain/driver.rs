@@ -1,12 +1,7 @@
 //! The one task that owns the registry and carries out drains: it does what the machine wants, and tells it what has
 //! happened. It waits for pidfds, timers, events and commands, and polls nothing.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    future::pending,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, future::pending, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
@@ -17,9 +12,9 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    active::{Active, by_place, gone, listed, look, prestop, same, stop_unit},
-    command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
-    course::{Action, Begun, Fact, Input, NotSent},
+    active::{Active, by_place, gone, listed, look, same},
+    command::{Asked, Command, Plan, Registration, Settings, View},
+    course::{Begun, Fact, Input, UnitEnd},
     grants,
     identity::Identity,
     journal::Journal,
@@ -31,7 +26,6 @@ use super::{
     report::Document,
     reports,
     service::{Name, Service, Target},
-    signaller,
     sockets::Sockets,
 };
 use crate::{
@@ -42,33 +36,32 @@ use crate::{
 };
 
 /// What the driver waits for.
-enum Waited {
+pub(super) enum Waited {
     /// A member of a service of the drain of this id has gone.
     Member(String, usize, usize),
     /// A registered process has gone; `None` when it was not to be waited for any more.
     Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
-    /// systemd has stopped a unit, or why not.
-    Unit(String, usize, Option<String>),
+    Unit(String, usize, UnitEnd),
 }
 
 /// The process of a registration.
-struct Held {
+pub(super) struct Held {
     process: Arc<Process>,
     /// Its end is waited for as long as this is there.
     _waits: DropGuard,
 }
 
 pub(crate) struct Driver {
-    settings: Settings,
-    ask: Asker,
-    registry: Registry,
-    held: HashMap<Name, Held>,
-    active: Option<Active>,
-    waits: FuturesUnordered<BoxFuture<'static, Waited>>,
-    views: watch::Sender<View>,
-    done: Box<dyn Fn(&Document) + Send>,
-    number: u64,
+    pub(super) settings: Settings,
+    pub(super) ask: Asker,
+    pub(super) registry: Registry,
+    pub(super) held: HashMap<Name, Held>,
+    pub(super) active: Option<Active>,
+    pub(super) waits: FuturesUnordered<BoxFuture<'static, Waited>>,
+    pub(super) views: watch::Sender<View>,
+    pub(super) done: Box<dyn Fn(&Document) + Send>,
+    pub(super) number: u64,
 }
 
 impl Driver {
@@ -176,6 +169,10 @@ impl Driver {
             }
             Command::Cancel(caller, reply) => {
                 let _ = reply.send(self.cancel(caller));
+            }
+            Command::Settle(reply) => {
+                self.settle();
+                let _ = reply.send(());
             }
         }
     }
@@ -287,7 +284,7 @@ impl Driver {
             };
         }
         // One that only watches whether something comes back makes room.
-        self.finish_early();
+        self.settle();
         let began = clock::boottime();
         let deadline = asked.deadline.unwrap_or(self.settings.deadline);
         let services: Vec<Service> =
@@ -381,8 +378,8 @@ impl Driver {
     }
 
     /// A drain that has ended is over now.
-    fn finish_early(&mut self) {
-        if let Some(active) = &mut self.active {
+    fn settle(&mut self) {
+        if let Some(active) = self.active.as_mut().filter(|active| active.machine.ended.is_some()) {
             let actions = active.machine.settle();
             self.perform(actions);
         }
@@ -395,7 +392,7 @@ impl Driver {
             Waited::Prestop(id, service, why) if is_current(&id) => {
                 self.step(Input::PrestopEnded(service, why));
             }
-            Waited::Unit(id, service, why) if is_current(&id) => self.step(Input::UnitStopped(service, why)),
+            Waited::Unit(id, service, end) if is_current(&id) => self.step(Input::Unit(service, end)),
             Waited::Member(..) | Waited::Prestop(..) | Waited::Unit(..) => {}
             Waited::Registered(Some((name, identity))) => {
                 if self.held.get(&name).is_some_and(|held| held.process.identity == identity) {
@@ -451,132 +448,8 @@ impl Driver {
         self.perform(actions);
     }
 
-    /// Does what the machine wants, and tells it what came of that until nothing is left to do.
-    fn perform(&mut self, actions: Vec<Action>) {
-        let Some(mut active) = self.active.take() else { return };
-        let mut todo = VecDeque::from(actions);
-        let mut written = Vec::new();
-        while let Some(action) = todo.pop_front() {
-            if let Action::Journal(entry) = action {
-                written.push(entry);
-                continue;
-            }
-            // Nothing is done that another agent would not know of.
-            active.write(&mut written);
-            if let Action::Look(service) = action {
-                let counted = active.counted(service);
-                let more = counted.map(|input| active.machine.step(clock::boottime(), input));
-                todo.extend(more.into_iter().flatten());
-            }
-            if let Some(input) = self.act(&mut active, &action) {
-                let more = active.machine.step(clock::boottime(), input);
-                // Behind what waits: entries are written in the order in which they have changed the machine.
-                todo.extend(more);
-            }
-        }
-        active.write(&mut written);
-        if active.machine.finished.is_some() {
-            self.close(active);
-        } else {
-            self.active = Some(active);
-        }
-        self.publish();
-    }
-
-    fn act(&mut self, active: &mut Active, action: &Action) -> Option<Input> {
-        match action {
-            Action::Journal(_) => None,
-            Action::Find(service) => {
-                let held = active.registered.get(service).map(Arc::as_ref);
-                let (found, processes) = look(&active.machine.begun.services[*service], held);
-                let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
-                active.take(*service, 0, processes);
-                Some(match found {
-                    Preflight::Found(mut found) => {
-                        found.ports = ports.unwrap_or_default();
-                        Input::Found(*service, found)
-                    }
-                    Preflight::NotRunning => Input::NotRunning(*service),
-                    Preflight::Refused(why) => Input::Refused(*service, why),
-                })
-            }
-            Action::Prestop(service) => {
-                let commands = &active.machine.begun.services[*service];
-                let commands = (commands.prestop.clone(), commands.ready.clone());
-                let cancelled = CancellationToken::new();
-                active.prestops.insert(*service, cancelled.clone());
-                let (id, service) = (active.machine.begun.id.clone(), *service);
-                self.waits.push(Box::pin(async move {
-                    Waited::Prestop(id, service, prestop(commands, cancelled).await)
-                }));
-                None
-            }
-            Action::EndPrestop(service) => {
-                active.prestops.remove(service).iter().for_each(CancellationToken::cancel);
-                None
-            }
-            Action::Send { service, members, signal } => {
-                let uid = active.machine.begun.services[*service].uid;
-                let send = |member: &usize| {
-                    let meant = &active.machine.runs[*service].members[*member].member.identity;
-                    let sent = match active.processes.get(&(*service, *member)) {
-                        Some(process) => signaller::send(process, meant, uid, *signal),
-                        None => Err(NotSent::Gone),
-                    };
-                    sent.err().map(|why| (*member, why))
-                };
-                Some(Input::Sent(*service, members.iter().filter_map(send).collect()))
-            }
-            Action::StopUnit(service, unit) => {
-                let run = &active.machine.runs[*service];
-                let (id, service, unit) = (active.machine.begun.id.clone(), *service, unit.clone());
-                let within = run.grant;
-                self.waits
-                    .push(Box::pin(async move { Waited::Unit(id, service, stop_unit(unit, within).await) }));
-                None
-            }
-            Action::Watch(service) => {
-                self.watch(active, *service);
-                None
-            }
-            Action::Look(service) => {
-                let (more, again) = active.look_again(*service);
-                Some(Input::Looked(*service, more, again))
-            }
-        }
-    }
-
-    /// Waits for the members of a service that are there.
-    fn watch(&mut self, active: &mut Active, service: usize) {
-        for member in 0..active.machine.runs[service].members.len() {
-            let known = &active.machine.runs[service].members[member];
-            let meant = known.member.identity.clone();
-            if known.gone.is_some() || !active.watched.insert((service, member)) {
-                continue;
-            }
-            let held = active.processes.get(&(service, member)).cloned();
-            // Of an agent before.
-            let held = held.or_else(|| active.registered.get(&service).cloned()).or_else(|| same(&meant));
-            let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
-            let is_there = held.is_some();
-            if let Some(process) = held {
-                active.processes.insert((service, member), process);
-            }
-            // One that cannot be waited for runs into its deadline, and is not called gone.
-            if is_there && gone.is_none() {
-                continue;
-            }
-            self.waits.push(Box::pin(async move {
-                if let Some(gone) = gone {
-                    gone.await;
-                }
-                Waited::Member(id, service, member)
-            }));
-        }
-    }
-
     /// A drain is over: its report is kept, and nobody takes it up.
-    fn close(&mut self, active: Active) {
+    pub(super) fn close(&mut self, active: Active) {
         let document = active.document();
         tracing::info!("{}", document.headline());
         if let Some(folder) = &self.settings.state_dir
@@ -594,7 +467,7 @@ impl Driver {
         });
     }
 
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         let (services, document) = (self.registry.list().len(), self.active.as_ref().map(Active::document));
         self.views.send_modify(|view| {
             view.generation += 1;

@@ -150,7 +150,8 @@ fn tcp(pid: u32) -> Vec<TcpNetEntry> {
     [process.tcp(), process.tcp6()].into_iter().filter_map(Result::ok).flatten().collect()
 }
 
-fn supervisor(process: &Process) -> Supervisor {
+/// Who may start a process again.
+pub(super) fn supervisor(process: &Process) -> Supervisor {
     let by_cgroup = of_cgroup(&process.identity.cgroup);
     if by_cgroup != Supervisor::Nobody {
         return by_cgroup;

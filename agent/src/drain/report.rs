@@ -177,7 +177,10 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
         let left = run.members.iter().filter(|one| one.gone.is_none()).count();
         let why = match (run.signalled, left) {
             (None, _) => "no time was left to ask it to stop".to_owned(),
-            (_, 1) => "it still ran at its deadline".to_owned(),
+            (_, 0) if run.found.unit.is_some() && !run.unit_stopped => {
+                "systemd was not through with its unit at its deadline".to_owned()
+            }
+            (_, 0 | 1) => "it still ran at its deadline".to_owned(),
             (_, left) => format!("{left} of its processes still ran at its deadline"),
         };
         return Some((Verdict::Timeout, why));
@@ -190,12 +193,19 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     }
     let roots: Vec<_> = run.members.iter().filter(|one| one.member.is_root).map(|one| one.status).collect();
     let signal = roots.iter().flatten().map(|status| status & 0x7f).find(|signal| *signal != 0);
+    let code = roots.iter().flatten().map(|status| status >> 8 & 0xff).find(|code| *code != 0);
+    let is_asked = |signal| run.signals.contains(&signal) || run.found.kill_signal == Some(signal);
     let verdict = match signal {
+        // Its main process may have ended well, and another one not at all.
+        _ if run.unit_result.as_deref() == Some("timeout") => {
+            let why = "systemd sent KILL: it did not stop within its TimeoutStopSec=";
+            (Verdict::Killed, format!("{why}{}", lost_too(run)))
+        }
         Some(libc::SIGKILL) => {
             let by = run.seen.killed_by.as_deref().unwrap_or("somebody else");
             (Verdict::Killed, format!("{by} sent KILL{}", lost_too(run)))
         }
-        Some(signal) if !run.signals.contains(&signal) => {
+        Some(signal) if !is_asked(signal) => {
             (Verdict::Lossy, format!("it died of {}{}", signal_name(signal), lost_too(run)))
         }
         _ if !run.seen.lost.is_empty() => (Verdict::Lossy, lost(run)),
@@ -209,12 +219,18 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             }
             _ => (Verdict::Clean, format!("{} ended it, and no request was lost", signal_name(signal))),
         },
-        None if run.members.is_empty() => (Verdict::Clean, "it did not run".to_owned()),
+        None if run.members.is_empty() => match &run.found.unit {
+            Some(_) => (Verdict::Clean, "it had no process, and its unit is stopped".to_owned()),
+            None => (Verdict::Clean, "it did not run".to_owned()),
+        },
         // The agent was not there, or the event was lost.
         None if roots.contains(&None) => {
             (Verdict::Lossy, "it ended in time, but nobody saw how: work may be lost".to_owned())
         }
-        None => (Verdict::Clean, "it ended in time".to_owned()),
+        None => match code {
+            Some(code) => (Verdict::Clean, format!("it ended in time, with exit code {code}")),
+            None => (Verdict::Clean, "it ended in time".to_owned()),
+        },
     };
     // One that comes back may still do so.
     (run.phase == Phase::Settled).then_some(verdict)
