@@ -188,10 +188,8 @@ fn below_systemd(asked: &[String]) -> Result<()> {
         thread::scope(|scope| {
             let machines: Vec<_> =
                 pair.iter().map(|(series, guest)| scope.spawn(|| in_one(series, guest))).collect();
-            let ended = machines.into_iter().map(|machine| machine.join());
-            ended
-                .map(|ended| ended.unwrap_or_else(|_| bail!("a machine's thread panicked")))
-                .collect::<Result<()>>()
+            let panicked = |_| bail!("a machine's thread panicked");
+            machines.into_iter().try_for_each(|machine| machine.join().unwrap_or_else(panicked))
         })?;
     }
     Ok(())
