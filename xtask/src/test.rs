@@ -59,8 +59,8 @@ const SHUTDOWN_TEST: &str = "drain::systemd::tests::booted::a_shutdown_is_told_a
 const SYSTEMD_KERNEL: &str = "6.1";
 /// Of the tests of drains those that need systemd, all with `#[ignore]`.
 const BOOTED: &str = "booted::";
-/// Those that have many agents or processes at a time, for which an emulated machine takes too long.
-const DRAIN_MANY: [&str; 2] = ["killed::", "storm::"];
+/// Those that have many agents or processes at a time, or little time: an emulated machine takes too long for them.
+const DRAIN_MANY: [&str; 3] = ["killed::", "storm::", "course::too_little_time"];
 /// What shuts a machine down, by the series on which it does: the last of each machine.
 const DRAIN_SHUTDOWNS: [(&str, &str); 3] = [
     ("5.10", "booted::a_shutdown_waits_until_all_services_are_drained_in_order"),
