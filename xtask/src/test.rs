@@ -59,8 +59,8 @@ const SHUTDOWN_TEST: &str = "drain::systemd::tests::booted::a_shutdown_is_told_a
 const SYSTEMD_KERNEL: &str = "6.1";
 /// Of the tests of drains those that need systemd, all with `#[ignore]`.
 const BOOTED: &str = "booted::";
-/// Those that have many agents or processes at a time, for which an emulated machine takes too long.
-const DRAIN_MANY: [&str; 2] = ["killed::", "storm::"];
+/// Those that have many agents or processes at a time, or little time: an emulated machine takes too long for them.
+const DRAIN_MANY: [&str; 3] = ["killed::", "storm::", "course::too_little_time"];
 /// What shuts a machine down, by the series on which it does: the last of each machine.
 const DRAIN_SHUTDOWNS: [(&str, &str); 3] = [
     ("5.10", "booted::a_shutdown_waits_until_all_services_are_drained_in_order"),
@@ -188,10 +188,8 @@ fn below_systemd(asked: &[String]) -> Result<()> {
         thread::scope(|scope| {
             let machines: Vec<_> =
                 pair.iter().map(|(series, guest)| scope.spawn(|| in_one(series, guest))).collect();
-            let ended = machines.into_iter().map(|machine| machine.join());
-            ended
-                .map(|ended| ended.unwrap_or_else(|_| bail!("a machine's thread panicked")))
-                .collect::<Result<()>>()
+            let panicked = |_| bail!("a machine's thread panicked");
+            machines.into_iter().try_for_each(|machine| machine.join().unwrap_or_else(panicked))
         })?;
     }
     Ok(())
