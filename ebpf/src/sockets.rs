@@ -226,9 +226,11 @@ fn closed(sk: u64, slot: u32, port: Port) {
     count(slot, CLOSED);
     let _ = maps::CLOSED.insert(peer, used(&course), 0);
     let (is_lost, guessed) = is_unanswered(sk, &course);
-    if is_lost {
-        let unread = course.received.wrapping_sub(course.copied);
-        tell(slot, peer, LOST_UNANSWERED, used(&course) | guessed | exiting(), (unread, course.unsent));
+    let unread = course.received.wrapping_sub(course.copied);
+    if unread > 0 || is_lost {
+        // It may still be read after shutdown(2), but not answered.
+        let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
+        tell(slot, peer, what, used(&course) | guessed | exiting(), (unread, course.unsent));
     }
 }
 
