@@ -26,7 +26,7 @@ use crate::{
     clock,
     config::{self, Config},
     detect::{Detector, HostLimits},
-    drain::{self, Driver},
+    drain::{self, Driver, Told},
     export::prometheus::Own,
     failure::{Exit, Failure},
     host::Host,
@@ -358,8 +358,11 @@ fn spawn_drain(
     let (subscribers, ask, own) = (subscribers.clone(), ask.clone(), own.clone());
     supervisor.spawn("drain", move |stop| {
         let counted = own.clone();
-        let done = Box::new(move |drain: &drain::Document| counted.drained(drain));
-        let driver = Driver::new(settings.clone(), ask.clone(), views.clone(), done);
+        let tell = Box::new(move |told: Told<'_>| match told {
+            Told::Drained(drain) => counted.drained(drain),
+            Told::Killed(by) => counted.killed(by),
+        });
+        let driver = Driver::new(settings.clone(), ask.clone(), views.clone(), tell);
         let (received, events) = (Arc::clone(&received), subscribers.add_own());
         let gauge = own.clone();
         async move {

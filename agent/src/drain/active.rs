@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use plumb_common::event::Header;
+use plumb_common::{event::Header, task::ProcKey};
 use tokio::{io::unix::AsyncFd, time};
 use tokio_util::sync::CancellationToken;
 
@@ -16,10 +16,10 @@ use super::{
     command::{Listed, Preflight},
     course::{Entry, Found, Input, Member, MemberRun, Phase},
     facts,
-    identity::Identity,
+    identity::{Identity, TICKS},
     journal::Journal,
     machine::Machine,
-    matching::{self, Match, TICKS},
+    matching::{self, Match},
     preflight,
     process::Process,
     report::{self, Document},
@@ -97,12 +97,11 @@ impl Active {
     /// Of which members this is the end: it lies between the time when one was held and the time when it was gone, and
     /// that of another process that had its number before, or has it now, does not.
     pub(super) fn exited(&self, event: &Header, code: u32) -> Vec<Input> {
-        let start_ticks = event.process.start_boottime / (1_000_000_000 / TICKS);
         let mut inputs = Vec::new();
         for (service, run) in self.machine.runs.iter().enumerate() {
             for (member, one) in run.members.iter().enumerate() {
                 let identity = &one.member.identity;
-                if (identity.pid, identity.start_ticks) == (event.process.tgid, start_ticks)
+                if identity.is(event.process)
                     && self.processes.get(&(service, member)).is_some_and(|held| held.looked <= event.time)
                     && one.gone.is_none_or(|gone| event.time <= gone)
                 {
@@ -124,10 +123,8 @@ impl Active {
             }
         }
         let Self { machine, sockets, .. } = self;
-        let of = |pid: u32, start: u64| {
-            let ticks = start / (1_000_000_000 / TICKS);
-            let is =
-                |one: &MemberRun| (one.member.identity.pid, one.member.identity.start_ticks) == (pid, ticks);
+        let of = |process: ProcKey| {
+            let is = |one: &MemberRun| one.member.identity.is(process);
             machine.runs.iter().position(|run| run.members.iter().any(is))
         };
         inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of)));

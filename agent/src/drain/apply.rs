@@ -184,6 +184,13 @@ fn saw(run: &mut Run, fact: &Fact) {
             seen.examples.extend(examples.iter().take(room).cloned());
         }
         Fact::Counted { counts } => seen.counts.clone_from(counts),
+        Fact::InFlight { at, requests } => {
+            // The first and the last are enough for who reads it.
+            if seen.in_flight.is_none() || *requests == 0 {
+                tell(*at, format!("says that it works on {requests} requests"));
+            }
+            seen.in_flight = Some(*requests);
+        }
         Fact::Unseen { why } => seen.unseen.push(why.clone()),
     }
 }

@@ -84,6 +84,8 @@ pub(crate) enum Fact {
     Lost { requests: BTreeMap<Class, u64>, guessed: u64, examples: Vec<LostRequest> },
     /// How often what happened to its connections, while it was drained.
     Counted { counts: BTreeMap<String, u64> },
+    /// It says itself how many requests it is working on.
+    InFlight { at: u64, requests: u64 },
     /// Something may have happened that nobody saw.
     Unseen { why: String },
 }
@@ -349,6 +351,8 @@ pub(crate) struct Seen {
     /// Who has killed it, but plumb.
     pub killed_by: Option<String>,
     pub counts: BTreeMap<String, u64>,
+    /// As it has said last.
+    pub in_flight: Option<u64>,
     /// Why there may be more.
     pub unseen: Vec<String>,
 }

@@ -32,6 +32,7 @@ use crate::{
     ask::Asker,
     clock,
     decode::Event,
+    losses::{self, By},
     subscribe::{Item, Subscription},
 };
 
@@ -52,15 +53,26 @@ pub(super) struct Held {
     _waits: DropGuard,
 }
 
+/// What is counted.
+#[derive(Debug)]
+pub(crate) enum Told<'a> {
+    /// A drain is over.
+    Drained(&'a Document),
+    /// Somebody has got KILL.
+    Killed(By),
+}
+
 pub(crate) struct Driver {
     pub(super) settings: Settings,
     pub(super) ask: Asker,
     pub(super) registry: Registry,
     pub(super) held: HashMap<Name, Held>,
+    /// What services say that they work on.
+    pub(super) in_flight: HashMap<Name, u64>,
     pub(super) active: Option<Active>,
     pub(super) waits: FuturesUnordered<BoxFuture<'static, Waited>>,
     pub(super) views: watch::Sender<View>,
-    pub(super) done: Box<dyn Fn(&Document) + Send>,
+    pub(super) tell: Box<dyn Fn(Told<'_>) + Send>,
     pub(super) number: u64,
 }
 
@@ -70,12 +82,12 @@ impl Driver {
         Registry::default().add_all(settings.services.clone())
     }
 
-    /// `done` is called with each drain that is over.
+    /// `tell` is called with what is to be counted.
     pub(crate) fn new(
         settings: Settings,
         ask: Asker,
         views: watch::Sender<View>,
-        done: Box<dyn Fn(&Document) + Send>,
+        tell: Box<dyn Fn(Told<'_>) + Send>,
     ) -> Result<Self, Refusal> {
         let mut registry = Registry::default();
         registry.add_all(settings.services.clone())?;
@@ -84,10 +96,11 @@ impl Driver {
             ask,
             registry,
             held: HashMap::new(),
+            in_flight: HashMap::new(),
             active: None,
             waits: FuturesUnordered::new(),
             views,
-            done,
+            tell,
             number: 0,
         })
     }
@@ -166,6 +179,9 @@ impl Driver {
             }
             Command::Drain(asked, reply) => {
                 let _ = reply.send(self.drain(&asked));
+            }
+            Command::InFlight(name, requests, caller, reply) => {
+                let _ = reply.send(self.in_flight(&name, requests, caller));
             }
             Command::Cancel(caller, reply) => {
                 let _ = reply.send(self.cancel(caller));
@@ -322,7 +338,30 @@ impl Driver {
         let sockets = Sockets::begin(&self.ask, machine.runs.len());
         self.active = Some(Active::new(machine, journal, registered, Some(sockets)));
         self.perform(actions);
+        let said: Vec<(usize, u64)> = self.active.as_ref().map_or_else(Vec::new, |active| {
+            let said = |(at, service): (usize, &Service)| Some((at, *self.in_flight.get(&service.name)?));
+            active.machine.begun.services.iter().enumerate().filter_map(said).collect()
+        });
+        for (service, requests) in said {
+            self.step(Input::Seen(service, Fact::InFlight { at: began, requests }));
+        }
         Ok(id)
+    }
+
+    /// What a service says of itself; it counts in a drain that is under way, and in the next one.
+    fn in_flight(&mut self, name: &Name, requests: u64, caller: Caller) -> Result<(), Refusal> {
+        let service = self.registry.get(name).ok_or_else(|| Refusal::Unknown(name.clone()))?;
+        if !caller.owns(service.uid) {
+            return Err(Refusal::NotYours(name.clone()));
+        }
+        self.in_flight.insert(name.clone(), requests);
+        let place = self.active.as_ref().and_then(|active| {
+            active.machine.begun.services.iter().position(|service| service.name == *name)
+        });
+        if let Some(service) = place {
+            self.step(Input::Seen(service, Fact::InFlight { at: clock::boottime(), requests }));
+        }
+        Ok(())
     }
 
     fn cancel(&mut self, caller: Caller) -> Result<(), Refusal> {
@@ -413,6 +452,15 @@ impl Driver {
 
     fn events(&mut self, item: &Item) {
         let Item::Events(events) = item else { return };
+        for (signal, by) in losses::kills(events) {
+            (self.tell)(Told::Killed(by));
+            let is_own = |held: &Held| held.process.identity.is(signal.target);
+            if by != By::Plumb
+                && let Some((name, _)) = self.held.iter().find(|(_, held)| is_own(held))
+            {
+                tracing::warn!(service = %name, pid = signal.target.tgid, "{} sends KILL to a service", losses::sender(signal));
+            }
+        }
         let seen = self.active.as_mut().map(|active| active.seen(events));
         seen.into_iter().flatten().for_each(|input| self.step(input));
         for event in events.iter().filter(|event| matches!(event, Event::Exec(_))) {
@@ -460,7 +508,7 @@ impl Driver {
         if let Ok(journal) = active.journal {
             let _ = journal.remove();
         }
-        (self.done)(&document);
+        (self.tell)(Told::Drained(&document));
         self.views.send_modify(|view| {
             view.generation += 1;
             view.drain = Some(Arc::new(document));

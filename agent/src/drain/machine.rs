@@ -225,6 +225,7 @@ impl Machine {
             Fact::Killed { .. } => seen.killed_by.is_none(),
             Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
             Fact::Unseen { why } => !seen.unseen.contains(why),
+            Fact::InFlight { requests, .. } => seen.in_flight != Some(*requests),
             Fact::NoMemory { .. } | Fact::Lost { .. } | Fact::Counted { .. } => true,
         }
     }

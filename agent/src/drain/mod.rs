@@ -35,7 +35,7 @@ mod written;
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
     course::signal_name,
-    driver::Driver,
+    driver::{Driver, Told},
     facts::ports,
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},

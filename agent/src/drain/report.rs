@@ -124,6 +124,9 @@ pub(crate) struct ServiceDocument {
     /// How often what happened to its connections, from the moment it was found.
     #[serde(default)]
     pub counted: BTreeMap<String, u64>,
+    /// Requests that it has said it works on, last.
+    #[serde(default)]
+    pub in_flight: Option<u64>,
     /// Who sent KILL, if it was not plumb.
     #[serde(default)]
     pub killed_by: Option<String>,
@@ -209,6 +212,10 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             (Verdict::Lossy, format!("it died of {}{}", signal_name(signal), lost_too(run)))
         }
         _ if !run.seen.lost.is_empty() => (Verdict::Lossy, lost(run)),
+        _ if run.seen.in_flight.is_some_and(|requests| requests > 0) => {
+            let requests = run.seen.in_flight.unwrap_or(0);
+            (Verdict::Lossy, format!("it said that it worked on {requests} requests, and ended"))
+        }
         _ if !run.found.ports.is_empty() && !run.seen.unseen.is_empty() => {
             let why = run.seen.unseen.join("; ");
             (Verdict::Lossy, format!("it may have lost requests that nobody saw: {why}"))
@@ -367,6 +374,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
             })
             .collect(),
         counted: run.seen.counts.clone(),
+        in_flight: run.seen.in_flight,
         killed_by: run.seen.killed_by.clone(),
         unseen: run.seen.unseen.clone(),
         notes,
