@@ -370,6 +370,33 @@ mod tests {
     }
 
     #[test]
+    fn whoever_kills_is_known_and_that_there_was_no_memory() {
+        let kill = |by: u32, target: u32, code: u32| {
+            let mut signal = Signal::zeroed();
+            (signal.what, signal.signal, signal.code) = (SIGNAL_GENERATED, KILL, code);
+            (signal.header.process, signal.target) = (ProcKey::new(by, 1), ProcKey::new(target, 1));
+            signal
+        };
+        let mut term = kill(5, 6, 0);
+        term.signal = 15;
+        let mut victim = kill(40, 7, BY_KERNEL);
+        victim.what = SIGNAL_NO_MEMORY;
+        let signals = [
+            kill(40, 7, BY_KERNEL),
+            victim,
+            kill(40, 8, BY_KERNEL),
+            kill(1, 9, 0),
+            kill(std::process::id(), 10, 0),
+            kill(11, 11, 0),
+            kill(12, 13, 0),
+            term,
+        ];
+        let events = signals.map(Event::Signal);
+        let found: Vec<By> = kills(&events).map(|(_, by)| by).collect();
+        assert_eq!(found, By::ALL);
+    }
+
+    #[test]
     fn an_event_is_told_in_words() {
         let lost = SocketSeen::new(&socket(LOST_UNREAD, MARK_USED | MARK_EXITING, 4711));
         assert_eq!(

@@ -143,7 +143,7 @@ impl Machine {
 }
 
 /// What the kernel said of a service.
-fn saw(run: &mut Run, fact: &Fact) {
+pub(super) fn saw(run: &mut Run, fact: &Fact) {
     let mut tell = |at: u64, words: String| {
         // It is told a moment later.
         let place = run.timeline.partition_point(|(time, _)| *time <= at);

@@ -425,3 +425,66 @@ impl ServiceDocument {
 pub(crate) fn exit(member: usize, status: u32, time: u64) -> Fact {
     Fact::Exit { member, status: status as i32, time }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            apply::saw,
+            course::{Member, of_member},
+            identity::Identity,
+        },
+        *,
+    };
+
+    /// A service with a listener that got TERM, ended in time, and is not expected back.
+    fn ended(status: i32, facts: Vec<Fact>) -> (Verdict, String) {
+        let mut run = Run::new();
+        let member = Member { identity: Identity::example(7), is_root: true, command: String::new() };
+        run.members = vec![of_member(member)];
+        run.found = Found { ports: vec![80], connections: 3, ..Found::default() };
+        (run.phase, run.gone, run.signals) = (Phase::Settled, Some(9), vec![libc::SIGTERM]);
+        let exit = Fact::Exit { member: 0, status, time: 8 };
+        [exit].into_iter().chain(facts).for_each(|fact| saw(&mut run, &fact));
+        verdict(&run).unwrap()
+    }
+
+    fn lost(class: Class, many: u64, guessed: u64) -> Fact {
+        Fact::Lost { requests: BTreeMap::from([(class, many)]), guessed, examples: Vec::new() }
+    }
+
+    #[test]
+    fn a_service_is_clean_only_if_no_request_can_have_been_lost() {
+        assert_eq!(ended(0, Vec::new()).0, Verdict::Clean);
+        // By TERM itself, with connections, none of which had a request.
+        assert_eq!(ended(libc::SIGTERM, Vec::new()).0, Verdict::Clean);
+        for class in Class::ALL {
+            assert_eq!(ended(0, vec![lost(class, 1, 0)]).0, Verdict::Lossy);
+        }
+        let (verdict, why) = ended(0, vec![lost(Class::AcceptQueue, 2, 0), lost(Class::Unanswered, 1, 1)]);
+        assert_eq!(verdict, Verdict::Lossy);
+        assert_eq!(
+            why,
+            "3 requests lost: 2 reset in the accept queue, 1 read and not answered; 1 of them perhaps"
+        );
+        let unseen = Fact::Unseen { why: "3 events were lost".to_owned() };
+        let (verdict, why) = ended(0, vec![unseen]);
+        assert!(verdict == Verdict::Lossy && why.contains("3 events were lost"), "{why}");
+        let said = |requests| Fact::InFlight { at: 5, requests };
+        assert_eq!(ended(0, vec![said(4)]).0, Verdict::Lossy);
+        assert_eq!(ended(0, vec![said(4), said(0)]).0, Verdict::Clean);
+    }
+
+    #[test]
+    fn whoever_has_killed_it_is_named() {
+        let killed = Fact::Killed { at: 5, by: "pid 9 (bash)".to_owned() };
+        assert_eq!(
+            ended(libc::SIGKILL, vec![killed.clone()]),
+            (Verdict::Killed, "pid 9 (bash) sent KILL".to_owned())
+        );
+        let (_, why) =
+            ended(libc::SIGKILL, vec![killed, Fact::NoMemory { at: 6 }, lost(Class::Unanswered, 2, 0)]);
+        assert!(why.contains("no memory left") && why.contains("2 requests lost"), "{why}");
+        assert_eq!(ended(libc::SIGKILL, Vec::new()).1, "somebody else sent KILL");
+    }
+}
