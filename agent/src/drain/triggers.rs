@@ -200,5 +200,5 @@ async fn stopping() {
     {
         return;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }

@@ -79,7 +79,10 @@ fn client(port: u16, stop: &AtomicBool) -> Ledger {
         let own = stream.local_addr().unwrap().port();
         let mut is_used = false;
         // Whoever finds his connection closed before he asks takes another one.
-        while !stop.load(Relaxed) && !(is_used && is_closed(&stream)) {
+        while !stop.load(Relaxed) {
+            if is_used && is_closed(&stream) {
+                break;
+            }
             let (fate, stays) = ask(&mut stream, is_used);
             ledger.note(fate, own);
             if fate != Fate::Answered || !stays {
