@@ -49,6 +49,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until `shutdown`. What it attached goes with it.
 pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
+    let usr1 = drain::usr1()?;
     kernel::require_capabilities()?;
     let lock = lock(&config.run_dir)?;
     let tcp = listen(&config).await?;
@@ -215,7 +216,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     tokio::select! {
         () = &mut shutdown => {}
         () = first_pass => {}
-        () = drain::on_usr1(&drain) => {}
+        () = drain::on_usr1(&drain, usr1) => {}
         () = host.wait() => {}
     }
     if config.drain_on_sigterm {

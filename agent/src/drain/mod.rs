@@ -41,6 +41,6 @@ pub(crate) use self::{
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State, Verdict},
     service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
-    triggers::{Shutdown, all, on_usr1},
+    triggers::{Shutdown, all, on_usr1, usr1},
     written::{Drain, WrittenService},
 };

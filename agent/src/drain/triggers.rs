@@ -1,6 +1,6 @@
 //! What drains all services without anybody asking over a socket.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -27,9 +27,17 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// What a report says of a drain that the shutdown has begun.
 const SHUTDOWN: &str = "shutdown of the host";
 
+/// From now on USR1 does not end the agent.
+pub(crate) fn usr1() -> io::Result<Usr1> {
+    signal(SignalKind::user_defined1()).map(Usr1)
+}
+
+/// The USR1 that the agent gets.
+#[derive(Debug)]
+pub(crate) struct Usr1(tokio::signal::unix::Signal);
+
 /// USR1 drains all, for other init systems and for preStop hooks.
-pub(crate) async fn on_usr1(drain: &mpsc::Sender<Command>) {
-    let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return std::future::pending().await };
+pub(crate) async fn on_usr1(drain: &mpsc::Sender<Command>, Usr1(mut asked): Usr1) {
     while asked.recv().await.is_some() {
         if let Err(why) = ask(drain, "USR1", None).await {
             refused("USR1", &why);
