@@ -235,6 +235,7 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
             return (Preflight::Refused(format!("process {}: {why}", process.identity.pid)), Vec::new());
         }
         sum.connections += facts.connections;
+        sum.busy += facts.busy;
         sum.is_unhandled |= judgement.is_unhandled;
         sum.notes.extend(judgement.notes);
     }

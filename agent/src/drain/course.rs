@@ -45,6 +45,9 @@ pub(crate) struct Found {
     pub notes: Vec<String>,
     /// Established TCP connections.
     pub connections: usize,
+    /// Of these, with data under way.
+    #[serde(default)]
+    pub busy: usize,
     /// Nothing handles the signal: it ends the process by itself.
     pub is_unhandled: bool,
     /// On which it listens.

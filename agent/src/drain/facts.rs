@@ -29,6 +29,8 @@ pub(crate) struct Facts {
     pub listeners: Vec<String>,
     /// Established TCP connections.
     pub connections: usize,
+    /// Of these, with data that nobody has read, or that the other end has not acknowledged.
+    pub busy: usize,
     pub supervisor: Supervisor,
 }
 
@@ -85,6 +87,7 @@ pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
         is_init: is_init(&status),
         listeners,
         connections: inodes.len(),
+        busy: own().filter(|entry| is_busy(entry)).count(),
         supervisor: supervisor(process),
     };
     process.is_alive().then_some(facts)
@@ -112,6 +115,10 @@ fn mask(status: &str, key: &str) -> Option<u64> {
 
 fn has(mask: u64, signal: i32) -> bool {
     u32::try_from(signal - 1).is_ok_and(|bit| mask.checked_shr(bit).unwrap_or(0) & 1 == 1)
+}
+
+fn is_busy(entry: &TcpNetEntry) -> bool {
+    entry.state == TcpState::Established && (entry.rx_queue > 0 || entry.tx_queue > 0)
 }
 
 /// Whoever forks blocks signals for a moment.

@@ -65,6 +65,9 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
         1 => note("1 connection".to_owned()),
         many => note(format!("{many} connections")),
     }
+    if facts.busy > 0 {
+        note(format!("{} of them have data under way: requests may be in flight", facts.busy));
+    }
     Judgement { refused, is_unhandled: !is_handled && !facts.blocked && !facts.ignored, ..judgement }
 }
 

@@ -107,6 +107,9 @@ pub(crate) struct ServiceDocument {
     /// Of the process that got the signal, as a shell has it.
     pub exit_code: Option<i32>,
     pub connections: usize,
+    /// A heuristic: as it was found, so many of them had data that nobody had read or that was not acknowledged.
+    #[serde(default)]
+    pub suspected_in_flight: usize,
     /// On which it listened.
     #[serde(default)]
     pub ports: Vec<u32>,
@@ -341,7 +344,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
             notes.push(format!("not signalled: {why}"));
         }
     }
-    let Found { unit, connections, ports, .. } = &run.found;
+    let Found { unit, connections, busy, ports, .. } = &run.found;
     ServiceDocument {
         name: begun.services[at].name.to_string(),
         stage,
@@ -359,6 +362,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
         exit_code: status
             .map(|status| if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) }),
         connections: *connections,
+        suspected_in_flight: *busy,
         ports: ports.clone(),
         lost_requests: run.seen.lost.clone(),
         guessed: run.seen.guessed,
