@@ -171,5 +171,9 @@ fn saw(run: &mut Run, fact: &Fact) {
         }
         Fact::Counted { counts } => seen.counts.clone_from(counts),
         Fact::Unseen { why } => seen.unseen.push(why.clone()),
+        Fact::Left { left, unknown } => {
+            seen.left.clone_from(left);
+            seen.left_unknown.clone_from(unknown);
+        }
     }
 }

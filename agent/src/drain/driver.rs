@@ -11,7 +11,7 @@ use std::{
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{mpsc, watch},
-    task::block_in_place,
+    task::{block_in_place, spawn_blocking},
     time,
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -19,10 +19,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     active::{Active, by_place, gone, listed, look, prestop, same, stop_unit},
     command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
-    course::{Action, Begun, Fact, Input, NotSent},
+    course::{Action, Begun, Fact, Input, NotSent, Phase},
     grants,
     identity::Identity,
     journal::Journal,
+    leaving,
     machine::Machine,
     order,
     process::Process,
@@ -50,6 +51,10 @@ enum Waited {
     Prestop(String, usize, Option<String>),
     /// systemd has stopped a unit, or why not.
     Unit(String, usize, Option<String>),
+    /// The threads of a service have been looked at, unless nobody answers.
+    Copied(String, usize, Option<leaving::Copied>),
+    /// And have names.
+    Named(String, usize, leaving::Named),
 }
 
 /// The process of a registration.
@@ -114,7 +119,7 @@ impl Driver {
         });
         loop {
             count(self.registry.list().len());
-            let due = self.active.as_ref().and_then(|active| active.machine.next());
+            let due = self.active.as_ref().and_then(Active::next);
             let timer = async {
                 match due {
                     Some(due) => {
@@ -396,7 +401,18 @@ impl Driver {
                 self.step(Input::PrestopEnded(service, why));
             }
             Waited::Unit(id, service, why) if is_current(&id) => self.step(Input::UnitStopped(service, why)),
-            Waited::Member(..) | Waited::Prestop(..) | Waited::Unit(..) => {}
+            Waited::Copied(id, service, Some(copied)) if is_current(&id) => {
+                self.copied(id, service, copied);
+            }
+            Waited::Named(id, service, named) if is_current(&id) => {
+                self.active.iter_mut().for_each(|active| active.leaving.named(service, named.clone()));
+                self.tell_left(service);
+            }
+            Waited::Member(..)
+            | Waited::Prestop(..)
+            | Waited::Unit(..)
+            | Waited::Copied(..)
+            | Waited::Named(..) => {}
             Waited::Registered(Some((name, identity))) => {
                 if self.held.get(&name).is_some_and(|held| held.process.identity == identity) {
                     self.forget(&name, "its process has ended");
@@ -415,7 +431,15 @@ impl Driver {
     }
 
     fn events(&mut self, item: &Item) {
-        let Item::Events(events) = item else { return };
+        let events = match item {
+            Item::Events(events) => events,
+            Item::Gap(many) => {
+                self.missed(*many);
+                return;
+            }
+            // The kernel's ledger tells of these.
+            Item::Lost(_) => return,
+        };
         let seen = self.active.as_mut().map(|active| active.seen(events));
         seen.into_iter().flatten().for_each(|input| self.step(input));
         for event in events.iter().filter(|event| matches!(event, Event::Exec(_))) {
@@ -435,14 +459,63 @@ impl Driver {
         changed.iter().for_each(|(name, why)| self.forget(name, why));
     }
 
-    /// What is given up now is counted before.
+    /// What is given up now is counted before, and what is left of it looked at.
     fn due(&mut self) {
+        self.look_at_what_is_left();
+        let is_held = |active: &Active| active.leaving.held(&active.machine, clock::boottime()).is_some();
+        if self.active.as_ref().is_some_and(is_held) {
+            return;
+        }
         let late = self.active.as_ref().map(|active| active.machine.about_to_be_late(clock::boottime()));
         for service in late.into_iter().flatten() {
             let counted = self.active.as_mut().and_then(|active| active.counted(service));
             counted.into_iter().for_each(|input| self.step(input));
+            let left = self.active.as_ref().and_then(|active| active.leaving.fact(service));
+            left.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
         }
         self.step(Input::Time);
+    }
+
+    /// Begins to look at what does not stop in time: that takes a moment, for which nothing else waits.
+    fn look_at_what_is_left(&mut self) {
+        let Some(active) = &mut self.active else { return };
+        for service in active.leaving.due(&active.machine, clock::boottime()) {
+            let wanted = active.leaving.wanted(&active.machine, service);
+            let (ask, id) = (self.ask.clone(), active.machine.begun.id.clone());
+            self.waits.push(Box::pin(async move {
+                let copied = spawn_blocking(move || leaving::copy(&ask, wanted)).await;
+                Waited::Copied(id, service, copied.ok().flatten())
+            }));
+        }
+    }
+
+    fn copied(&mut self, id: String, service: usize, copied: leaving::Copied) {
+        let Some(active) = &mut self.active else { return };
+        active.leaving.copied(service, &copied);
+        let names = active.leaving.names();
+        self.waits.push(Box::pin(async move {
+            let named = spawn_blocking(move || leaving::name(&names, copied)).await;
+            Waited::Named(id, service, named.unwrap_or_default())
+        }));
+    }
+
+    /// What comes late of a service that was given up, and is not over yet.
+    fn tell_left(&mut self, service: usize) {
+        let is_given_up =
+            |active: &&Active| matches!(active.machine.runs[service].phase, Phase::Killing | Phase::Late);
+        let active = self.active.as_ref().filter(is_given_up);
+        let fact = active.and_then(|active| active.leaving.fact(service));
+        fact.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
+    }
+
+    /// This task did not keep up with the events.
+    fn missed(&mut self, many: u64) {
+        let Some(active) = &mut self.active else { return };
+        active.leaving.missed();
+        for service in active.machine.unseen() {
+            let why = format!("the agent did not keep up with {many} events");
+            self.step(Input::Seen(service, Fact::Unseen { why }));
+        }
     }
 
     fn step(&mut self, input: Input) {
@@ -489,11 +562,13 @@ impl Driver {
             Action::Find(service) => {
                 let held = active.registered.get(service).map(Arc::as_ref);
                 let (found, processes) = look(&active.machine.begun.services[*service], held);
-                let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
+                let added = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
+                let (ports, sees_acts) = added.unwrap_or_default();
+                active.leaving.sees(*service, sees_acts);
                 active.take(*service, 0, processes);
                 Some(match found {
                     Preflight::Found(mut found) => {
-                        found.ports = ports.unwrap_or_default();
+                        found.ports = ports;
                         Input::Found(*service, found)
                     }
                     Preflight::NotRunning => Input::NotRunning(*service),
@@ -525,7 +600,9 @@ impl Driver {
                     };
                     sent.err().map(|why| (*member, why))
                 };
-                Some(Input::Sent(*service, members.iter().filter_map(send).collect()))
+                let failed = members.iter().filter_map(send).collect();
+                active.leaving.sent(*service, clock::boottime());
+                Some(Input::Sent(*service, failed))
             }
             Action::StopUnit(service, unit) => {
                 let run = &active.machine.runs[*service];

@@ -165,6 +165,11 @@ impl Machine {
         (0..self.runs.len()).filter(|service| is_due(&self.runs[*service])).collect()
     }
 
+    /// Whether a service is ended by KILL at its deadline.
+    pub(crate) fn will_be_killed(&self, service: usize) -> bool {
+        self.begun.services[service].on_deadline == OnDeadline::Kill
+    }
+
     /// Takes what has happened.
     pub(crate) fn step(&mut self, now: u64, input: Input) -> Vec<Action> {
         let mut out = Vec::new();
@@ -224,6 +229,7 @@ impl Machine {
             Fact::Killed { .. } => seen.killed_by.is_none(),
             Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
             Fact::Unseen { why } => !seen.unseen.contains(why),
+            Fact::Left { left, unknown } => (left, unknown) != (&seen.left, &seen.left_unknown),
             Fact::NoMemory { .. } | Fact::Lost { .. } | Fact::Counted { .. } => true,
         }
     }
@@ -395,7 +401,7 @@ impl Machine {
                 out.push(Action::Find(service));
             }
             Phase::Stopping if now >= run.deadline() => {
-                if self.begun.services[service].on_deadline == OnDeadline::Kill {
+                if self.will_be_killed(service) {
                     self.signal(now, service, libc::SIGKILL, out);
                 } else {
                     self.record(out, Entry::Late { at: now, service });

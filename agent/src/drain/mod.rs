@@ -14,6 +14,7 @@ mod facts;
 mod grants;
 mod identity;
 mod journal;
+mod leaving;
 mod machine;
 mod matching;
 mod order;
@@ -32,13 +33,14 @@ mod written;
 
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
-    course::signal_name,
+    course::{NotSent, signal_name},
     driver::Driver,
-    facts::ports,
+    facts::{Facts, Listener, Supervisor, of as facts_of, ports},
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State, Verdict},
     service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
+    signaller::send,
     triggers::{all, on_shutdown, on_usr1},
     written::{Drain, WrittenService},
 };
