@@ -70,19 +70,25 @@ impl Fate {
     pub(crate) fn advice(self, signal: &str, others: &[&str]) -> String {
         let instead = match others {
             [] => String::new(),
-            others => format!("; it has handlers for {}: see what its manual says of them", others.join(", ")),
+            others => {
+                format!("; it has handlers for {}: see what its manual says of them", others.join(", "))
+            }
         };
         match self {
             Self::Handler | Self::Awaited | Self::Signalfd => {
-                format!("`plumb audit --send {signal}` shows whether, and how, it stops")
+                format!("`--send {signal}` sends it, and shows whether and how it stops")
             }
-            Self::Ends => format!(
-                "give it a handler that closes its listeners and finishes what is under way{instead}"
-            ),
+            Self::Ends => {
+                format!("give it a handler that closes its listeners and finishes what is under way{instead}")
+            }
             Self::Ignored => {
-                format!("send another signal, or give it a handler; whoever starts it may have it ignored{instead}")
+                format!(
+                    "send another signal, or give it a handler; whoever starts it may have it ignored{instead}"
+                )
             }
-            Self::Blocked => format!("unblock {signal} in one of its threads, or read it there by sigwait{instead}"),
+            Self::Blocked => {
+                format!("unblock {signal} in one of its threads, or read it there by sigwait{instead}")
+            }
             Self::First => {
                 format!("give it a handler, or have an init start it (docker run --init, tini){instead}")
             }

@@ -209,8 +209,14 @@ mod tests {
 
     #[test]
     fn stacks_are_put_to_their_threads() {
-        let blocked =
-            |tid, stack| Blocked { tid, name: String::new(), started: 0, is_running: false, wait_channel: String::new(), stack };
+        let blocked = |tid, stack| Blocked {
+            tid,
+            name: String::new(),
+            started: 0,
+            is_running: false,
+            wait_channel: String::new(),
+            stack,
+        };
         let census = Census { types: Vec::new(), blocked: vec![blocked(1, 10), blocked(2, 20)] };
         let named = census.map(|stacks| stacks.iter().map(|stack| stack + 1).collect());
         assert_eq!(named.blocked, [blocked(1, 11), blocked(2, 21)]);

@@ -207,8 +207,7 @@ impl Left {
         let thread = |one: &Blocked<S>| {
             let stack = named(&one.stack);
             let headline = stack.and_then(Stack::headline).and_then(|[function, _]| function);
-            let acts = since
-                .map(|since| since.doings.by_thread.get(&one.tid).copied().unwrap_or_default());
+            let acts = since.map(|since| since.doings.by_thread.get(&one.tid).copied().unwrap_or_default());
             LeftThread {
                 tid: one.tid,
                 name: one.name.clone(),
@@ -375,4 +374,140 @@ pub(crate) fn wanted(threads: &[ThreadRecord], doings: Option<&Doings>) -> Vec<u
         }
     }
     chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+    use plumb_common::event::{CLONE_THREAD, Clone as CloneEvent, FD_CLOSED, FdChange, Header};
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn header(tid: u32, time: u64) -> Header {
+        Header { tid, time, process: ProcKey::new(7, 1), ..Header::zeroed() }
+    }
+
+    fn fd(tid: u32, time: u64, change: u32, how: &str) -> Event {
+        let how = syscalls::TABLE.iter().position(|call| call.name == how).unwrap() as u32;
+        Event::Fd(FdChange { header: header(tid, time), change, how, ..FdChange::zeroed() })
+    }
+
+    fn clone(tid: u32, time: u64) -> Event {
+        Event::Clone(CloneEvent { header: header(tid, time), flags: CLONE_THREAD, ..CloneEvent::zeroed() })
+    }
+
+    fn thread(tid: u32, name: &str, ip: u64) -> ThreadRecord {
+        let mut record = ThreadRecord::zeroed();
+        (record.tid, record.tgid, record.ip, record.start_boottime) = (tid, 7, ip, SECOND);
+        record.comm[..name.len()].copy_from_slice(name.as_bytes());
+        record
+    }
+
+    fn look(names: &[&str]) -> Look<Option<std::sync::Arc<Stack>>> {
+        let blocked = names.iter().zip(1..).map(|(name, tid)| Blocked {
+            tid,
+            name: (*name).to_owned(),
+            started: SECOND,
+            is_running: false,
+            wait_channel: "futex_do_wait".to_owned(),
+            stack: None,
+        });
+        let types = vec![census::ThreadType {
+            name: "io".to_owned(),
+            count: names.len() as u32,
+            started: [SECOND, SECOND, 2 * SECOND],
+        }];
+        Look {
+            process: ProcKey::new(7, 1),
+            comm: "app".to_owned(),
+            count: names.len() as u32 + 1,
+            census: Census { types, blocked: blocked.collect() },
+            at: 20 * SECOND,
+        }
+    }
+
+    #[test]
+    fn only_what_begins_something_after_the_signal_counts() {
+        let mut doings = Doings::default();
+        for event in [
+            fd(1, 9, FD_OPENED, "openat"),
+            fd(1, 10, FD_OPENED, "openat"),
+            fd(1, 11, FD_REPLACED, "dup2"),
+            fd(1, 12, FD_CLOSED, "close"),
+            fd(2, 13, FD_OPENED, "accept4"),
+            clone(2, 14),
+        ] {
+            doings.take(&event, 10);
+        }
+        assert_eq!(doings.all, Acts { opened: 2, accepted: 1, cloned: 1, last: 14 });
+        assert_eq!(doings.by_thread[&1], Acts { opened: 2, last: 11, ..Acts::default() });
+        assert_eq!(doings.by_thread[&2].words(), "accepted 1, cloned 1");
+    }
+
+    #[test]
+    fn who_takes_new_work_ignores_the_stop_and_who_writes_its_state_does_not() {
+        let opened = |last| Acts { opened: 1, last, ..Acts::default() };
+        assert!(!opened(12).ignored_the_stop(10, 20), "early: it may be for its end");
+        assert!(opened(16).ignored_the_stop(10, 20));
+        assert!(Acts { accepted: 1, last: 11, ..Acts::default() }.ignored_the_stop(10, 20));
+        assert!(!Acts::default().ignored_the_stop(10, 20));
+    }
+
+    #[test]
+    fn what_was_not_seen_is_unknown_and_not_denied() {
+        let mut doings = Doings::default();
+        let left = |doings: &Doings, is_whole| {
+            let since = Since { signalled: 10 * SECOND, doings, is_whole };
+            Left::new(&look(&["io-1", "io-2"]), Some(since), |stack| stack.as_deref())
+        };
+        assert_eq!(left(&doings, true).ignored_the_stop, Some(false));
+        assert_eq!(left(&doings, false).ignored_the_stop, None);
+        doings.take(&fd(1, 11 * SECOND, FD_OPENED, "accept"), 10 * SECOND);
+        let known = left(&doings, false);
+        assert_eq!((known.ignored_the_stop, known.threads[0].ignored_the_stop), (Some(true), Some(true)));
+        assert_eq!(known.threads[1].ignored_the_stop, None);
+        let unseen = Left::new(&look(&["io-1"]), None, |stack| stack.as_deref());
+        assert_eq!((unseen.since_signal, unseen.ignored_the_stop), (None, None));
+    }
+
+    #[test]
+    fn threads_in_one_place_are_one_line() {
+        let mut doings = Doings::default();
+        doings.take(&clone(3, 19 * SECOND), 10 * SECOND);
+        let since = Since { signalled: 10 * SECOND, doings: &doings, is_whole: true };
+        let left = Left::new(&look(&["io-1", "io-2", "io-3"]), Some(since), |stack| stack.as_deref());
+        assert_eq!(
+            left.lines(),
+            [
+                "pid 7 (app), 4 threads: ignored the stop, since the signal it cloned 1",
+                "  3 x io, 18 s to 19 s old",
+                "      2 of them, such as tid 1: waits in futex_do_wait, its stack is unknown",
+                "      tid 3: waits in futex_do_wait, its stack is unknown; ignored the stop: cloned 1",
+                "  1 of other types, or ending",
+            ]
+        );
+        assert_eq!(left.clone().cut(1, 0).threads.len(), 1);
+        let json = serde_json::to_string(&left).unwrap();
+        assert_eq!(serde_json::from_str::<Left>(&json).unwrap(), left);
+    }
+
+    #[test]
+    fn some_threads_of_each_type_and_place_are_looked_at_however_many_there_are() {
+        let mut threads: Vec<_> = (1..50_000).map(|tid| thread(tid, "worker", 0x1000)).collect();
+        threads.extend((50_000..50_040).map(|tid| thread(tid, "worker", u64::from(tid))));
+        threads.push(thread(60_000, "main", 0x2000));
+        threads.push(ThreadRecord { exit_state: 16, ..thread(60_001, "gone", 0x2000) });
+        let mut doings = Doings::default();
+        doings.take(&fd(777, 5, FD_OPENED, "accept"), 1);
+        doings.take(&fd(60_001, 5, FD_OPENED, "accept"), 1);
+        let chosen = wanted(&threads, Some(&doings));
+        assert_eq!((chosen.len(), chosen[0]), (MAX_LOOKED_AT, 777));
+        assert!(chosen.contains(&60_000) && !chosen.contains(&60_001), "{chosen:?}");
+        assert!(chosen.iter().filter(|tid| (50_000..50_040).contains(*tid)).count() > 20, "{chosen:?}");
+        let unique: HashSet<_> = chosen.iter().collect();
+        assert_eq!(unique.len(), chosen.len());
+        assert_eq!(wanted(&[thread(1, "a", 0)], None), [1]);
+    }
 }

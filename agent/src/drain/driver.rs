@@ -1,6 +1,9 @@
 //! The one task that owns the registry and carries out drains: it does what the machine wants, and tells it what has
 //! happened. It waits for pidfds, timers, events and commands, and polls nothing.
 
+mod late;
+mod resume;
+
 use std::{
     collections::{HashMap, VecDeque},
     future::pending,
@@ -11,7 +14,7 @@ use std::{
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{mpsc, watch},
-    task::{block_in_place, spawn_blocking},
+    task::block_in_place,
     time,
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -19,7 +22,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     active::{Active, by_place, gone, listed, look, prestop, same, stop_unit},
     command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
-    course::{Action, Begun, Fact, Input, NotSent, Phase},
+    course::{Action, Begun, Input, NotSent},
     grants,
     identity::Identity,
     journal::Journal,
@@ -344,47 +347,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes up what another agent has left.
-    fn resume(&mut self) {
-        let Some(folder) = &self.settings.state_dir else { return };
-        let (journal, entries) = match Journal::open(folder) {
-            Ok(Some(found)) => found,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::error!("the journal of a drain cannot be read: {error}; that drain is given up");
-                return;
-            }
-        };
-        let machine =
-            Machine::replay(entries).filter(|machine| machine.begun.boot_id == self.settings.boot_id);
-        let Some(machine) = machine else {
-            tracing::warn!(
-                "the journal of a drain is removed: it is of another boot, or not what plumb writes"
-            );
-            let _ = journal.remove();
-            return;
-        };
-        if machine.finished.is_some() {
-            // That agent has not come to keep the report.
-            self.close(Active::new(machine, Ok(journal), HashMap::new(), None));
-            return;
-        }
-        tracing::warn!(drain = machine.begun.id, "takes up a drain that an agent before has left");
-        // Nobody held these meanwhile: they are found by their numbers, once.
-        let registered = by_place(&machine.begun.services, |service| match &service.target {
-            Target::Process(meant) => same(meant),
-            _ => None,
-        });
-        let sockets = Sockets::begin(&self.ask, machine.runs.len());
-        let unseen = machine.unseen();
-        self.active = Some(Active::new(machine, Ok(journal), registered, Some(sockets)));
-        for service in unseen {
-            let why = "the agent was away for a part of it".to_owned();
-            self.step(Input::Seen(service, Fact::Unseen { why }));
-        }
-        self.step(Input::Resume);
-    }
-
     /// A drain that has ended is over now.
     fn finish_early(&mut self) {
         if let Some(active) = &mut self.active {
@@ -457,65 +419,6 @@ impl Driver {
         };
         let changed: Vec<_> = self.held.iter().filter_map(changed).collect();
         changed.iter().for_each(|(name, why)| self.forget(name, why));
-    }
-
-    /// What is given up now is counted before, and what is left of it looked at.
-    fn due(&mut self) {
-        self.look_at_what_is_left();
-        let is_held = |active: &Active| active.leaving.held(&active.machine, clock::boottime()).is_some();
-        if self.active.as_ref().is_some_and(is_held) {
-            return;
-        }
-        let late = self.active.as_ref().map(|active| active.machine.about_to_be_late(clock::boottime()));
-        for service in late.into_iter().flatten() {
-            let counted = self.active.as_mut().and_then(|active| active.counted(service));
-            counted.into_iter().for_each(|input| self.step(input));
-            let left = self.active.as_ref().and_then(|active| active.leaving.fact(service));
-            left.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
-        }
-        self.step(Input::Time);
-    }
-
-    /// Begins to look at what does not stop in time: that takes a moment, for which nothing else waits.
-    fn look_at_what_is_left(&mut self) {
-        let Some(active) = &mut self.active else { return };
-        for service in active.leaving.due(&active.machine, clock::boottime()) {
-            let wanted = active.leaving.wanted(&active.machine, service);
-            let (ask, id) = (self.ask.clone(), active.machine.begun.id.clone());
-            self.waits.push(Box::pin(async move {
-                let copied = spawn_blocking(move || leaving::copy(&ask, wanted)).await;
-                Waited::Copied(id, service, copied.ok().flatten())
-            }));
-        }
-    }
-
-    fn copied(&mut self, id: String, service: usize, copied: leaving::Copied) {
-        let Some(active) = &mut self.active else { return };
-        active.leaving.copied(service, &copied);
-        let names = active.leaving.names();
-        self.waits.push(Box::pin(async move {
-            let named = spawn_blocking(move || leaving::name(&names, copied)).await;
-            Waited::Named(id, service, named.unwrap_or_default())
-        }));
-    }
-
-    /// What comes late of a service that was given up, and is not over yet.
-    fn tell_left(&mut self, service: usize) {
-        let is_given_up =
-            |active: &&Active| matches!(active.machine.runs[service].phase, Phase::Killing | Phase::Late);
-        let active = self.active.as_ref().filter(is_given_up);
-        let fact = active.and_then(|active| active.leaving.fact(service));
-        fact.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
-    }
-
-    /// This task did not keep up with the events.
-    fn missed(&mut self, many: u64) {
-        let Some(active) = &mut self.active else { return };
-        active.leaving.missed();
-        for service in active.machine.unseen() {
-            let why = format!("the agent did not keep up with {many} events");
-            self.step(Input::Seen(service, Fact::Unseen { why }));
-        }
     }
 
     fn step(&mut self, input: Input) {

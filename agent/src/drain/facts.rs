@@ -100,10 +100,8 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let own = || tables.iter().filter(|entry| sockets.contains(&entry.inode));
     let listens = own().filter(|entry| entry.state == TcpState::Listen);
     // Of a listener that is the length of its accept queue (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
-    let listener = |entry: &TcpNetEntry| Listener {
-        address: entry.local_address.to_string(),
-        waiting: entry.rx_queue,
-    };
+    let listener =
+        |entry: &TcpNetEntry| Listener { address: entry.local_address.to_string(), waiting: entry.rx_queue };
     let mut listeners: Vec<Listener> = listens.map(listener).collect();
     listeners.sort();
     let inodes: HashSet<u64> =

@@ -195,9 +195,8 @@ impl Leaving {
         }
         let mut members: HashMap<(u32, u64), usize> = HashMap::new();
         for (service, run) in machine.runs.iter().enumerate().filter(|(_, run)| run.signalled.is_some()) {
-            let of = |one: &super::course::MemberRun| {
-                (one.member.identity.pid, one.member.identity.start_ticks)
-            };
+            let of =
+                |one: &super::course::MemberRun| (one.member.identity.pid, one.member.identity.start_ticks);
             members.extend(run.members.iter().map(|one| (of(one), service)));
         }
         for event in events {

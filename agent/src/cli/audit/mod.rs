@@ -19,7 +19,7 @@ use crate::{
     drain::{Facts, Listener, NoProcess, Process, Signal, facts_of},
     failure::{Exit, Failure},
     kernel::{Kernel, Plan},
-    left::{Doings, Left, Since},
+    left::{Left, Since},
     stacks::{Names, Stack},
     text,
 };
@@ -231,7 +231,8 @@ impl Audit {
 
 /// A line of /proc/PID/status.
 fn is_stopped(line: &str) -> bool {
-    line.strip_prefix("State:").is_some_and(|state| matches!(state.trim().as_bytes().first(), Some(b'T' | b't')))
+    line.strip_prefix("State:")
+        .is_some_and(|state| matches!(state.trim().as_bytes().first(), Some(b'T' | b't')))
 }
 
 /// Other signals than this one for which a process has handlers, by its status.

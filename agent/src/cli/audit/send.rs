@@ -195,9 +195,8 @@ pub(super) fn run(
 /// What this kernel does not show.
 fn missing(kernel: &Kernel) -> Vec<String> {
     let missing = kernel.programs().iter().filter(|status| !status.is_fine());
-    let mut words: Vec<String> = missing
-        .map(|status| format!("{} ({})", status.program.gives, status.verdict.explain()))
-        .collect();
+    let mut words: Vec<String> =
+        missing.map(|status| format!("{} ({})", status.program.gives, status.verdict.explain())).collect();
     words.dedup();
     words
 }
@@ -246,7 +245,8 @@ impl Watch {
                 let name = losses::signal_name(signal.signal);
                 let pid = signal.target.tgid;
                 match signal.what {
-                    SIGNAL_DELIVERED if signal.signal == self.signal || signal.signal == KILL => Some(format!(
+                    // Whoever calls exit has the kernel end its other threads by KILL, which nobody sends.
+                    SIGNAL_DELIVERED if signal.signal == self.signal => Some(format!(
                         "{pid} takes {name}, {} (thread {})",
                         losses::handler(signal),
                         signal.header.tid
@@ -412,7 +412,8 @@ mod tests {
 
     #[test]
     fn the_outcome_says_no_more_than_was_seen() {
-        let there = Course { is_there: true, seconds: 2.0, unseen: vec!["x".to_owned()], ..Course::default() };
+        let there =
+            Course { is_there: true, seconds: 2.0, unseen: vec!["x".to_owned()], ..Course::default() };
         assert_eq!(
             outcome(&there, None),
             "it is there after 2.0 s: whether it went on is unknown; no request was seen to be lost"
