@@ -261,11 +261,9 @@ impl Left {
         }
         let mut lines = vec![head];
         for kind in &self.types {
-            let ages = if kind.oldest_ms == kind.newest_ms {
-                format!("{} old", seconds(kind.oldest_ms))
-            } else {
-                format!("{} to {} old", seconds(kind.newest_ms), seconds(kind.oldest_ms))
-            };
+            let (newest, oldest) = (seconds(kind.newest_ms), seconds(kind.oldest_ms));
+            let ages =
+                if newest == oldest { format!("{oldest} old") } else { format!("{newest} to {oldest} old") };
             lines.push(format!("  {} x {}, {ages}", kind.count, kind.name));
             let mut places: BTreeMap<String, Vec<u32>> = BTreeMap::new();
             let own = self.threads.iter().filter(|thread| thread.kind == kind.name);

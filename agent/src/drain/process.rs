@@ -62,8 +62,10 @@ impl Process {
     fn pidfd_of(pid: u32) -> Result<OwnedFd, NoProcess> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(NoProcess::Gone(pid))?;
         pidfd_open(number, PidfdFlags::empty()).map_err(|error| match error {
-            // A thread has a number, too.
-            rustix::io::Errno::SRCH | rustix::io::Errno::INVAL => NoProcess::Gone(pid),
+            // A thread has a number, too: INVAL, and NOENT since 6.9.
+            rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOENT => {
+                NoProcess::Gone(pid)
+            }
             error => NoProcess::Unreadable(pid, error.to_string()),
         })
     }

@@ -4,10 +4,10 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     net::TcpStream,
     process::{Command, Output, Stdio},
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     thread,
     time::Duration,
 };
@@ -73,9 +73,13 @@ while True:
 
 /// And its port.
 fn server(kind: &str) -> (Running, u16) {
+    // Each has arguments of its own: by these a process is known that was started again.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
     let mut server = Command::new("/usr/bin/python3");
-    server.args(["-c", SERVER, kind]).stdout(Stdio::piped());
+    server.args(["-", kind, &number]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut server = Running(server.spawn().unwrap());
+    server.0.stdin.take().unwrap().write_all(SERVER.as_bytes()).unwrap();
     let mut line = String::new();
     BufReader::new(server.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     (server, line.trim().parse().unwrap_or_else(|_| panic!("{kind} has not started: {line:?}")))
