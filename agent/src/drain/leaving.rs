@@ -261,3 +261,89 @@ pub(super) fn name(names: &Mutex<Names>, (looks, _): Copied) -> Named {
     };
     looks.into_iter().map(named).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            course::{Begun, Entry, Found, Member},
+            identity::Identity,
+            service::{OnDeadline, Service},
+        },
+        *,
+    };
+
+    const MS: u64 = 1_000_000;
+    /// Of the only service of a drain that has begun at 0.
+    const DEADLINE: u64 = 10_000 * MS;
+
+    fn machine(on_deadline: OnDeadline) -> Machine {
+        let begun = Begun {
+            id: "d".to_owned(),
+            boot_id: "b".to_owned(),
+            trigger: "test".to_owned(),
+            uid: 0,
+            began: 0,
+            deadline: DEADLINE,
+            stages: vec![vec![0]],
+            services: vec![Service { on_deadline, ..Service::example("web") }],
+        };
+        let member = Member { identity: Identity::example(7), is_root: true, command: "web".to_owned() };
+        let found = Found { members: vec![member], ..Found::default() };
+        let grants = vec![(Duration::from_nanos(DEADLINE), None)];
+        let entries = [
+            Entry::Begun(Box::new(begun)),
+            Entry::Stage { at: 0, stage: 0, grants },
+            Entry::Found { at: 0, service: 0, found: Box::new(found) },
+            Entry::Signalling { at: 0, service: 0, members: vec![0], signal: libc::SIGTERM },
+            Entry::Signalled { at: 1, service: 0, failed: Vec::new() },
+        ];
+        Machine::replay(entries).unwrap()
+    }
+
+    #[test]
+    fn a_look_is_due_a_second_before_the_deadline_and_once() {
+        let (machine, mut leaving) = (machine(OnDeadline::Report), Leaving::default());
+        assert_eq!(leaving.next(&machine, 0), Some(DEADLINE - 1_000 * MS));
+        assert!(leaving.due(&machine, DEADLINE - 1_001 * MS).is_empty());
+        assert_eq!(leaving.due(&machine, DEADLINE - 1_000 * MS), [0]);
+        assert!(leaving.due(&machine, DEADLINE).is_empty());
+        assert_eq!(leaving.next(&machine, DEADLINE - 900 * MS), Some(DEADLINE), "then that of the machine");
+    }
+
+    #[test]
+    fn a_service_is_held_for_what_is_not_known_of_it_but_not_for_long() {
+        for (on_deadline, without_names) in [(OnDeadline::Report, true), (OnDeadline::Kill, false)] {
+            let (machine, mut leaving) = (machine(on_deadline), Leaving::default());
+            assert_eq!(leaving.held(&machine, DEADLINE), None, "nobody looks at it");
+            leaving.due(&machine, DEADLINE - 1);
+            let until = DEADLINE + 100 * MS;
+            assert_eq!(leaving.held(&machine, DEADLINE - 1), None);
+            assert_eq!(leaving.held(&machine, DEADLINE), Some(until));
+            assert_eq!(leaving.next(&machine, DEADLINE), Some(until), "and the driver sleeps until then");
+            assert_eq!(leaving.held(&machine, until), None);
+            // A copy is enough for what KILL ends: its stacks may have names afterwards.
+            leaving.copied(0, &(Vec::new(), 0));
+            assert_eq!(leaving.held(&machine, DEADLINE).is_some(), without_names);
+            leaving.named(0, Vec::new());
+            assert_eq!(leaving.held(&machine, DEADLINE), None);
+        }
+    }
+
+    #[test]
+    fn what_has_not_come_in_time_is_said_to_be_unknown() {
+        let (machine, mut leaving) = (machine(OnDeadline::Report), Leaving::default());
+        let unknown = |leaving: &Leaving| match leaving.fact(0) {
+            Some(Fact::Left { unknown, .. }) => unknown.unwrap_or_default(),
+            fact => panic!("{fact:?}"),
+        };
+        assert_eq!(leaving.fact(0), None);
+        leaving.due(&machine, DEADLINE);
+        assert!(unknown(&leaving).contains("has not answered"));
+        leaving.copied(0, &(Vec::new(), 0));
+        assert!(unknown(&leaving).contains("no names in time"));
+        leaving.named(0, Vec::new());
+        assert_eq!(unknown(&leaving), "");
+        assert_eq!(leaving.wanted(&machine, 0), [((7, 100), Doings::default())]);
+    }
+}

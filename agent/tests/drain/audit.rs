@@ -24,6 +24,9 @@ use super::{
 const SERVER: &str = r#"
 import ctypes, os, select, signal, socket, subprocess, sys, threading, time
 kind, term = sys.argv[1], signal.SIGTERM
+def signalfd(mask):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [term])
+    ctypes.CDLL(None).signalfd(-1, (ctypes.c_ulong * 16)(mask), 0)
 def stop(*_):
     listener.close()
     time.sleep(0.2)
@@ -34,6 +37,8 @@ def stop(*_):
     'ignored': lambda: signal.signal(term, signal.SIG_IGN),
     'default': lambda: None,
     'blocked': lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [term]),
+    'signalfd': lambda: signalfd(1 << 14),
+    'other-signalfd': lambda: signalfd(1 << 9),
     'awaited': lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [term]),
 }[kind]()
 listener = socket.create_server(('127.0.0.1', 0))
@@ -127,6 +132,9 @@ fn an_audit_says_what_a_signal_would_do_and_sends_none() {
         ("ignored", "ignored", 1),
         ("default", "ends", 1),
         ("blocked", "blocked", 1),
+        ("signalfd", "signalfd", 0),
+        // It reads another signal.
+        ("other-signalfd", "blocked", 1),
     ] {
         let (mut server, port) = server(kind);
         let _client = TcpStream::connect(("127.0.0.1", port)).unwrap();
