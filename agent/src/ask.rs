@@ -3,13 +3,22 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        mpsc::{self, SyncSender},
+    },
 };
 
 use plumb_common::task::ProcKey;
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::{detect::Resource, follow::Who, sockets::SocketRequest};
+use crate::{
+    detect::Resource,
+    follow::Who,
+    left::{Doings, Look},
+    sockets::SocketRequest,
+    symbolise::RawStack,
+};
 
 /// What the observer is asked for.
 #[derive(Clone, Debug)]
@@ -30,6 +39,9 @@ pub(crate) enum Request {
     Threads(ProcKey, Vec<u32>),
     /// Count the threads that began before this time, nanoseconds since boot, by type.
     Census(ProcKey, u64),
+    /// Look at the threads of the process of this number and start (1/100 s since boot), those first that have done
+    /// something. Beside it, how many events of what processes begin have been lost since the agent began.
+    Left((u32, u64), Box<Doings>, SyncSender<(Option<Look<Option<RawStack>>>, u64)>),
     /// Follow the sockets and signals of services.
     Sockets(SocketRequest),
     /// No longer suspect.

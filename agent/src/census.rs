@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io,
     os::unix::fs::FileExt,
     sync::Arc,
 };
@@ -13,11 +14,19 @@ use plumb_common::{
     task::{ProcKey, ThreadRecord},
 };
 
-use crate::{stacks::Stack, symbolise::RawStack, text, thread_type::thread_type};
+use crate::{
+    clock,
+    kernel::Kernel,
+    left::{self, Doings, Look},
+    stacks::Stack,
+    symbolise::RawStack,
+    text,
+    thread_type::thread_type,
+};
 
 /// Types that are told apart.
 const MAX_TYPES: usize = 20;
-/// Threads that are looked at.
+/// Threads of a leak that are looked at.
 pub(crate) const MAX_BLOCKED: usize = 8;
 /// `TASK_RUNNING`, include/linux/sched.h: such a thread is not where it entered the kernel last.
 const RUNNING: u32 = 0;
@@ -37,6 +46,8 @@ pub(crate) struct Blocked<S> {
     pub tid: u32,
     pub name: String,
     pub started: u64,
+    /// It runs, or waits for a CPU: it is not where it entered the kernel last.
+    pub is_running: bool,
     /// The kernel function in which it waits (/proc/PID/task/TID/wchan); empty for one that runs.
     pub wait_channel: String,
     pub stack: S,
@@ -56,11 +67,11 @@ pub(crate) type Named = Census<Option<Arc<Stack>>>;
 pub(crate) type Copied = Census<Option<RawStack>>;
 
 impl Copied {
-    /// Counts all threads, and looks where those of `wanted` are.
+    /// Counts all threads, and looks where those of `wanted` are, of which there are few.
     pub(crate) fn take(process: ProcKey, threads: &[ThreadRecord], wanted: &[u32]) -> Self {
         let is_wanted = |thread: &&ThreadRecord| wanted.contains(&thread.tid) && thread.exit_state == 0;
         let memory = File::open(format!("/proc/{}/mem", process.tgid)).ok();
-        let blocked = threads.iter().filter(is_wanted).take(MAX_BLOCKED).map(|thread| {
+        let blocked = threads.iter().filter(is_wanted).map(|thread| {
             let folder = format!("/proc/{}/task/{}", process.tgid, thread.tid);
             let is_asleep = thread.state != RUNNING && thread.sp != 0;
             let wait = fs::read(format!("{folder}/wchan")).ok().filter(|name| is_asleep && name != b"0");
@@ -68,6 +79,7 @@ impl Copied {
                 tid: thread.tid,
                 name: text::terminated(&thread.comm),
                 started: thread.start_boottime,
+                is_running: thread.state == RUNNING,
                 wait_channel: wait.map(|name| text::printable(&name)).unwrap_or_default(),
                 stack: memory.as_ref().filter(|_| is_asleep).map(|memory| RawStack {
                     ip: thread.ip,
@@ -89,16 +101,51 @@ impl<S> Census<S> {
         let (heads, copied): (Vec<_>, Vec<S>) = self
             .blocked
             .into_iter()
-            .map(|Blocked { tid, name, started, wait_channel, stack }| {
-                (Blocked { tid, name, started, wait_channel, stack: () }, stack)
+            .map(|Blocked { tid, name, started, is_running, wait_channel, stack }| {
+                (Blocked { tid, name, started, is_running, wait_channel, stack: () }, stack)
             })
             .unzip();
         let blocked = heads.into_iter().zip(stacks(copied)).map(|(head, stack)| {
-            let Blocked { tid, name, started, wait_channel, .. } = head;
-            Blocked { tid, name, started, wait_channel, stack }
+            let Blocked { tid, name, started, is_running, wait_channel, .. } = head;
+            Blocked { tid, name, started, is_running, wait_channel, stack }
         });
         Census { types: self.types, blocked: blocked.collect() }
     }
+}
+
+/// In which /proc tells when a process was started, nanoseconds: `USER_HZ` is 100.
+const TICK: u64 = 10_000_000;
+
+/// Looks at the threads of the process that has this number and was started then, in 1/100 s since boot; `None` if there
+/// is none. Those that have done something are looked at first.
+pub(crate) fn look(
+    kernel: &mut Kernel,
+    (pid, start_ticks): (u32, u64),
+    doings: Option<&Doings>,
+) -> io::Result<Option<Look<Option<RawStack>>>> {
+    let threads = kernel.threads(ProcKey::new(pid, 0))?;
+    let leader = threads.iter().find(|thread| thread.tid == pid);
+    let process = match leader {
+        Some(leader) => ProcKey::new(pid, leader.start_boottime),
+        // It has exited, and others of its threads have not.
+        None => match kernel.processes()?.iter().find(|record| record.key.tgid == pid) {
+            Some(record) => record.key,
+            None => return Ok(None),
+        },
+    };
+    if process.start_boottime / TICK != start_ticks {
+        return Ok(None);
+    }
+    let there = threads.iter().filter(|thread| thread.exit_state == 0);
+    let comm = leader.or(threads.first()).map(|thread| text::terminated(&thread.comm));
+    let wanted = left::wanted(&threads, doings);
+    Ok(Some(Look {
+        process,
+        comm: comm.unwrap_or_default(),
+        count: there.count() as u32,
+        census: Copied::take(process, &threads, &wanted),
+        at: clock::boottime(),
+    }))
 }
 
 /// What can be read of a stack, from its pointer up.
@@ -162,8 +209,14 @@ mod tests {
 
     #[test]
     fn stacks_are_put_to_their_threads() {
-        let blocked =
-            |tid, stack| Blocked { tid, name: String::new(), started: 0, wait_channel: String::new(), stack };
+        let blocked = |tid, stack| Blocked {
+            tid,
+            name: String::new(),
+            started: 0,
+            is_running: false,
+            wait_channel: String::new(),
+            stack,
+        };
         let census = Census { types: Vec::new(), blocked: vec![blocked(1, 10), blocked(2, 20)] };
         let named = census.map(|stacks| stacks.iter().map(|stack| stack + 1).collect());
         assert_eq!(named.blocked, [blocked(1, 11), blocked(2, 21)]);

@@ -142,6 +142,12 @@ impl Follow {
         self.wanted.is_suspect(process)
     }
 
+    /// Whether what a process opens is seen.
+    #[must_use]
+    pub(crate) fn sees(&self, kernel: &Kernel, process: ProcKey) -> bool {
+        kernel.follows_fds() && self.told.contains(&process)
+    }
+
     /// What outlives the observer.
     pub(crate) fn into_wanted(self) -> Wanted {
         self.wanted

@@ -22,7 +22,7 @@ use crate::{
     kernel::{Kernel, Ledger, Ring, Status},
     procfs::Describer,
     say::Saying,
-    sockets::Sockets,
+    sockets::{self, Sockets},
     stacks::{Losses, Named, Queue, Survivors},
     table::Pass,
 };
@@ -312,7 +312,15 @@ impl Observer {
                 let threads = kernel.threads(key).unwrap_or_default();
                 return Some(Input::Census(key, census::older_than(old, &threads)));
             }
-            Request::Sockets(request) => sockets.answer(kernel, rejected, request),
+            Request::Sockets(request) => sockets.answer(kernel, follow, rejected, request),
+            Request::Left(process, doings, reply) => {
+                let look = census::look(kernel, process, Some(&doings)).unwrap_or_else(|error| {
+                    tracing::warn!(pid = process.0, %error, "threads cannot be listed");
+                    None
+                });
+                // Whoever asked may not wait any more.
+                let _ = reply.send((look, sockets::lost_acts(kernel, rejected)));
+            }
             Request::Confirm(key, resource, baseline) => {
                 // Without a list the trend has to speak for itself.
                 let found = evidence.confirm(kernel, (key, resource), baseline).unwrap_or_else(|error| {

@@ -8,7 +8,10 @@ use plumb_common::{
     task::ProcKey,
 };
 
-use crate::kernel::{Kernel, SocketCounts};
+use crate::{
+    follow::{Follow, Who},
+    kernel::{Kernel, SocketCounts},
+};
 
 /// What the observer is asked for.
 #[derive(Clone, Debug)]
@@ -16,7 +19,8 @@ pub(crate) enum SocketRequest {
     /// Follow; the answer is what this kernel does not show.
     Begin(SyncSender<Vec<String>>),
     /// From now on these ports and processes, by number and start, are those of a slot.
-    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<()> },
+    /// Their fds are followed, too; the answer is whether that is so.
+    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<bool> },
     /// What was counted since the programs were loaded; nothing if nobody is followed any more.
     Count(SyncSender<Option<SocketLedger>>),
     /// Follow nobody.
@@ -27,8 +31,10 @@ pub(crate) enum SocketRequest {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SocketLedger {
     pub counts: Vec<SocketCounts>,
-    /// Events that are missing.
+    /// Events of sockets and signals that are missing.
     pub lost: u64,
+    /// Events of new fds, threads and processes that are missing.
+    pub lost_acts: u64,
 }
 
 /// Who is followed.
@@ -43,10 +49,16 @@ const TICKS: u64 = 100;
 
 impl Sockets {
     /// Does what is asked for. Whoever asked may not wait any more.
-    pub(crate) fn answer(&mut self, kernel: &mut Kernel, rejected: u64, request: SocketRequest) {
+    pub(crate) fn answer(
+        &mut self,
+        kernel: &mut Kernel,
+        follow: &mut Follow,
+        rejected: u64,
+        request: SocketRequest,
+    ) {
         match request {
             SocketRequest::Begin(reply) => {
-                self.end(kernel);
+                self.end(kernel, follow);
                 kernel.follow_sockets(true);
                 let missing = kernel.programs().iter().filter(|status| {
                     let is_wanted = status.program.sockets || status.program.name == "signal_generate";
@@ -58,17 +70,19 @@ impl Sockets {
                 let _ = reply.send(words);
             }
             SocketRequest::Add { slot, ports, processes, done } => {
-                if let Err(error) = self.add(kernel, slot, ports, &processes) {
+                let added = self.add(kernel, follow, slot, ports, &processes);
+                let sees_acts = added.unwrap_or_else(|error| {
                     tracing::warn!("a service's sockets are not followed: {error:#}");
-                }
-                let _ = done.send(());
+                    false
+                });
+                let _ = done.send(sees_acts);
             }
             SocketRequest::Count(reply) => {
                 let ledger = kernel.follows_sockets().then(|| ledger(kernel, rejected)).flatten();
                 let _ = reply.send(ledger);
             }
             SocketRequest::End => {
-                self.end(kernel);
+                self.end(kernel, follow);
                 kernel.follow_sockets(false);
             }
         }
@@ -77,10 +91,11 @@ impl Sockets {
     fn add(
         &mut self,
         kernel: &mut Kernel,
+        follow: &mut Follow,
         slot: u32,
         ports: Vec<Port>,
         processes: &[(u32, u64)],
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         for port in ports {
             kernel.follow_port(port, slot)?;
             self.ports.push(port);
@@ -89,19 +104,27 @@ impl Sockets {
             |key: &ProcKey| processes.contains(&(key.tgid, key.start_boottime / (1_000_000_000 / TICKS)));
         let keys: Vec<ProcKey> =
             kernel.processes()?.iter().map(|record| record.key).filter(is_meant).collect();
+        let all = keys.len() == processes.len();
+        let mut sees_acts = all;
         for key in keys {
+            if self.processes.contains(&key) {
+                continue;
+            }
             kernel.follow_signals(key)?;
             self.processes.push(key);
+            follow.add(kernel, Who::Process(key));
+            sees_acts &= follow.sees(kernel, key);
         }
-        Ok(())
+        Ok(sees_acts)
     }
 
-    fn end(&mut self, kernel: &mut Kernel) {
+    fn end(&mut self, kernel: &mut Kernel, follow: &mut Follow) {
         for port in self.ports.drain(..) {
             let _ = kernel.unfollow_port(port);
         }
         for process in self.processes.drain(..) {
             let _ = kernel.unfollow_signals(process);
+            follow.remove(kernel, Who::Process(process));
         }
     }
 }
@@ -111,5 +134,12 @@ fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {
     let ledger = kernel.counts().ok()?;
     let of = |source| counts::LOSSES.iter().map(|outcome| ledger.of(source, *outcome)).sum::<u64>();
     let lost = of(counts::SIGNAL) + of(counts::SOCKET) + rejected + kernel.not_run();
-    Some(SocketLedger { counts, lost })
+    Some(SocketLedger { counts, lost, lost_acts: lost_acts(kernel, rejected) })
+}
+
+/// Events of new fds, threads and processes that are missing since the programs were loaded; all where that cannot be read.
+pub(crate) fn lost_acts(kernel: &Kernel, rejected: u64) -> u64 {
+    let Ok(ledger) = kernel.counts() else { return u64::MAX };
+    let of = |source| counts::LOSSES.iter().map(|outcome| ledger.of(source, *outcome)).sum::<u64>();
+    of(counts::FD) + of(counts::CLONE) + rejected + kernel.not_run()
 }

@@ -58,6 +58,7 @@ fn only_the_kernel_module_imports_aya() {
 fn the_core_does_no_io_and_reads_no_clock() {
     let pure = [
         "agent/src/admission.rs",
+        "agent/src/audit.rs",
         "agent/src/check",
         "agent/src/decode.rs",
         "agent/src/table",
@@ -74,6 +75,7 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/drain/service.rs",
         "agent/src/origins",
         "agent/src/group.rs",
+        "agent/src/left.rs",
         "agent/src/symbolise/origin.rs",
         "agent/src/text.rs",
         "agent/src/thread_type.rs",
@@ -109,7 +111,8 @@ fn only_the_worker_parses_foreign_files() {
 }
 
 /// A signal goes through a pidfd whose process was checked; never to a number. The agent sends one only to its own
-/// worker and to the services of a drain, `plumb check` to the command that it has started.
+/// worker and to the services of a drain, `plumb audit` to the process that is named, `plumb check` to the command that it
+/// has started.
 #[test]
 fn nobody_signals_a_pid() {
     let senders = [

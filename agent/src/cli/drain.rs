@@ -17,6 +17,7 @@ use super::{
 use crate::{
     drain::{Document, OnDeadline, ServiceDocument, State, Verdict},
     failure::{Exit, Failure},
+    left::Left,
     services::{DrainWish, PlanDocument, PlannedService, Progress},
 };
 
@@ -190,6 +191,12 @@ fn report_text(drain: &Document) -> String {
         lines.extend(
             one.timeline.iter().map(|moment| format!("      {:>8.3} s  {}", moment.seconds, moment.what)),
         );
+        if one.left_unknown.is_some() || !one.left_threads.is_empty() {
+            lines.push("      left just before it was given up".to_owned());
+            let left = one.left_threads.iter().flat_map(Left::lines);
+            lines.extend(left.map(|line| format!("        {line}")));
+            lines.extend(one.left_unknown.iter().map(|what| format!("        unknown: {what}")));
+        }
     }
     if drain.services.iter().any(|one| !one.lost_requests.is_empty()) {
         lines.push(String::new());

@@ -1,6 +1,7 @@
 //! The command line: data on stdout, messages on stderr, one exit code per kind of outcome.
 
 mod agent;
+mod audit;
 mod check;
 mod client;
 mod doctor;
@@ -36,11 +37,12 @@ Examples:
   plumb check -- cargo test       fail when a command leaks, for tests
   plumb services list             what is registered for a drain
   plumb drain --all --dry-run     what a drain would do, and what speaks against it
+  plumb audit --pid 42            what a process would do with a stop signal
   plumb doctor                    what this kernel lets plumb see";
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0 ok   1 error   2 usage   3 findings   4 missing privilege   5 kernel cannot   6 agent unreachable   124 deadline passed (drain)
+  0 ok   1 error   2 usage   3 findings   4 missing privilege   5 kernel cannot   6 agent unreachable   124 deadline passed (drain, audit)
   130 interrupted
   plumb check without findings: that of the command, or 1 for 0 when not all of it was seen
 
@@ -72,6 +74,8 @@ enum Command {
     Check(check::Arguments),
     /// Stop registered services in order, within a deadline
     Drain(drain::Arguments),
+    /// Say what a process would do with a stop signal; or send it, and say what becomes of the process
+    Audit(audit::Arguments),
     /// Register services for a drain, and list them
     Services(services::Arguments),
     /// Say what this kernel lets plumb see, and what to do about the rest
@@ -93,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Watch(arguments) => watch::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Drain(arguments) => drain::run(&arguments),
+        Command::Audit(arguments) => audit::run(&arguments),
         Command::Services(arguments) => services::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::SymboliseWorker => symbolise_worker(),

@@ -53,11 +53,13 @@ impl Driver {
             Action::Find(service) => {
                 let held = active.registered.get(service).map(Arc::as_ref);
                 let (found, processes) = look(&active.machine.begun.services[*service], held);
-                let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
+                let added = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
+                let (ports, sees_acts) = added.unwrap_or_default();
+                active.leaving.sees(*service, sees_acts);
                 active.take(*service, 0, processes);
                 Some(match found {
                     Preflight::Found(mut found) => {
-                        found.ports = ports.unwrap_or_default();
+                        found.ports = ports;
                         Input::Found(*service, found)
                     }
                     Preflight::NotRunning => Input::NotRunning(*service),
@@ -89,7 +91,9 @@ impl Driver {
                     };
                     sent.err().map(|why| (*member, why))
                 };
-                Some(Input::Sent(*service, members.iter().filter_map(send).collect()))
+                let failed = members.iter().filter_map(send).collect();
+                active.leaving.sent(*service, clock::boottime());
+                Some(Input::Sent(*service, failed))
             }
             Action::StopUnit(service, unit) => {
                 let run = &active.machine.runs[*service];

@@ -18,6 +18,7 @@ use super::{
     facts,
     identity::{Identity, TICKS},
     journal::Journal,
+    leaving::Leaving,
     machine::Machine,
     matching::{self, Match},
     preflight,
@@ -45,6 +46,8 @@ pub(super) struct Active {
     pub(super) prestops: HashMap<usize, CancellationToken>,
     /// What the kernel says of the services; `None` when nobody is asked.
     pub(super) sockets: Option<Sockets>,
+    /// What is left of those that do not stop in time.
+    pub(super) leaving: Leaving,
 }
 
 impl Active {
@@ -58,7 +61,8 @@ impl Active {
             tracing::warn!("this drain has no journal, nobody takes it up if the agent is killed: {why}");
         }
         let (processes, watched, prestops) = Default::default();
-        Self { machine, journal, processes, registered, watched, prestops, sockets }
+        let leaving = Leaving::new(sockets.as_ref().map_or(0, Sockets::lost_acts));
+        Self { machine, journal, processes, registered, watched, prestops, sockets, leaving }
     }
 
     pub(super) fn document(&self) -> Document {
@@ -122,7 +126,8 @@ impl Active {
                 inputs.extend(self.exited(event.header(), exit.code));
             }
         }
-        let Self { machine, sockets, .. } = self;
+        let Self { machine, sockets, leaving, .. } = self;
+        leaving.take(machine, events);
         let of = |process: ProcKey| {
             let is = |one: &MemberRun| one.member.identity.is(process);
             machine.runs.iter().position(|run| run.members.iter().any(is))
@@ -135,6 +140,11 @@ impl Active {
     pub(super) fn counted(&mut self, service: usize) -> Option<Input> {
         let fact = self.sockets.as_mut()?.counted(service);
         Some(Input::Seen(service, fact))
+    }
+
+    /// When something is to be done, nanoseconds since boot.
+    pub(super) fn next(&self) -> Option<u64> {
+        self.leaving.next(&self.machine, clock::boottime())
     }
 
     /// Children of a service that are left, and what runs in its place.

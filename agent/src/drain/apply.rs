@@ -192,5 +192,9 @@ pub(super) fn saw(run: &mut Run, fact: &Fact) {
             seen.in_flight = Some(*requests);
         }
         Fact::Unseen { why } => seen.unseen.push(why.clone()),
+        Fact::Left { left, unknown } => {
+            seen.left.clone_from(left);
+            seen.left_unknown.clone_from(unknown);
+        }
     }
 }

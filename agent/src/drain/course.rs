@@ -8,7 +8,7 @@ use super::{
     identity::Identity,
     service::{Service, Signal},
 };
-use crate::losses::Class;
+use crate::{left::Left, losses::Class};
 
 /// A drain as it was asked for. Times are nanoseconds since boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +91,8 @@ pub(crate) enum Fact {
     InFlight { at: u64, requests: u64 },
     /// Something may have happened that nobody saw.
     Unseen { why: String },
+    /// What was left of it just before it was given up, and what is not known of that.
+    Left { left: Vec<Left>, unknown: Option<String> },
 }
 
 /// A request that is lost.
@@ -358,6 +360,10 @@ pub(crate) struct Seen {
     pub in_flight: Option<u64>,
     /// Why there may be more.
     pub unseen: Vec<String>,
+    /// What was left of it just before it was given up.
+    pub left: Vec<Left>,
+    /// And what is not known of that.
+    pub left_unknown: Option<String>,
 }
 
 impl Run {

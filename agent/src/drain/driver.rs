@@ -1,6 +1,9 @@
 //! The one task that owns the registry and carries out drains: it does what the machine wants, and tells it what has
 //! happened. It waits for pidfds, timers, events and commands, and polls nothing.
 
+mod late;
+mod resume;
+
 use std::{collections::HashMap, future::pending, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -12,12 +15,13 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    active::{Active, by_place, gone, listed, look, same},
+    active::{Active, by_place, gone, listed, look},
     command::{Asked, Command, Plan, Registration, Settings, View},
     course::{Begun, Fact, Input, UnitEnd},
     grants,
     identity::Identity,
     journal::Journal,
+    leaving,
     machine::Machine,
     order,
     process::Process,
@@ -44,6 +48,10 @@ pub(super) enum Waited {
     Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
     Unit(String, usize, UnitEnd),
+    /// The threads of a service have been looked at, unless nobody answers.
+    Copied(String, usize, Option<leaving::Copied>),
+    /// And have names.
+    Named(String, usize, leaving::Named),
 }
 
 /// The process of a registration.
@@ -120,7 +128,7 @@ impl Driver {
         });
         loop {
             count(self.registry.list().len());
-            let due = self.active.as_ref().and_then(|active| active.machine.next());
+            let due = self.active.as_ref().and_then(Active::next);
             let timer = async {
                 match due {
                     Some(due) => {
@@ -375,47 +383,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes up what another agent has left.
-    fn resume(&mut self) {
-        let Some(folder) = &self.settings.state_dir else { return };
-        let (journal, entries) = match Journal::open(folder) {
-            Ok(Some(found)) => found,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::error!("the journal of a drain cannot be read: {error}; that drain is given up");
-                return;
-            }
-        };
-        let machine =
-            Machine::replay(entries).filter(|machine| machine.begun.boot_id == self.settings.boot_id);
-        let Some(machine) = machine else {
-            tracing::warn!(
-                "the journal of a drain is removed: it is of another boot, or not what plumb writes"
-            );
-            let _ = journal.remove();
-            return;
-        };
-        if machine.finished.is_some() {
-            // That agent has not come to keep the report.
-            self.close(Active::new(machine, Ok(journal), HashMap::new(), None));
-            return;
-        }
-        tracing::warn!(drain = machine.begun.id, "takes up a drain that an agent before has left");
-        // Nobody held these meanwhile: they are found by their numbers, once.
-        let registered = by_place(&machine.begun.services, |service| match &service.target {
-            Target::Process(meant) => same(meant),
-            _ => None,
-        });
-        let sockets = Sockets::begin(&self.ask, machine.runs.len());
-        let unseen = machine.unseen();
-        self.active = Some(Active::new(machine, Ok(journal), registered, Some(sockets)));
-        for service in unseen {
-            let why = "the agent was away for a part of it".to_owned();
-            self.step(Input::Seen(service, Fact::Unseen { why }));
-        }
-        self.step(Input::Resume);
-    }
-
     /// A drain that has ended is over now.
     fn settle(&mut self) {
         if let Some(active) = self.active.as_mut().filter(|active| active.machine.ended.is_some()) {
@@ -432,7 +399,18 @@ impl Driver {
                 self.step(Input::PrestopEnded(service, why));
             }
             Waited::Unit(id, service, end) if is_current(&id) => self.step(Input::Unit(service, end)),
-            Waited::Member(..) | Waited::Prestop(..) | Waited::Unit(..) => {}
+            Waited::Copied(id, service, Some(copied)) if is_current(&id) => {
+                self.copied(id, service, copied);
+            }
+            Waited::Named(id, service, named) if is_current(&id) => {
+                self.active.iter_mut().for_each(|active| active.leaving.named(service, named.clone()));
+                self.tell_left(service);
+            }
+            Waited::Member(..)
+            | Waited::Prestop(..)
+            | Waited::Unit(..)
+            | Waited::Copied(..)
+            | Waited::Named(..) => {}
             Waited::Registered(Some((name, identity))) => {
                 if self.held.get(&name).is_some_and(|held| held.process.identity == identity) {
                     self.forget(&name, "its process has ended");
@@ -451,7 +429,15 @@ impl Driver {
     }
 
     fn events(&mut self, item: &Item) {
-        let Item::Events(events) = item else { return };
+        let events = match item {
+            Item::Events(events) => events,
+            Item::Gap(many) => {
+                self.missed(*many);
+                return;
+            }
+            // The kernel's ledger tells of these.
+            Item::Lost(_) => return,
+        };
         for (signal, by) in losses::kills(events) {
             (self.tell)(Told::Killed(by));
             let is_own = |held: &Held| held.process.identity.is(signal.target);
@@ -478,16 +464,6 @@ impl Driver {
         };
         let changed: Vec<_> = self.held.iter().filter_map(changed).collect();
         changed.iter().for_each(|(name, why)| self.forget(name, why));
-    }
-
-    /// What is given up now is counted before.
-    fn due(&mut self) {
-        let late = self.active.as_ref().map(|active| active.machine.about_to_be_late(clock::boottime()));
-        for service in late.into_iter().flatten() {
-            let counted = self.active.as_mut().and_then(|active| active.counted(service));
-            counted.into_iter().for_each(|input| self.step(input));
-        }
-        self.step(Input::Time);
     }
 
     fn step(&mut self, input: Input) {

@@ -1,9 +1,17 @@
 //! What pre-flight looks at, of one process.
 
-use std::{collections::HashSet, fs, os::unix::fs::MetadataExt, path::Path, thread, time::Duration};
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
+    thread,
+    time::Duration,
+};
 
 use plumb_common::sockets::Port;
 use procfs::net::{TcpNetEntry, TcpState};
+use serde::Serialize;
 
 use super::{matching::own_sockets, process::Process};
 use crate::text;
@@ -21,17 +29,35 @@ pub(crate) struct Facts {
     pub ignored: bool,
     /// By each of its threads.
     pub blocked: bool,
-    /// It reads signals from an fd, which have to be blocked then.
+    /// It reads this signal from an fd, for which it has to be blocked.
     pub has_signalfd: bool,
+    /// One of its threads waits for it by sigwait(3) or its like, and no other one is to take it.
+    pub is_awaited: bool,
     /// The first of a pid namespace of its own: the kernel keeps signals without a handler from it.
     pub is_init: bool,
-    /// Addresses on which it listens.
-    pub listeners: Vec<String>,
+    /// TCP addresses on which it listens.
+    pub listeners: Vec<Listener>,
     /// Established TCP connections.
     pub connections: usize,
     /// Of these, with data that nobody has read, or that the other end has not acknowledged.
     pub busy: usize,
     pub supervisor: Supervisor,
+}
+
+impl Facts {
+    /// Whether something of the process takes the signal, and decides what it means.
+    #[must_use]
+    pub(crate) fn is_handled(&self) -> bool {
+        self.caught || self.is_awaited || (self.blocked && self.has_signalfd)
+    }
+}
+
+/// A TCP socket that listens.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub(crate) struct Listener {
+    pub address: String,
+    /// Connections that wait to be accepted.
+    pub waiting: u32,
 }
 
 /// Who may start it again.
@@ -66,7 +92,7 @@ const SUPERVISORS: &[&str] = &[
 ];
 
 /// Looks at a process; nothing when it has gone meanwhile.
-pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
+pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let folder = process.folder();
     let status = fs::read_to_string(folder.join("status")).ok()?;
     let masks = |key: &str| mask(&status, key).is_some_and(|mask| has(mask, signal));
@@ -75,15 +101,21 @@ pub(super) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let tables = if sockets.is_empty() { Vec::new() } else { tcp(process.identity.pid) };
     let own = || tables.iter().filter(|entry| sockets.contains(&entry.inode));
     let listens = own().filter(|entry| entry.state == TcpState::Listen);
-    let mut listeners: Vec<String> = listens.map(|entry| entry.local_address.to_string()).collect();
+    // Of a listener that is the length of its accept queue (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
+    let listener =
+        |entry: &TcpNetEntry| Listener { address: entry.local_address.to_string(), waiting: entry.rx_queue };
+    let mut listeners: Vec<Listener> = listens.map(listener).collect();
     listeners.sort();
     let inodes: HashSet<u64> =
         own().filter(|entry| entry.state == TcpState::Established).map(|entry| entry.inode).collect();
+    let caught = masks("SigCgt:");
     let facts = Facts {
-        caught: masks("SigCgt:"),
-        ignored: masks("SigIgn:"),
+        caught,
+        // Of those by which a service can be asked, the only one that does nothing by default.
+        ignored: masks("SigIgn:") || (signal == libc::SIGWINCH && !caught),
         blocked: stays_blocked(&folder, signal),
-        has_signalfd: has_signalfd(&folder),
+        has_signalfd: has_signalfd(&folder, signal),
+        is_awaited: is_awaited(&folder, signal),
         is_init: is_init(&status),
         listeners,
         connections: inodes.len(),
@@ -138,10 +170,33 @@ fn is_blocked_everywhere(folder: &Path, signal: i32) -> bool {
     all.peek().is_some() && all.all(|blocks| blocks)
 }
 
-fn has_signalfd(folder: &Path) -> bool {
+fn has_signalfd(folder: &Path, signal: i32) -> bool {
     let fds = fs::read_dir(folder.join("fd")).into_iter().flatten().filter_map(Result::ok);
-    fds.filter_map(|fd| fs::read_link(fd.path()).ok())
-        .any(|target| target.as_os_str() == "anon_inode:[signalfd]")
+    let reads = |fd: fs::DirEntry| {
+        let is_one = fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[signalfd]");
+        let info = || fs::read_to_string(folder.join("fdinfo").join(fd.file_name())).ok();
+        // One of which this cannot be read may be for this signal.
+        is_one && info().and_then(|info| mask(&info, "sigmask:")).is_none_or(|mask| has(mask, signal))
+    };
+    fds.into_iter().any(reads)
+}
+
+/// While a thread waits for a signal the kernel shows it as not blocked: it takes it, and nothing handles it.
+fn is_awaited(folder: &Path, signal: i32) -> bool {
+    let memory = File::open(folder.join("mem")).ok();
+    let threads = fs::read_dir(folder.join("task")).into_iter().flatten().filter_map(Result::ok);
+    let awaits = |entry: fs::DirEntry| {
+        let call = fs::read_to_string(entry.path().join("syscall")).ok()?;
+        let mut words = call.split_whitespace();
+        if words.next()?.parse() != Ok(libc::SYS_rt_sigtimedwait) {
+            return None;
+        }
+        let address = u64::from_str_radix(words.next()?.trim_start_matches("0x"), 16).ok()?;
+        let mut set = [0; 8];
+        memory.as_ref()?.read_exact_at(&mut set, address).ok()?;
+        Some(has(u64::from_le_bytes(set), signal))
+    };
+    threads.take(MAX_THREADS).any(|entry| awaits(entry) == Some(true))
 }
 
 /// `NSpid` has its number in each namespace, the innermost last.

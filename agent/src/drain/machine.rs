@@ -168,6 +168,11 @@ impl Machine {
         (0..self.runs.len()).filter(|service| is_due(&self.runs[*service])).collect()
     }
 
+    /// Whether a service is ended by KILL at its deadline.
+    pub(crate) fn will_be_killed(&self, service: usize) -> bool {
+        self.begun.services[service].on_deadline == OnDeadline::Kill
+    }
+
     /// Takes what has happened.
     pub(crate) fn step(&mut self, now: u64, input: Input) -> Vec<Action> {
         let mut out = Vec::new();
@@ -226,6 +231,7 @@ impl Machine {
             Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
             Fact::Unseen { why } => !seen.unseen.contains(why),
             Fact::InFlight { requests, .. } => seen.in_flight != Some(*requests),
+            Fact::Left { left, unknown } => (left, unknown) != (&seen.left, &seen.left_unknown),
             Fact::NoMemory { .. } | Fact::Lost { .. } | Fact::Counted { .. } => true,
         }
     }
@@ -417,9 +423,8 @@ impl Machine {
                 out.push(Action::Find(service));
             }
             Phase::Stopping if now >= run.deadline() => {
-                let is_killed = self.begun.services[service].on_deadline == OnDeadline::Kill;
                 // Of a unit there may be no process left, and still it is not stopped.
-                if is_killed && !run.left(false).is_empty() {
+                if self.will_be_killed(service) && !run.left(false).is_empty() {
                     self.signal(now, service, libc::SIGKILL, out);
                 } else {
                     self.record(out, Entry::Late { at: now, service });

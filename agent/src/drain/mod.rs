@@ -15,6 +15,7 @@ mod facts;
 mod grants;
 mod identity;
 mod journal;
+mod leaving;
 mod machine;
 mod matching;
 mod order;
@@ -34,13 +35,14 @@ mod written;
 
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
-    course::signal_name,
+    course::{NotSent, signal_name},
     driver::{Driver, Told},
-    facts::ports,
+    facts::{Facts, Listener, Supervisor, of as facts_of, ports},
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State, Verdict},
     service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
+    signaller::send,
     triggers::{Shutdown, all, on_usr1, usr1},
     written::{Drain, WrittenService},
 };

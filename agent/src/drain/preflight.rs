@@ -21,7 +21,7 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     let signal = stop.signal.name();
     let mut judgement = Judgement::default();
     let mut note = |text: String| judgement.notes.push(text);
-    let is_handled = facts.caught || (facts.blocked && facts.has_signalfd);
+    let is_handled = facts.is_handled();
     let refused = match &facts.supervisor {
         Supervisor::Pod => {
             Some("a pod is stopped by deleting it, else the kubelet starts it again".to_owned())
@@ -58,7 +58,8 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     if facts.listeners.len() > MAX_LISTENERS {
         note(format!("listens on {} addresses", facts.listeners.len()));
     } else if !facts.listeners.is_empty() {
-        note(format!("listens on {}", facts.listeners.join(", ")));
+        let addresses: Vec<&str> = facts.listeners.iter().map(|one| one.address.as_str()).collect();
+        note(format!("listens on {}", addresses.join(", ")));
     }
     match facts.connections {
         0 => {}
@@ -76,7 +77,7 @@ const MAX_LISTENERS: usize = 4;
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::facts::Listener, *};
 
     fn judged(facts: &Facts) -> Judgement {
         judge(facts, &Stop::of(None, Some("nginx")).unwrap(), None)
@@ -102,11 +103,13 @@ mod tests {
         assert_eq!(said(Facts { caught: true, ..Facts::default() }), "");
         let signalfd = Facts { blocked: true, has_signalfd: true, ..Facts::default() };
         assert_eq!((said(signalfd.clone()), judged(&signalfd).is_unhandled), (String::new(), false));
+        let awaited = Facts { is_awaited: true, ..Facts::default() };
+        assert_eq!((said(awaited.clone()), judged(&awaited).is_unhandled), (String::new(), false));
         assert!(said(Facts { blocked: true, ..Facts::default() }).contains("waits for it"));
         let parent = Supervisor::Parent("runsv".to_owned(), 7);
         assert!(said(Facts { supervisor: parent, caught: true, ..Facts::default() }).contains("runsv (7)"));
-        let busy =
-            Facts { caught: true, connections: 3, listeners: vec!["[::]:80".to_owned()], ..Facts::default() };
+        let listener = Listener { address: "[::]:80".to_owned(), waiting: 0 };
+        let busy = Facts { caught: true, connections: 3, listeners: vec![listener], ..Facts::default() };
         assert_eq!(said(busy), "listens on [::]:80; 3 connections");
     }
 }

@@ -40,6 +40,8 @@ pub(crate) struct Process {
     pub uids: (u32, u32),
     /// Its arguments, escaped and cut.
     pub command: String,
+    /// It is a thread of the kernel.
+    pub is_kernels: bool,
     /// When it was looked at, nanoseconds since boot: what happened before to a process of its number was another's.
     pub looked: u64,
 }
@@ -54,13 +56,23 @@ const PIDFS: i64 = 0x5049_4446;
 impl Process {
     /// The process that has a number now.
     pub(crate) fn open(pid: u32) -> Result<Self, NoProcess> {
+        Self::of_pidfd(pid, Self::pidfd_of(pid)?)
+    }
+
+    fn pidfd_of(pid: u32) -> Result<OwnedFd, NoProcess> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(NoProcess::Gone(pid))?;
-        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|error| match error {
-            // A thread has a number, too.
-            rustix::io::Errno::SRCH | rustix::io::Errno::INVAL => NoProcess::Gone(pid),
+        pidfd_open(number, PidfdFlags::empty()).map_err(|error| match error {
+            // A thread has a number, too: INVAL, and NOENT since 6.9.
+            rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOENT => {
+                NoProcess::Gone(pid)
+            }
             error => NoProcess::Unreadable(pid, error.to_string()),
-        })?;
-        Self::of_pidfd(pid, pidfd)
+        })
+    }
+
+    /// The process that has a number now, also one that is not to be signalled; for who only looks.
+    pub(crate) fn look_at(pid: u32) -> Result<Self, NoProcess> {
+        Self::looked_at(pid, Self::pidfd_of(pid)?)
     }
 
     /// The process of a pidfd, whose number is known.
@@ -74,6 +86,14 @@ impl Process {
         if getppid().is_some_and(|parent| i64::from(parent.as_raw_nonzero().get()) == i64::from(pid)) {
             return Err(NoProcess::Denied(pid, "the process that has started plumb"));
         }
+        let process = Self::looked_at(pid, pidfd)?;
+        if process.is_kernels {
+            return Err(NoProcess::Denied(pid, "a thread of the kernel"));
+        }
+        Ok(process)
+    }
+
+    fn looked_at(pid: u32, pidfd: OwnedFd) -> Result<Self, NoProcess> {
         let looked = clock::boottime();
         let read = read(pid, &pidfd);
         // Whoever is there now was there before, so what was read is of it.
@@ -82,14 +102,12 @@ impl Process {
         }
         let (identity, ppid, uids, flags) =
             read.map_err(|error| NoProcess::Unreadable(pid, error.to_string()))?;
-        if flags & KERNEL_THREAD != 0 {
-            return Err(NoProcess::Denied(pid, "a thread of the kernel"));
-        }
         let command = command(pid);
         if !is_alive(&pidfd) {
             return Err(NoProcess::Gone(pid));
         }
-        Ok(Self { pidfd, identity, ppid, uids, command, looked })
+        let is_kernels = flags & KERNEL_THREAD != 0;
+        Ok(Self { pidfd, identity, ppid, uids, command, looked, is_kernels })
     }
 
     /// It as it is now; its number is its own for as long as it is there.

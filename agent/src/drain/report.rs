@@ -10,7 +10,7 @@ use super::{
     machine::Machine,
     service::Name,
 };
-use crate::{clock::Calendar, document::SCHEMA, losses::Class};
+use crate::{clock::Calendar, document::SCHEMA, left::Left, losses::Class};
 
 /// What became of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +136,12 @@ pub(crate) struct ServiceDocument {
     /// Why there may be more than this tells.
     #[serde(default)]
     pub unseen: Vec<String>,
+    /// What was left of it just before it was given up: at most 4 of its processes, 16 threads of each.
+    #[serde(default)]
+    pub left_threads: Vec<Left>,
+    /// What is not known of that.
+    #[serde(default)]
+    pub left_unknown: Option<String>,
     pub notes: Vec<String>,
     pub timeline: Vec<Moment>,
 }
@@ -189,13 +195,14 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             (_, 0 | 1) => "it still ran at its deadline".to_owned(),
             (_, left) => format!("{left} of its processes still ran at its deadline"),
         };
-        return Some((Verdict::Timeout, why));
+        return Some((Verdict::Timeout, why + ignored(run)));
     }
     if !matches!(run.phase, Phase::Gone | Phase::Settled) {
         return None;
     }
     if run.is_killed {
-        return Some((Verdict::Killed, format!("it did not stop in time{}", lost_too(run))));
+        let why = format!("it did not stop in time{}{}", ignored(run), lost_too(run));
+        return Some((Verdict::Killed, why));
     }
     let roots: Vec<_> = run.members.iter().filter(|one| one.member.is_root).map(|one| one.status).collect();
     let signal = roots.iter().flatten().map(|status| status & 0x7f).find(|signal| *signal != 0);
@@ -255,6 +262,11 @@ fn lost(run: &Run) -> String {
         many => format!("; {many} of them perhaps"),
     };
     format!("{all} {} lost: {}{guessed}", if all == 1 { "request" } else { "requests" }, by.join(", "))
+}
+
+fn ignored(run: &Run) -> &'static str {
+    let is_ignored = run.seen.left.iter().any(|left| left.ignored_the_stop == Some(true));
+    if is_ignored { ": it ignored the stop" } else { "" }
 }
 
 fn lost_too(run: &Run) -> String {
@@ -381,6 +393,8 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
         in_flight: run.seen.in_flight,
         killed_by: run.seen.killed_by.clone(),
         unseen: run.seen.unseen.clone(),
+        left_threads: run.seen.left.clone(),
+        left_unknown: run.seen.left_unknown.clone(),
         notes,
         timeline: run
             .timeline

@@ -81,6 +81,11 @@ impl Signal {
         Err(why)
     }
 
+    /// Every signal by which a service can be asked to stop.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        SIGNALS.iter().map(|(_, number)| Self(*number))
+    }
+
     #[must_use]
     pub(crate) fn by_number(number: i32) -> Option<Self> {
         SIGNALS.iter().find(|(_, known)| *known == number).map(|_| Self(number))

@@ -62,21 +62,28 @@ impl Sockets {
         }
     }
 
-    /// Follows the processes of a service and the ports on which they listen, which are returned.
-    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> Vec<u32> {
+    /// Events of what processes begin that had been lost before the drain.
+    pub(super) fn lost_acts(&self) -> u64 {
+        self.before.lost_acts
+    }
+
+    /// Follows the processes of a service and the ports on which they listen, which are returned; and whether it is seen
+    /// what its processes begin.
+    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> (Vec<u32>, bool) {
         let mut ports: Vec<Port> =
             processes.iter().flat_map(|process| facts::ports(process.identity.pid)).collect();
         ports.sort_unstable_by_key(|port| (port.netns, port.port));
         ports.dedup();
         let known = processes.iter().map(|process| (process.identity.pid, process.identity.start_ticks));
         let (processes, numbers) = (known.collect(), ports.iter().map(|port| port.port).collect());
+        let mut sees_acts = None;
         if let Some(slot) = slot(service)
             && !self.is_silent
         {
-            let done = ask(&self.ask, |done| SocketRequest::Add { slot, ports, processes, done });
-            self.is_silent = done.is_none();
+            sees_acts = ask(&self.ask, |done| SocketRequest::Add { slot, ports, processes, done });
+            self.is_silent = sees_acts.is_none();
         }
-        numbers
+        (numbers, sees_acts == Some(true))
     }
 
     /// What a batch of events tells of each service.

@@ -153,6 +153,20 @@ impl Plan {
         ..Self::AGENT
     };
 
+    /// The same of one process that is asked to stop, and what it begins since.
+    pub const STOP: Self = Self {
+        programs: Some(&[
+            "task_newtask",
+            "sched_process_exit",
+            "signal_generate",
+            "mark_victim",
+            "processes",
+            "threads",
+        ]),
+        fds: Fds::Watched(None),
+        ..Self::SOCKETS
+    };
+
     /// One pass of these iterators.
     #[must_use]
     pub const fn pass(programs: &'static [&'static str]) -> Self {
@@ -438,7 +452,7 @@ mod tests {
     #[test]
     fn every_name_in_a_plan_is_a_program() {
         let passes: &[&str] = &["processes", "threads", "files"];
-        for plan in [Plan::AGENT, Plan::watch(Filter::default()), Plan::pass(passes)] {
+        for plan in [Plan::AGENT, Plan::STOP, Plan::watch(Filter::default()), Plan::pass(passes)] {
             for name in plan.programs.unwrap_or_default() {
                 assert!(PROGRAMS.iter().any(|program| program.name == *name), "{name}");
             }

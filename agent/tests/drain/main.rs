@@ -13,6 +13,7 @@ use std::{
 
 use serde_json::Value;
 
+mod audit;
 mod client;
 mod course;
 mod killed;

@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, se
 
 use super::command::reap;
 use crate::{
-    census::Copied,
+    census::{Copied, MAX_BLOCKED},
     check::{
         Beside, Child, Cost, Drift, Example, Kind, Losses, Namer, Open, Rounds, Sites, Traces, Tree, Wanted,
     },
@@ -311,7 +311,8 @@ impl Follower {
             self.tree.processes().map(|process| (process.key, process.comm.clone())).collect();
         for (key, comm) in &keys {
             let threads = unless_gone(self.kernel.threads(*key))?;
-            let wanted: Vec<u32> = threads.iter().map(|thread| thread.tid).collect();
+            let there = threads.iter().filter(|thread| thread.exit_state == 0);
+            let wanted: Vec<u32> = there.map(|thread| thread.tid).take(MAX_BLOCKED).collect();
             let census = Copied::take(*key, &threads, &wanted);
             let image = self.stacks.image(key.tgid, clock::boottime());
             let census = match image {

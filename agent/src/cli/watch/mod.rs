@@ -18,6 +18,7 @@ mod printer;
 mod sockets;
 
 use self::printer::Printer;
+pub(super) use self::sockets::{Followed, SLOT};
 use super::{
     Outcome, no_such_process,
     output::{self, Output},
@@ -189,7 +190,7 @@ impl Target {
 }
 
 /// A token that ctrl-c or SIGTERM cancels.
-fn interrupted() -> Result<CancellationToken, Failure> {
+pub(super) fn interrupted() -> Result<CancellationToken, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let token = CancellationToken::new();

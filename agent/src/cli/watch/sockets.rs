@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The only one.
-const SLOT: u32 = 0;
+pub(in crate::cli) const SLOT: u32 = 0;
 
 /// What there was, at the end.
 #[derive(Serialize)]
@@ -163,14 +163,14 @@ fn with_descendants(records: &[TaskRecord], pid: u32) -> Vec<ProcKey> {
 
 /// Whose sockets and signals are followed.
 #[derive(Default)]
-struct Followed {
-    processes: HashMap<u32, ProcKey>,
+pub(in crate::cli) struct Followed {
+    pub(in crate::cli) processes: HashMap<u32, ProcKey>,
     ports: HashSet<Port>,
 }
 
 impl Followed {
     /// Takes up what is there now of a process and its descendants.
-    fn look(&mut self, kernel: &mut Kernel, pid: u32) -> anyhow::Result<()> {
+    pub(in crate::cli) fn look(&mut self, kernel: &mut Kernel, pid: u32) -> anyhow::Result<()> {
         let records = kernel.processes()?;
         for key in with_descendants(&records, pid) {
             for port in drain::ports(key.tgid) {
@@ -195,7 +195,7 @@ impl Followed {
         }
     }
 
-    fn sorted_ports(&self) -> Vec<u32> {
+    pub(in crate::cli) fn sorted_ports(&self) -> Vec<u32> {
         let mut ports: Vec<u32> = self.ports.iter().map(|port| port.port).collect();
         ports.sort_unstable();
         ports.dedup();

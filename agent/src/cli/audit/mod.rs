@@ -1,0 +1,274 @@
+//! `plumb audit`: what a process would do with a stop signal, without sending one; and with `--send`, what it does.
+
+mod send;
+
+use std::{fs, time::Duration};
+
+use clap::Args;
+use plumb_common::task::{ProcKey, TaskRecord};
+use serde::Serialize;
+
+use super::{
+    Outcome, no_such_process,
+    output::{self, Format, Output},
+};
+use crate::{
+    audit::{Fate, supervision},
+    census,
+    document::SCHEMA,
+    drain::{Facts, Listener, NoProcess, Process, Signal, facts_of},
+    failure::{Exit, Failure},
+    kernel::{Kernel, Plan},
+    left::{Left, Since},
+    stacks::{Names, Stack},
+    text,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  what a process would do with TERM; nothing is sent
+    plumb audit --pid 4711
+  with another signal
+    plumb audit --pid 4711 --signal QUIT
+  send it, and say for 10 s what becomes of the process
+    plumb audit --pid 4711 --send TERM --for 10s
+
+Exit code: 0 when the process itself takes the signal (by a handler, sigwait or a signalfd), or, with --send, when it has \
+ended by itself and no request was seen to be lost; 124 when it is still there after the time; else 1.";
+
+/// Children that are named.
+const MAX_CHILDREN: usize = 16;
+
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    /// Process to look at
+    #[arg(long, short)]
+    pid: u32,
+    /// The signal in question: TERM, INT, QUIT, HUP, USR1, USR2 or WINCH
+    #[arg(long, value_parser = Signal::parse, default_value = "TERM")]
+    signal: Signal,
+    /// Send this signal to the process, and follow what happens
+    #[arg(long, value_name = "SIGNAL", value_parser = Signal::parse, conflicts_with = "signal")]
+    send: Option<Signal>,
+    /// With --send: how long to follow it
+    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "10s", requires = "send")]
+    duration: Duration,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What a process would do with a signal.
+#[derive(Serialize)]
+struct Audit {
+    schema: &'static str,
+    pid: u32,
+    comm: String,
+    command: String,
+    uid: u32,
+    signal: &'static str,
+    /// One sentence.
+    verdict: String,
+    fate: Fate,
+    /// The process itself takes the signal.
+    handled: bool,
+    advice: String,
+    /// Stopped by STOP or a debugger: it takes nothing until it is continued.
+    is_stopped: bool,
+    /// The first of a pid namespace.
+    is_init: bool,
+    supervisor: String,
+    /// Signals that ask to stop, or are used for it, for which it has handlers.
+    other_handlers: Vec<&'static str>,
+    /// TCP, each with the connections that wait to be accepted; `null` when its fds cannot be read.
+    listeners: Option<Vec<Listener>>,
+    /// Established TCP connections.
+    connections: Option<usize>,
+    /// The first 16.
+    children: Vec<Child>,
+    children_count: usize,
+    /// `null` when they cannot be listed.
+    threads: Option<Left>,
+    /// What is not known, and why.
+    unknown: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Child {
+    pid: u32,
+    comm: String,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Outcome {
+    let pid = arguments.pid;
+    let signal = arguments.send.unwrap_or(arguments.signal);
+    let open = if arguments.send.is_some() { Process::open } else { Process::look_at };
+    let process = open(pid).map_err(|why| refused(pid, &why))?;
+    let plan = if arguments.send.is_some() { Plan::STOP } else { Plan::pass(&["processes", "threads"]) };
+    let mut kernel = Kernel::load_required(plan)?;
+    let mut names = Names::default();
+    let records = kernel.processes()?;
+    let audit = Audit::take(&mut kernel, &mut names, (&process, &records), signal)?;
+    if arguments.send.is_some() {
+        return send::run(arguments, kernel, names, (process, &audit), signal);
+    }
+    output::data(&if arguments.output.format == Format::Table {
+        audit.text(true)
+    } else {
+        output::json(&audit)? + "\n"
+    })?;
+    Ok(if audit.handled && !audit.is_stopped { Exit::Ok } else { Exit::Error })
+}
+
+fn refused(pid: u32, why: &NoProcess) -> Failure {
+    match why {
+        NoProcess::Gone(_) => no_such_process(pid),
+        NoProcess::Denied(..) => Failure::new(Exit::Error, why.to_string(), "leave out --send to look at it"),
+        NoProcess::Unreadable(..) => Failure::new(
+            Exit::Error,
+            why.to_string(),
+            "take another one: it is ending, or plumb may not read its files in /proc (run it with sudo)",
+        ),
+    }
+}
+
+impl Audit {
+    fn take(
+        kernel: &mut Kernel,
+        names: &mut Names,
+        (process, records): (&Process, &[TaskRecord]),
+        signal: Signal,
+    ) -> Result<Self, Failure> {
+        let pid = process.identity.pid;
+        let facts = facts_of(process, signal.number()).ok_or_else(|| no_such_process(pid))?;
+        let mut unknown = Vec::new();
+        let threads = look(kernel, names, (pid, process.identity.start_ticks), None)
+            .map_err(|why| unknown.push(format!("its threads: {why}")))
+            .ok();
+        let folder = process.folder();
+        let has_fds = match fs::read_dir(folder.join("fd")) {
+            Ok(_) => true,
+            Err(error) => {
+                unknown.push(format!("its listeners and connections: {error}"));
+                false
+            }
+        };
+        let children: Vec<&TaskRecord> =
+            records.iter().filter(|record| record.ppid == pid && record.key.tgid != pid).collect();
+        let named = children.iter().take(MAX_CHILDREN);
+        let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
+        let fate = Fate::of(&facts, process.is_kernels);
+        let other_handlers = caught(&status, signal);
+        let Facts { is_init, listeners, connections, supervisor, .. } = facts;
+        let audit = Self {
+            schema: SCHEMA,
+            pid,
+            comm: process.identity.comm.clone(),
+            command: process.command.clone(),
+            uid: process.identity.uid,
+            signal: signal.name(),
+            verdict: fate.verdict(signal.name()),
+            fate,
+            handled: fate.is_handled(),
+            advice: fate.advice(signal.name(), &other_handlers),
+            is_stopped: status.lines().any(is_stopped),
+            is_init,
+            supervisor: supervision(&supervisor),
+            other_handlers,
+            listeners: has_fds.then_some(listeners),
+            connections: has_fds.then_some(connections),
+            children: named
+                .map(|record| Child { pid: record.key.tgid, comm: text::terminated(&record.comm) })
+                .collect(),
+            children_count: children.len(),
+            threads,
+            unknown,
+        };
+        // What was read is of this process only if it is there now.
+        if process.is_alive() { Ok(audit) } else { Err(no_such_process(pid)) }
+    }
+
+    /// For people.
+    fn text(&self, with_threads: bool) -> String {
+        let mut lines = vec![format!("pid {} ({}): {}", self.pid, self.comm, self.verdict)];
+        let mut tell = |line: String| lines.push(format!("  {line}"));
+        if self.is_stopped {
+            tell("it is stopped (STOP, or a debugger): it takes nothing until it is continued".to_owned());
+        }
+        tell(self.advice.clone());
+        if !self.command.is_empty() {
+            tell(format!("command: {}", self.command));
+        }
+        tell(self.supervisor.clone());
+        if let (Some(listeners), Some(connections)) = (&self.listeners, self.connections) {
+            for Listener { address, waiting } in listeners.iter().take(MAX_CHILDREN) {
+                tell(format!("listens on {address}, {waiting} waiting to be accepted"));
+            }
+            if listeners.len() > MAX_CHILDREN {
+                tell(format!("and on {} more", listeners.len() - MAX_CHILDREN));
+            }
+            tell(match connections {
+                0 => "no TCP connections".to_owned(),
+                1 => "1 TCP connection".to_owned(),
+                many => format!("{many} TCP connections"),
+            });
+        }
+        if self.children_count > 0 {
+            let named = self.children.iter().map(|child| format!("{} ({})", child.pid, child.comm));
+            let more = if self.children_count > self.children.len() { ", ..." } else { "" };
+            let named = named.collect::<Vec<_>>().join(", ");
+            tell(format!("{} children, which get no signal by this: {named}{more}", self.children_count));
+        }
+        for what in &self.unknown {
+            tell(format!("unknown: {what}"));
+        }
+        if let Some(threads) = self.threads.as_ref().filter(|_| with_threads) {
+            lines.extend(threads.lines());
+        }
+        lines.join("\n") + "\n"
+    }
+}
+
+/// A line of /proc/PID/status.
+fn is_stopped(line: &str) -> bool {
+    line.strip_prefix("State:")
+        .is_some_and(|state| matches!(state.trim().as_bytes().first(), Some(b'T' | b't')))
+}
+
+/// Other signals than this one for which a process has handlers, by its status.
+fn caught(status: &str, signal: Signal) -> Vec<&'static str> {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    let is_caught = |other: &Signal| *other != signal && mask >> (other.number() - 1) & 1 == 1;
+    Signal::all().filter(is_caught).map(Signal::name).collect()
+}
+
+/// Looks at the threads of a process, with their stacks in words where that can be.
+fn look(
+    kernel: &mut Kernel,
+    names: &mut Names,
+    process: (u32, u64),
+    since: Option<Since<'_>>,
+) -> Result<Left, String> {
+    let doings = since.map(|since| since.doings);
+    let look = census::look(kernel, process, doings).map_err(|error| error.to_string())?;
+    let look = look.ok_or_else(|| "they are gone".to_owned())?;
+    let key: ProcKey = look.process;
+    let look = look.map(|census| names.census(key, census));
+    Ok(Left::new(&look, since, |stack| stack.as_deref().map(|stack: &Stack| stack)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_handlers_are_those_of_signals_that_ask_to_stop() {
+        // TERM, QUIT and CHLD.
+        let status = "State:\tt (tracing stop)\nSigCgt:\t0000000000014004\n";
+        assert_eq!(caught(status, Signal::TERM), ["QUIT"]);
+        assert_eq!(caught(status, Signal::QUIT), ["TERM"]);
+        assert!(caught("", Signal::TERM).is_empty());
+        assert!(status.lines().any(is_stopped) && !is_stopped("State:\tS (sleeping)"));
+    }
+}

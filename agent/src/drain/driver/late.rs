@@ -1,0 +1,74 @@
+//! What the driver does about services that do not stop in time.
+
+use tokio::task::spawn_blocking;
+
+use super::{
+    super::{
+        active::Active,
+        course::{Fact, Input, Phase},
+        leaving,
+    },
+    Driver, Waited,
+};
+use crate::clock;
+
+impl Driver {
+    /// What is given up now is counted before, and what is left of it looked at.
+    pub(super) fn due(&mut self) {
+        self.look_at_what_is_left();
+        let is_held = |active: &Active| active.leaving.held(&active.machine, clock::boottime()).is_some();
+        if self.active.as_ref().is_some_and(is_held) {
+            return;
+        }
+        let late = self.active.as_ref().map(|active| active.machine.about_to_be_late(clock::boottime()));
+        for service in late.into_iter().flatten() {
+            let counted = self.active.as_mut().and_then(|active| active.counted(service));
+            counted.into_iter().for_each(|input| self.step(input));
+            let left = self.active.as_ref().and_then(|active| active.leaving.fact(service));
+            left.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
+        }
+        self.step(Input::Time);
+    }
+
+    /// Begins to look at what does not stop in time: that takes a moment, for which nothing else waits.
+    fn look_at_what_is_left(&mut self) {
+        let Some(active) = &mut self.active else { return };
+        for service in active.leaving.due(&active.machine, clock::boottime()) {
+            let wanted = active.leaving.wanted(&active.machine, service);
+            let (ask, id) = (self.ask.clone(), active.machine.begun.id.clone());
+            self.waits.push(Box::pin(async move {
+                let copied = spawn_blocking(move || leaving::copy(&ask, wanted)).await;
+                Waited::Copied(id, service, copied.ok().flatten())
+            }));
+        }
+    }
+
+    pub(super) fn copied(&mut self, id: String, service: usize, copied: leaving::Copied) {
+        let Some(active) = &mut self.active else { return };
+        active.leaving.copied(service, &copied);
+        let names = active.leaving.names();
+        self.waits.push(Box::pin(async move {
+            let named = spawn_blocking(move || leaving::name(&names, copied)).await;
+            Waited::Named(id, service, named.unwrap_or_default())
+        }));
+    }
+
+    /// What comes late of a service that was given up, and is not over yet.
+    pub(super) fn tell_left(&mut self, service: usize) {
+        let is_given_up =
+            |active: &&Active| matches!(active.machine.runs[service].phase, Phase::Killing | Phase::Late);
+        let active = self.active.as_ref().filter(is_given_up);
+        let fact = active.and_then(|active| active.leaving.fact(service));
+        fact.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
+    }
+
+    /// This task did not keep up with the events.
+    pub(super) fn missed(&mut self, many: u64) {
+        let Some(active) = &mut self.active else { return };
+        active.leaving.missed();
+        for service in active.machine.unseen() {
+            let why = format!("the agent did not keep up with {many} events");
+            self.step(Input::Seen(service, Fact::Unseen { why }));
+        }
+    }
+}
