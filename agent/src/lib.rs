@@ -33,7 +33,7 @@ mod history;
 mod host;
 pub mod kernel;
 mod line;
-mod losses;
+pub mod losses;
 mod observe;
 mod origins;
 mod peer;

@@ -67,10 +67,7 @@ impl Sockets {
                 let ledger = kernel.follows_sockets().then(|| ledger(kernel, rejected)).flatten();
                 let _ = reply.send(ledger);
             }
-            SocketRequest::End => {
-                self.end(kernel);
-                kernel.follow_sockets(false);
-            }
+            SocketRequest::End => self.end(kernel),
         }
     }
 
@@ -103,6 +100,7 @@ impl Sockets {
         for process in self.processes.drain(..) {
             let _ = kernel.unfollow_signals(process);
         }
+        kernel.follow_sockets(false);
     }
 }
 

@@ -120,8 +120,12 @@ impl Active {
         let Self { machine, sockets, .. } = self;
         let of = |pid: u32, start: u64| {
             let ticks = start / (1_000_000_000 / TICKS);
-            let is =
-                |one: &MemberRun| (one.member.identity.pid, one.member.identity.start_ticks) == (pid, ticks);
+            let is = |one: &MemberRun| {
+                let identity = &one.member.identity;
+                // Of whom it kills for want of memory the kernel tells the number alone before 6.9.
+                let is_since = identity.start_ticks == ticks || start == 0 && one.gone.is_none();
+                identity.pid == pid && is_since
+            };
             machine.runs.iter().position(|run| run.members.iter().any(is))
         };
         inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of)));
