@@ -15,6 +15,7 @@ use serde_json::Value;
 
 mod client;
 mod course;
+mod faults;
 mod killed;
 mod storm;
 mod subject;
