@@ -35,7 +35,7 @@ mod host;
 pub mod kernel;
 mod left;
 mod line;
-mod losses;
+pub mod losses;
 mod observe;
 mod origins;
 mod peer;

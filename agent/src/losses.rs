@@ -21,7 +21,7 @@ use crate::{decode::Event, drain, text};
 /// How a request is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Class {
+pub enum Class {
     /// Its connection was never accepted.
     AcceptQueue,
     /// It came on a connection that had been used, as that was closed, and nobody read it.
@@ -33,12 +33,11 @@ pub(crate) enum Class {
 }
 
 impl Class {
-    pub(crate) const ALL: [Self; 4] =
-        [Self::AcceptQueue, Self::KeepAliveRace, Self::Unread, Self::Unanswered];
+    pub const ALL: [Self; 4] = [Self::AcceptQueue, Self::KeepAliveRace, Self::Unread, Self::Unanswered];
 
     /// The word used in JSON and metrics.
     #[must_use]
-    pub(crate) const fn word(self) -> &'static str {
+    pub const fn word(self) -> &'static str {
         match self {
             Self::AcceptQueue => "accept_queue",
             Self::KeepAliveRace => "keep_alive_race",
@@ -49,7 +48,7 @@ impl Class {
 
     /// Of an event; `None` for one that tells of no loss.
     #[must_use]
-    pub(crate) fn of(socket: &Socket) -> Option<Self> {
+    pub fn of(socket: &Socket) -> Option<Self> {
         let is_used = socket.marks & MARK_USED != 0;
         match socket.what {
             LOST_BACKLOG => Some(Self::AcceptQueue),
@@ -305,35 +304,28 @@ pub(crate) fn sender(signal: &Signal) -> String {
     }
 }
 
-/// Connections of one service that are remembered, so that none counts twice.
-const MAX_PEERS: usize = 65_536;
 /// Lost requests that are told one by one.
 pub(crate) const MAX_EXAMPLES: usize = 64;
 
 /// The requests that a service has lost.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Tally {
+pub struct Tally {
     lost: BTreeMap<Class, u64>,
     /// Of these it was told from the kernel's clocks.
     pub guessed: u64,
-    peers: HashSet<Peer>,
 }
 
 impl Tally {
-    /// Counts a request, once per connection: one that comes in several packets is lost several times. Returns its class if
-    /// it is new.
-    pub(crate) fn take(&mut self, socket: &Socket) -> Option<Class> {
+    /// Counts a request; the kernel side tells of one per connection. Returns its class.
+    pub fn take(&mut self, socket: &Socket) -> Option<Class> {
         let class = Class::of(socket)?;
-        if self.peers.len() < MAX_PEERS && !self.peers.insert(socket.peer) {
-            return None;
-        }
         *self.lost.entry(class).or_default() += 1;
         self.guessed += u64::from(is_guessed(socket));
         Some(class)
     }
 
     #[must_use]
-    pub(crate) fn lost(&self) -> &BTreeMap<Class, u64> {
+    pub fn lost(&self) -> &BTreeMap<Class, u64> {
         &self.lost
     }
 }
@@ -352,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_lost_once_and_of_the_class_of_its_first_event() {
+    fn a_request_is_of_the_class_of_its_event() {
         let mut tally = Tally::default();
         for (what, marks, port, class) in [
             (LOST_BACKLOG, 0, 1, Some(Class::AcceptQueue)),
@@ -360,7 +352,6 @@ mod tests {
             (LOST_LATE, MARK_USED, 3, Some(Class::KeepAliveRace)),
             (LOST_LATE, 0, 4, Some(Class::Unread)),
             (LOST_UNANSWERED, MARK_USED | MARK_GUESSED, 5, Some(Class::Unanswered)),
-            (LOST_BACKLOG, 0, 5, None),
             (LISTENER_CLOSED, 0, 6, None),
         ] {
             assert_eq!(tally.take(&socket(what, marks, port)), class, "{what} {marks}");

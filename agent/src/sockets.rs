@@ -81,10 +81,7 @@ impl Sockets {
                 let ledger = kernel.follows_sockets().then(|| ledger(kernel, rejected)).flatten();
                 let _ = reply.send(ledger);
             }
-            SocketRequest::End => {
-                self.end(kernel, follow);
-                kernel.follow_sockets(false);
-            }
+            SocketRequest::End => self.end(kernel, follow),
         }
     }
 
@@ -126,6 +123,7 @@ impl Sockets {
             let _ = kernel.unfollow_signals(process);
             follow.remove(kernel, Who::Process(process));
         }
+        kernel.follow_sockets(false);
     }
 }
 

@@ -6,7 +6,7 @@ use crate::{event::Header, task::ProcKey};
 
 /// A signal was made for a process: `signal_generate`, in whoever sent it.
 pub const SIGNAL_GENERATED: u32 = 1;
-/// A thread of a process takes a signal: `signal_deliver`.
+/// A thread of a process takes a signal: `signal_deliver`. Not one that ends the process by default, nor KILL.
 pub const SIGNAL_DELIVERED: u32 = 2;
 /// The kernel ended a process because there was no memory: `mark_victim`, after its KILL.
 pub const SIGNAL_NO_MEMORY: u32 = 3;
@@ -101,8 +101,15 @@ pub struct Conversation {
 }
 
 /// What is counted of each service, without an event.
-pub const COUNTERS: [&str; 6] =
-    ["connected", "closed_by_service", "closed_by_peer", "reset_by_peer", "refused", "aborted"];
+pub const COUNTERS: [&str; 7] = [
+    "connected",
+    "closed_by_service",
+    "closed_by_peer",
+    "reset_by_peer",
+    "refused",
+    "aborted",
+    "crowded_out",
+];
 /// Handshakes that were completed.
 pub const CONNECTED: u32 = 0;
 /// Connections that the service closed first, in order.
@@ -114,6 +121,8 @@ pub const PEER_RESET: u32 = 3;
 pub const REFUSED: u32 = 4;
 /// Connections that the service reset, with nothing lost.
 pub const ABORTED: u32 = 5;
+/// Connections for which there was no room: whether they are answered is told from the kernel's clocks.
+pub const CROWDED_OUT: u32 = 6;
 
 /// Services that can be followed at a time.
 pub const SLOTS: u32 = 64;

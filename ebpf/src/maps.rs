@@ -57,7 +57,8 @@ pub(crate) static TARGETS: HashMap<u32, u64> = HashMap::with_max_entries(MAX_TAR
 #[map]
 pub(crate) static CONVERSATIONS: HashMap<u64, Conversation> = HashMap::with_max_entries(MAX_CONVERSATIONS, 0);
 
-/// Connections that services have closed, with `MARK_USED` or 0. A request that still comes is told from a new one by it.
+/// Connections that services have closed, with `MARK_USED` or 0, and whether it is told that they have lost a request. One
+/// that still comes is told from a new one by it, and once.
 #[map]
 pub(crate) static CLOSED: LruHashMap<Peer, u32> = LruHashMap::with_max_entries(MAX_CLOSED, 0);
 

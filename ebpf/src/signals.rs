@@ -58,6 +58,10 @@ pub(crate) fn signal_generate(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "signal_deliver")]
 pub(crate) fn signal_deliver(ctx: BtfTracePointContext) -> i32 {
     let (signal, action): (u32, u64) = (ctx.arg(0), ctx.arg(2));
+    // Nobody takes that one: each thread of a process that ends, for whatever reason, is told so.
+    if signal == KILL {
+        return 0;
+    }
     let tgid = (aya_ebpf::helpers::bpf_get_current_pid_tgid() >> 32) as u32;
     // SAFETY: as above.
     if unsafe { maps::TARGETS.get(tgid) }.is_none() {

@@ -5,7 +5,6 @@
 #![allow(clippy::needless_pass_by_value, reason = "the attribute macro passes the context by value")]
 
 use aya_ebpf::{
-    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns},
     macros::{btf_tracepoint, fentry},
     programs::{BtfTracePointContext, FEntryContext},
 };
@@ -14,9 +13,9 @@ use plumb_common::{
     event::KIND_SOCKET,
     offsets,
     sockets::{
-        ABORTED, CLOSED, CONNECTED, COUNTERS, Conversation, LISTENER_CLOSED, LOST_BACKLOG, LOST_LATE,
-        LOST_UNANSWERED, LOST_UNREAD, MARK_EXITING, MARK_GUESSED, MARK_USED, PEER_CLOSED, PEER_RESET, Peer,
-        Port, REFUSED, Socket,
+        ABORTED, CLOSED, CONNECTED, COUNTERS, CROWDED_OUT, Conversation, LISTENER_CLOSED, LOST_BACKLOG,
+        LOST_LATE, LOST_UNANSWERED, LOST_UNREAD, MARK_EXITING, MARK_GUESSED, MARK_USED, PEER_CLOSED,
+        PEER_RESET, Peer, Port, REFUSED, Socket,
     },
 };
 
@@ -31,6 +30,7 @@ const ESTABLISHED: u32 = 1;
 const SYN_RECV: u32 = 3;
 const FIN_WAIT1: u32 = 4;
 const FIN_WAIT2: u32 = 5;
+const TIME_WAIT: u8 = 6;
 const CLOSE: u32 = 7;
 const CLOSE_WAIT: u32 = 8;
 const LISTEN: u32 = 10;
@@ -40,10 +40,13 @@ const AF_INET6: u16 = 10;
 const TCP: u16 = 6;
 /// Bit of `sk_flags` (`SOCK_DEAD`, include/net/sock.h): nobody has the socket open any more.
 const DEAD: u64 = 1;
+/// In `CLOSED`, beside `MARK_USED`: that this connection has lost a request is told.
+const TOLD: u32 = 1 << 31;
 /// `PF_EXITING` of include/linux/sched.h.
 const EXITING: u32 = 4;
 /// Flags of a TCP header, in its byte 13.
 const SYN: u8 = 2;
+const FIN: u8 = 1;
 const RST: u8 = 4;
 const ACK: u8 = 16;
 
@@ -123,48 +126,27 @@ fn is_unanswered(sk: u64, course: &Course) -> (bool, u32) {
     // SAFETY: the value is read at once.
     match unsafe { maps::CONVERSATIONS.get(sk) } {
         Some(known) => (course.received != known.answered, 0),
+        None if !course.is_used => (kernel::read_or_zero::<u64>(sk, offsets::TCP_BYTES_RECEIVED) != 0, 0),
         None => (guess(sk, course), MARK_GUESSED),
     }
 }
 
-/// As told by what the kernel keeps of each connection: when it last got and sent data, in ticks of 1 to 10 ms; what it
-/// has acknowledged; and when it last sent anything. Within one tick after an answer comes another request, or none: then
-/// something was acknowledged later than it was answered, or has still to be.
+/// Whether something came after what was last sent, as told by what the kernel keeps of each connection: when it last got
+/// and sent data, in ticks of 1 to 10 ms. Within one tick it is told by who has acknowledged what. An answer that is not
+/// acknowledged was sent later than all that came; one that is was acknowledged by a packet without data, which begins where
+/// the last request ends, or by the next request, which begins there too and ends later.
 #[inline(always)]
 fn guess(sk: u64, course: &Course) -> bool {
     let read = |index| kernel::read_or_zero::<u32>(sk, index);
-    let (received, sent) = (read(offsets::TCP_LAST_RECEIVED), read(offsets::TCP_LAST_SENT));
-    let is_later = received.wrapping_sub(sent) as i32 > 0;
-    if !course.is_used || is_later || course.received != course.copied {
-        return course.received != course.copied || is_later;
-    }
-    if received != sent {
-        return false;
-    }
-    if read(offsets::TCP_ACKED) != course.received {
+    if course.received != course.copied {
         return true;
     }
-    // SAFETY: the helpers have no preconditions.
-    let (ticks, now) = unsafe { (bpf_jiffies64(), bpf_ktime_get_ns()) };
-    let since_packet = now.saturating_sub(kernel::read_or_zero::<u64>(sk, offsets::TCP_LAST_PACKET));
-    let since_answer = u64::from((ticks as u32).wrapping_sub(sent)) * tick(ticks, now);
-    since_answer > since_packet + 20_000_000
-}
-
-/// Length of a tick in nanoseconds: the count of ticks begins at 2^32 - 300 s (include/linux/jiffies.h).
-#[inline(always)]
-fn tick(ticks: u64, now: u64) -> u64 {
-    let since = ticks.wrapping_sub(1 << 32) as i64;
-    let expected = now as i64 - 300_000_000_000;
-    let (mut best, mut least) = (4_000_000, u64::MAX);
-    for length in [1_000_000_i64, 3_333_333, 4_000_000, 10_000_000] {
-        let off = since.wrapping_mul(length).wrapping_sub(expected);
-        let off = if off < 0 { off.wrapping_neg() } else { off } as u64;
-        if off < least {
-            (best, least) = (length as u64, off);
-        }
+    let later = read(offsets::TCP_LAST_RECEIVED).wrapping_sub(read(offsets::TCP_LAST_SENT)) as i32;
+    if later == 0 {
+        course.unsent == 0 && read(offsets::TCP_LAST_ACKNOWLEDGING) != course.received
+    } else {
+        later > 0
     }
-    best
 }
 
 #[inline(always)]
@@ -204,7 +186,9 @@ pub(crate) fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
         (SYN_RECV, ESTABLISHED) => {
             count(slot, CONNECTED);
             let known = Conversation { answered: course(sk).copied, reserved: 0 };
-            let _ = maps::CONVERSATIONS.insert(sk, known, 0);
+            if maps::CONVERSATIONS.insert(sk, known, 0).is_err() {
+                count(slot, CROWDED_OUT);
+            }
         }
         (ESTABLISHED, CLOSE_WAIT) => count(slot, PEER_CLOSED),
         (ESTABLISHED, FIN_WAIT1) => closed(sk, slot, port),
@@ -229,14 +213,7 @@ pub(crate) fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
 fn closed(sk: u64, slot: u32, port: Port) {
     let (course, peer) = (course(sk), peer_of(sk, port));
     count(slot, CLOSED);
-    let _ = maps::CLOSED.insert(peer, used(&course), 0);
-    let (is_lost, guessed) = is_unanswered(sk, &course);
-    let unread = course.received.wrapping_sub(course.copied);
-    if unread > 0 || is_lost {
-        // It may still be read after shutdown(2), but not answered.
-        let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
-        tell(slot, peer, what, used(&course) | guessed | exiting(), (unread, course.unsent));
-    }
+    lose(sk, slot, peer, &course);
 }
 
 /// What had come since the service shut its end down, and nobody read, when it is closed.
@@ -246,11 +223,27 @@ fn came_late(sk: u64, slot: u32, port: Port) {
     if is_dead || kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) != 0 {
         return;
     }
-    let course = course(sk);
+    let (course, peer) = (course(sk), peer_of(sk, port));
     let unread = course.received.wrapping_sub(course.copied);
     if unread > 0 {
-        tell(slot, peer_of(sk, port), LOST_UNREAD, used(&course) | exiting(), (unread, course.unsent));
+        let _ = maps::CLOSED.insert(peer, TOLD, 0);
+        tell(slot, peer, LOST_UNREAD, used(&course) | exiting(), (unread, course.unsent));
     }
+}
+
+/// Notes that a connection is closed, and tells of a request that is lost by that; whether there is one.
+#[inline(always)]
+fn lose(sk: u64, slot: u32, peer: Peer, course: &Course) -> bool {
+    let unread = course.received.wrapping_sub(course.copied);
+    let (is_lost, guessed) = is_unanswered(sk, course);
+    if unread == 0 && !is_lost {
+        let _ = maps::CLOSED.insert(peer, used(course), 0);
+        return false;
+    }
+    let _ = maps::CLOSED.insert(peer, TOLD, 0);
+    let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
+    tell(slot, peer, what, used(course) | guessed | exiting(), (unread, course.unsent));
+    true
 }
 
 /// A connection ends at once: by a reset of either end, or because the other one is not there any more.
@@ -264,18 +257,13 @@ fn ended(sk: u64, slot: u32, port: Port, old: u32) {
     if kernel::read_or_zero::<u64>(sk, offsets::SOCK_SOCKET) == 0 && !is_dead {
         let unread = course.received.wrapping_sub(course.copied);
         if old == ESTABLISHED {
+            let _ = maps::CLOSED.insert(peer, TOLD, 0);
             tell(slot, peer, LOST_BACKLOG, exiting(), (unread, course.unsent));
         }
         return;
     }
     // Whoever has closed its end waits for nothing.
-    let unread = course.received.wrapping_sub(course.copied);
-    let (is_lost, guessed) = is_unanswered(sk, &course);
-    if old == ESTABLISHED && (unread > 0 || is_lost) {
-        let _ = maps::CLOSED.insert(peer, used(&course), 0);
-        let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
-        tell(slot, peer, what, used(&course) | guessed | exiting(), (unread, course.unsent));
-    } else {
+    if old != ESTABLISHED || !lose(sk, slot, peer, &course) {
         count(slot, ABORTED);
     }
 }
@@ -293,6 +281,14 @@ pub(crate) fn sock_send_length(ctx: BtfTracePointContext) -> i32 {
 /// `int tcp_sendmsg(struct sock *sk, struct msghdr *msg, size_t size)`, net/ipv4/tcp.c; before 6.3.
 #[fentry(function = "tcp_sendmsg")]
 pub(crate) fn tcp_sendmsg(ctx: FEntryContext) -> i32 {
+    answered(ctx.arg(0));
+    0
+}
+
+/// `ssize_t do_tcp_sendpages(struct sock *sk, struct page *page, int offset, size_t size, int flags)`, net/ipv4/tcp.c;
+/// before 6.5. By it go sendfile(2), splice(2) and TLS in the kernel.
+#[fentry(function = "do_tcp_sendpages")]
+pub(crate) fn do_tcp_sendpages(ctx: FEntryContext) -> i32 {
     answered(ctx.arg(0));
     0
 }
@@ -317,38 +313,43 @@ fn answered(sk: Typed) {
 /// Before it was not called for a packet that no socket is there for.
 #[btf_tracepoint(function = "tcp_send_reset")]
 pub(crate) fn tcp_send_reset(ctx: BtfTracePointContext) -> i32 {
-    reset(ctx.arg(1));
+    reset(ctx.arg(0), ctx.arg(1));
     0
 }
 
 /// `static void tcp_v4_send_reset(const struct sock *sk, struct sk_buff *skb)`, net/ipv4/tcp_ipv4.c; before 6.10.
 #[fentry(function = "tcp_v4_send_reset")]
 pub(crate) fn tcp_v4_send_reset(ctx: FEntryContext) -> i32 {
-    reset(ctx.arg(1));
+    reset(ctx.arg(0), ctx.arg(1));
     0
 }
 
 /// As `tcp_v4_send_reset`, net/ipv6/tcp_ipv6.c.
 #[fentry(function = "tcp_v6_send_reset")]
 pub(crate) fn tcp_v6_send_reset(ctx: FEntryContext) -> i32 {
-    reset(ctx.arg(1));
+    reset(ctx.arg(0), ctx.arg(1));
     0
 }
 
 /// A packet is answered by a reset. Told by the packet, not by the socket, which may be none, or a small one that only
 /// waits; without a packet a service resets its own connection, which is seen by the state of that.
 #[inline(always)]
-fn reset(skb: Typed) {
+fn reset(sk: Typed, skb: Typed) {
     if skb.is_null() {
         return;
     }
-    let skb = skb as u64;
+    let (skb, sk) = (skb as u64, if sk.is_null() { 0 } else { sk as u64 });
     let head = kernel::read_or_zero::<u64>(skb, offsets::SKB_HEAD);
     let transport = head + u64::from(kernel::read_or_zero::<u16>(skb, offsets::SKB_TRANSPORT));
     // Source, destination, sequence numbers, length of the header in words, flags: RFC 9293, 3.1.
     let header = kernel::read_at_or_zero::<[u8; 14]>(transport);
-    let device = kernel::read_or_zero::<u64>(skb, offsets::SKB_DEVICE);
-    let net = kernel::read_or_zero::<u64>(device, offsets::DEVICE_NET);
+    // A packet that has got as far as a socket has no device any more (`tcp_v4_rcv`, net/ipv4/tcp_ipv4.c).
+    let net = if sk == 0 {
+        let device = kernel::read_or_zero::<u64>(skb, offsets::SKB_DEVICE);
+        kernel::read_or_zero::<u64>(device, offsets::DEVICE_NET)
+    } else {
+        kernel::read_or_zero::<u64>(sk, offsets::SOCK_NET)
+    };
     let netns = kernel::read_or_zero::<u32>(net, offsets::NET_INUM);
     let local = u32::from(u16::from_be_bytes([header[2], header[3]]));
     let port = Port { netns, port: local };
@@ -363,7 +364,9 @@ fn reset(skb: Typed) {
     let end = kernel::read_or_zero::<u64>(skb, offsets::SKB_DATA)
         + u64::from(kernel::read_or_zero::<u32>(skb, offsets::SKB_LEN));
     let len = end.wrapping_sub(transport).wrapping_sub(u64::from(header[12] >> 4) * 4) as u32;
-    if len == 0 || len > 1 << 20 {
+    // The last packet of a handshake whose listener is gone has nothing in it, and no socket.
+    let is_handshake = len == 0 && sk == 0 && header[13] & (SYN | ACK | FIN) == ACK;
+    if (len == 0 && !is_handshake) || len > 1 << 20 {
         return;
     }
     let network = head + u64::from(kernel::read_or_zero::<u16>(skb, offsets::SKB_NETWORK));
@@ -376,8 +379,19 @@ fn reset(skb: Typed) {
     let remote = u32::from(u16::from_be_bytes([header[0], header[1]]));
     let peer = Peer { address, port: remote, local_port: local };
     // SAFETY: the value is read at once.
-    match (unsafe { maps::CLOSED.get(peer) }).copied() {
-        Some(marks) => tell(slot, peer, LOST_LATE, marks, (len, 0)),
-        None => tell(slot, peer, LOST_BACKLOG, 0, (len, 0)),
-    }
+    let marks = (unsafe { maps::CLOSED.get(peer) }).copied();
+    // By then the socket is closed at once, or it only waits: its service had closed it in order, before it was followed
+    // or too long ago to be remembered.
+    let state = kernel::read_or_zero::<u8>(sk, offsets::SOCK_STATE);
+    let was_closed = sk != 0 && (state == TIME_WAIT || u32::from(state) == CLOSE);
+    let (what, marks) = match marks {
+        // It comes again, or in several packets.
+        Some(marks) if marks & TOLD != 0 => return,
+        Some(_) if is_handshake => return,
+        Some(marks) => (LOST_LATE, marks),
+        None if was_closed => (LOST_LATE, MARK_USED | MARK_GUESSED),
+        None => (LOST_BACKLOG, 0),
+    };
+    let _ = maps::CLOSED.insert(peer, TOLD, 0);
+    tell(slot, peer, what, marks, (len, 0));
 }

@@ -32,6 +32,8 @@ enum Part {
     Agent,
     /// How long a drain takes beyond what its services take, and what the agent does while it waits
     Drain,
+    /// What it costs a service, and others, that the sockets of a port are followed
+    Sockets,
     /// What `plumb check` adds to commands, and Valgrind
     Check,
     /// The detector over 10,000 made-up processes; without root, and only by its name

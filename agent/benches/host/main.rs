@@ -13,6 +13,7 @@ mod drain;
 mod overhead;
 mod rate;
 mod snapshot;
+mod sockets;
 mod stats;
 mod subjects;
 mod usage;
@@ -68,7 +69,7 @@ struct Part {
     run: fn(Effort, Option<&str>) -> Result<()>,
 }
 
-static PARTS: [Part; 7] = [
+static PARTS: [Part; 8] = [
     Part { name: "snapshot", seconds: [20, 5], run: |effort, _| snapshot::run(effort) },
     Part {
         name: "overhead",
@@ -86,6 +87,7 @@ static PARTS: [Part; 7] = [
     Part { name: "rate", seconds: [125, 15], run: |effort, _| rate::run(effort) },
     Part { name: "agent", seconds: [120, 60], run: |effort, _| agent::run(effort) },
     Part { name: "drain", seconds: [270, 90], run: |effort, _| drain::run(effort) },
+    Part { name: "sockets", seconds: [60, 15], run: |effort, _| sockets::run(effort) },
     Part { name: "check", seconds: [1200, 240], run: check::run },
 ];
 

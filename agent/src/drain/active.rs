@@ -129,7 +129,11 @@ impl Active {
         let Self { machine, sockets, leaving, .. } = self;
         leaving.take(machine, events);
         let of = |process: ProcKey| {
-            let is = |one: &MemberRun| one.member.identity.is(process);
+            // Of whom it kills for want of memory the kernel tells the number alone before 6.9.
+            let is_numbered = |one: &MemberRun| one.gone.is_none() && one.member.identity.pid == process.tgid;
+            let is = |one: &MemberRun| {
+                one.member.identity.is(process) || process.start_boottime == 0 && is_numbered(one)
+            };
             machine.runs.iter().position(|run| run.members.iter().any(is))
         };
         inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of)));

@@ -165,7 +165,7 @@ pub(super) fn saw(run: &mut Run, fact: &Fact) {
         }
         Fact::NoMemory { at } => {
             tell(*at, "is killed by the kernel: there is no memory".to_owned());
-            seen.killed_by = Some("the kernel, which had no memory left for it".to_owned());
+            seen.killed_by = Some("the kernel for want of memory".to_owned());
         }
         Fact::Listener { at, port, waiting } => {
             tell(*at, format!("port {port} is closed, {waiting} not accepted"));

@@ -58,6 +58,9 @@ pub struct Plan {
     pub stacks: bool,
     /// Whether sockets and signals of services can be followed.
     pub sockets: Sockets,
+    /// Connections of followed ports of which it can be known whether they are answered; of more it is told from the
+    /// kernel's clocks.
+    pub connections: u32,
     /// Whether every KILL is told, whoever gets it.
     pub kills: bool,
 }
@@ -105,6 +108,7 @@ impl Plan {
         ring_bytes: RING_BYTES,
         stacks: true,
         sockets: Sockets::OnDemand,
+        connections: MAX_CONVERSATIONS,
         kills: true,
     };
 
@@ -121,6 +125,7 @@ impl Plan {
             ring_bytes: RING_BYTES,
             stacks: false,
             sockets: Sockets::Never,
+            connections: 1,
             kills: false,
         }
     }
@@ -178,6 +183,7 @@ impl Plan {
             ring_bytes: PAGE,
             stacks: false,
             sockets: Sockets::Never,
+            connections: 1,
             kills: false,
         }
     }
@@ -280,7 +286,7 @@ impl Kernel {
             .map_max_entries(STACKS, stack_ring_bytes(plan))
             .map_max_entries(
                 "CONVERSATIONS",
-                if plan.sockets == Sockets::Never { 1 } else { MAX_CONVERSATIONS },
+                if plan.sockets == Sockets::Never { 1 } else { plan.connections },
             )
             .map_max_entries("CLOSED", if plan.sockets == Sockets::Never { 1 } else { MAX_CLOSED })
             .map_max_entries(WATCHED, if plan.fds == Fds::Tree { MAX_TREE } else { MAX_WATCHED })

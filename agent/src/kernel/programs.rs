@@ -114,7 +114,7 @@ const OF_PACKET: &[usize] = &[
     offsets::DEVICE_NET,
 ];
 
-pub static PROGRAMS: [Program; 20] = [
+pub static PROGRAMS: [Program; 21] = [
     Program {
         name: "task_newtask",
         hook: Hook::Tracepoint("task_newtask"),
@@ -314,6 +314,15 @@ pub static PROGRAMS: [Program; 20] = [
         sockets: true,
         intent: Intent::Optional,
         gives: "which requests were answered",
+        needs: ANSWERED,
+    },
+    Program {
+        name: "do_tcp_sendpages",
+        hook: Hook::Entry(&["do_tcp_sendpages"]),
+        seam: None,
+        sockets: true,
+        intent: Intent::Optional,
+        gives: "which requests were answered by sendfile",
         needs: ANSWERED,
     },
     Program {

@@ -20,8 +20,10 @@ use super::{
 };
 
 /// Ways to see the same, the better ones first: the others are not needed.
-const WAYS: [&[&str]; 2] =
-    [&["sock_send_length", "tcp_sendmsg"], &["tcp_send_reset", "tcp_v4_send_reset", "tcp_v6_send_reset"]];
+const WAYS: [&[&str]; 2] = [
+    &["sock_send_length", "tcp_sendmsg", "do_tcp_sendpages"],
+    &["tcp_send_reset", "tcp_v4_send_reset", "tcp_v6_send_reset"],
+];
 const RESETS: &str = "tcp_send_reset";
 
 /// The socket programs of a kernel handle.
@@ -41,10 +43,22 @@ struct Key(sockets::Port);
 #[derive(Clone, Copy)]
 struct PerCpu(SocketCounts);
 
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Known(sockets::Conversation);
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Other(sockets::Peer);
+
 // SAFETY: plain numbers.
 unsafe impl aya::Pod for Key {}
 // SAFETY: plain numbers.
 unsafe impl aya::Pod for PerCpu {}
+// SAFETY: plain numbers.
+unsafe impl aya::Pod for Known {}
+// SAFETY: plain numbers.
+unsafe impl aya::Pod for Other {}
 
 fn of_sockets() -> impl Iterator<Item = &'static Program> {
     PROGRAMS.iter().filter(|program| program.sockets)
@@ -137,6 +151,9 @@ impl Kernel {
             return;
         }
         self.sockets.attached.clear();
+        if let Err(error) = self.forget_connections() {
+            tracing::warn!("what was known of connections is not forgotten: {error}");
+        }
         for at in 0..self.programs.len() {
             let Status { program, verdict } = &self.programs[at];
             if !program.sockets || !matches!(verdict, Verdict::Loaded | Verdict::Attached) {
@@ -162,6 +179,24 @@ impl Kernel {
             }
             Err(verdict) => verdict,
         }
+    }
+
+    /// How many connections are known.
+    pub fn conversations(&mut self) -> Result<usize, MapError> {
+        Ok(self.map_of::<u64, Known>("CONVERSATIONS")?.keys().count())
+    }
+
+    /// What was known of connections is not true any more: nobody has followed them since.
+    fn forget_connections(&mut self) -> Result<(), MapError> {
+        let mut known = self.map_of::<u64, Known>("CONVERSATIONS")?;
+        for key in known.keys().collect::<Result<Vec<_>, _>>()? {
+            forgotten(known.remove(&key))?;
+        }
+        let mut closed = self.map_of::<Other, u32>("CLOSED")?;
+        for key in closed.keys().collect::<Result<Vec<_>, _>>()? {
+            forgotten(closed.remove(&key))?;
+        }
+        Ok(())
     }
 
     /// From now on what becomes of the sockets of a port is told as of `slot`.

@@ -16,6 +16,7 @@ use serde_json::Value;
 mod audit;
 mod client;
 mod course;
+mod faults;
 mod killed;
 mod ledger;
 mod storm;

@@ -17,5 +17,6 @@ mod model;
 mod origins;
 mod paths;
 mod snapshot;
+mod sockets;
 mod stacks;
 mod watch;

@@ -197,6 +197,7 @@ impl Watcher {
             ring_bytes: RING_BYTES,
             stacks: false,
             sockets: Sockets::Never,
+            connections: 1,
             kills: false,
         };
         let mut kernel = Kernel::load_all(plan)?;

@@ -186,7 +186,11 @@ impl Followed {
     }
 
     fn wants(&self, event: &Event, tally: &mut Tally) -> bool {
-        let is_own = |process: &ProcKey| self.processes.get(&process.tgid) == Some(process);
+        // Of whom it kills for want of memory the kernel tells the number alone before 6.9.
+        let is_own = |process: &ProcKey| {
+            let known = self.processes.get(&process.tgid);
+            known.is_some_and(|known| known == process || process.start_boottime == 0)
+        };
         match event {
             Event::Socket(socket) => tally.take(socket).is_some() || Class::of(socket).is_none(),
             Event::Signal(signal) => is_own(&signal.target),

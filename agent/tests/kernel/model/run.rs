@@ -63,6 +63,7 @@ impl Host {
             ring_bytes: RING_BYTES,
             stacks: false,
             sockets: Sockets::Never,
+            connections: 1,
             kills: false,
         };
         let mut kernel = Kernel::load_all(plan).unwrap();
