@@ -26,7 +26,7 @@ use crate::{
     clock,
     config::{self, Config},
     detect::{Detector, HostLimits},
-    drain::{self, Driver},
+    drain::{self, Driver, Told},
     export::prometheus::Own,
     failure::{Exit, Failure},
     host::Host,
@@ -49,6 +49,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs the agent until `shutdown`. What it attached goes with it.
 pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
+    let usr1 = drain::usr1()?;
     kernel::require_capabilities()?;
     let lock = lock(&config.run_dir)?;
     let tcp = listen(&config).await?;
@@ -211,14 +212,17 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         }
         std::future::pending::<()>().await;
     };
+    let host = drain::Shutdown::new(drain.clone(), drains.clone(), config.drain.deadline);
     tokio::select! {
         () = &mut shutdown => {}
         () = first_pass => {}
-        () = drain::on_usr1(&drain) => {}
-        () = drain::on_shutdown(&drain, drains.clone(), config.drain.deadline) => {}
+        () = drain::on_usr1(&drain, usr1) => {}
+        () = host.wait() => {}
     }
     if config.drain_on_sigterm {
         drain::all(&drain, drains, "TERM", None).await;
+    } else {
+        host.at_end().await;
     }
     tracing::info!("stops");
     let late = supervisor.stop(STOP_DEADLINE).await;
@@ -355,8 +359,11 @@ fn spawn_drain(
     let (subscribers, ask, own) = (subscribers.clone(), ask.clone(), own.clone());
     supervisor.spawn("drain", move |stop| {
         let counted = own.clone();
-        let done = Box::new(move |drain: &drain::Document| counted.drained(drain));
-        let driver = Driver::new(settings.clone(), ask.clone(), views.clone(), done);
+        let tell = Box::new(move |told: Told<'_>| match told {
+            Told::Drained(drain) => counted.drained(drain),
+            Told::Killed(by) => counted.killed(by),
+        });
+        let driver = Driver::new(settings.clone(), ask.clone(), views.clone(), tell);
         let (received, events) = (Arc::clone(&received), subscribers.add_own());
         let gauge = own.clone();
         async move {

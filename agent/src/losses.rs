@@ -12,11 +12,11 @@ use std::{
 
 use plumb_common::sockets::{
     LISTENER_CLOSED, LOST_BACKLOG, LOST_LATE, LOST_UNANSWERED, LOST_UNREAD, MARK_EXITING, MARK_GUESSED,
-    MARK_USED, Peer, SIGNAL_DELIVERED, SIGNAL_NO_MEMORY, Signal, Socket,
+    MARK_USED, Peer, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, Signal, Socket,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{drain, text};
+use crate::{decode::Event, drain, text};
 
 /// How a request is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -172,6 +172,7 @@ pub(crate) struct SignalSeen {
     by_kernel: bool,
 }
 
+const KILL: u32 = 9;
 /// `SI_KERNEL`.
 const BY_KERNEL: u32 = 0x80;
 
@@ -230,15 +231,77 @@ pub(crate) fn signal_name(signal: u32) -> String {
     drain::signal_name(number)
 }
 
+/// Who has sent a KILL; few enough to be a label of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum By {
+    /// The kernel, which had no memory left.
+    NoMemory,
+    /// The kernel, for another reason.
+    Kernel,
+    /// The first process of the host.
+    Init,
+    Plumb,
+    Itself,
+    Other,
+}
+
+impl By {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::NoMemory, Self::Kernel, Self::Init, Self::Plumb, Self::Itself, Self::Other];
+
+    #[must_use]
+    pub(crate) const fn word(self) -> &'static str {
+        match self {
+            Self::NoMemory => "no_memory",
+            Self::Kernel => "kernel",
+            Self::Init => "init",
+            Self::Plumb => "plumb",
+            Self::Itself => "itself",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// Who has sent a signal.
+#[must_use]
+pub(crate) fn by_whom(signal: &Signal) -> By {
+    match signal.header.process.tgid {
+        _ if signal.code == BY_KERNEL => By::Kernel,
+        1 => By::Init,
+        own if own == std::process::id() => By::Plumb,
+        own if own == signal.target.tgid => By::Itself,
+        _ => By::Other,
+    }
+}
+
+/// The KILLs among events, each with its sender. That there was no memory is told right after the KILL.
+pub(crate) fn kills(events: &[Event]) -> impl Iterator<Item = (&Signal, By)> {
+    let signals = || {
+        events.iter().filter_map(|event| match event {
+            Event::Signal(signal) => Some(signal),
+            _ => None,
+        })
+    };
+    let victims: HashSet<u32> =
+        signals().filter(|signal| signal.what == SIGNAL_NO_MEMORY).map(|signal| signal.target.tgid).collect();
+    signals().filter(|signal| signal.what == SIGNAL_GENERATED && signal.signal == KILL).map(move |signal| {
+        match by_whom(signal) {
+            By::Kernel if victims.contains(&signal.target.tgid) => (signal, By::NoMemory),
+            by => (signal, by),
+        }
+    })
+}
+
 /// Who has sent a signal, in words.
 #[must_use]
 pub(crate) fn sender(signal: &Signal) -> String {
     let by = signal.header.process.tgid;
     let comm = text::terminated(&signal.header.comm);
-    if by == signal.target.tgid && signal.code != BY_KERNEL {
-        "itself".to_owned()
-    } else {
-        format!("pid {by} ({comm})")
+    match (by_whom(signal), by == signal.target.tgid) {
+        (By::Kernel, true) => "the kernel".to_owned(),
+        (By::Kernel, false) => format!("the kernel, as pid {by} ({comm}) ran,"),
+        (By::Itself, _) => "it".to_owned(),
+        _ => format!("pid {by} ({comm})"),
     }
 }
 
@@ -304,6 +367,33 @@ mod tests {
         }
         let counts: Vec<u64> = tally.lost().values().copied().collect();
         assert_eq!((counts, tally.guessed), (vec![1, 2, 1, 1], 1));
+    }
+
+    #[test]
+    fn whoever_kills_is_known_and_that_there_was_no_memory() {
+        let kill = |by: u32, target: u32, code: u32| {
+            let mut signal = Signal::zeroed();
+            (signal.what, signal.signal, signal.code) = (SIGNAL_GENERATED, KILL, code);
+            (signal.header.process, signal.target) = (ProcKey::new(by, 1), ProcKey::new(target, 1));
+            signal
+        };
+        let mut term = kill(5, 6, 0);
+        term.signal = 15;
+        let mut victim = kill(40, 7, BY_KERNEL);
+        victim.what = SIGNAL_NO_MEMORY;
+        let signals = [
+            kill(40, 7, BY_KERNEL),
+            victim,
+            kill(40, 8, BY_KERNEL),
+            kill(1, 9, 0),
+            kill(std::process::id(), 10, 0),
+            kill(11, 11, 0),
+            kill(12, 13, 0),
+            term,
+        ];
+        let events = signals.map(Event::Signal);
+        let found: Vec<By> = kills(&events).map(|(_, by)| by).collect();
+        assert_eq!(found, By::ALL);
     }
 
     #[test]

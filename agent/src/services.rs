@@ -43,6 +43,7 @@ pub(crate) fn router(services: Services) -> Router {
     Router::new()
         .route("/v1/services", get(list))
         .route("/v1/services/{name}", put(register).delete(remove))
+        .route("/v1/services/{name}/in-flight", put(in_flight))
         .route("/v1/drain", get(progress).post(drain).delete(cancel))
         .with_state(services)
 }
@@ -325,6 +326,27 @@ fn is_below(cgroup: &str, other: &str) -> bool {
             let rest = one.strip_prefix(other);
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/') || other.ends_with('/'))
         })
+}
+
+/// What a service says of itself.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct InFlight {
+    pub requests: u64,
+}
+
+async fn in_flight(
+    State(services): State<Services>,
+    Extension(peer): Extension<Peer>,
+    Path(text): Path<String>,
+    said: Result<Json<InFlight>, JsonRejection>,
+) -> Result<StatusCode, Refused> {
+    let refuse = |refusal| logged(&peer, "to tell of requests in flight", refusal);
+    let name = name(&text).map_err(refuse)?;
+    let Json(said) = said.map_err(|error| refuse(Refusal::BadRequest(error.body_text())))?;
+    let told = services.ask(|reply| Command::InFlight(name, said.requests, peer.caller, reply));
+    told.await.map_err(refuse)?.map_err(refuse)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn remove(

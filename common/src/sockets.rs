@@ -56,7 +56,7 @@ pub struct Peer {
 pub const LISTENER_CLOSED: u32 = 1;
 /// A connection was reset before anybody had accepted it, or a request came for one that never was.
 pub const LOST_BACKLOG: u32 = 2;
-/// A connection was closed, by a reset, with data in it that nobody had read.
+/// A connection was closed with data in it that nobody had read.
 pub const LOST_UNREAD: u32 = 3;
 /// A connection was closed, and after what was last read from it nothing had been sent.
 pub const LOST_UNANSWERED: u32 = 4;

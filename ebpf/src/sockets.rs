@@ -30,6 +30,7 @@ use crate::{
 const ESTABLISHED: u32 = 1;
 const SYN_RECV: u32 = 3;
 const FIN_WAIT1: u32 = 4;
+const FIN_WAIT2: u32 = 5;
 const CLOSE: u32 = 7;
 const CLOSE_WAIT: u32 = 8;
 const LISTEN: u32 = 10;
@@ -211,6 +212,10 @@ pub(crate) fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
             ended(sk, slot, port, old);
             let _ = maps::CONVERSATIONS.remove(sk);
         }
+        (FIN_WAIT1 | FIN_WAIT2, CLOSE) => {
+            came_late(sk, slot, port);
+            let _ = maps::CONVERSATIONS.remove(sk);
+        }
         (_, CLOSE) => {
             let _ = maps::CONVERSATIONS.remove(sk);
         }
@@ -226,9 +231,25 @@ fn closed(sk: u64, slot: u32, port: Port) {
     count(slot, CLOSED);
     let _ = maps::CLOSED.insert(peer, used(&course), 0);
     let (is_lost, guessed) = is_unanswered(sk, &course);
-    if is_lost {
-        let unread = course.received.wrapping_sub(course.copied);
-        tell(slot, peer, LOST_UNANSWERED, used(&course) | guessed | exiting(), (unread, course.unsent));
+    let unread = course.received.wrapping_sub(course.copied);
+    if unread > 0 || is_lost {
+        // It may still be read after shutdown(2), but not answered.
+        let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
+        tell(slot, peer, what, used(&course) | guessed | exiting(), (unread, course.unsent));
+    }
+}
+
+/// What had come since the service shut its end down, and nobody read, when it is closed.
+#[inline(always)]
+fn came_late(sk: u64, slot: u32, port: Port) {
+    let is_dead = kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS) & DEAD != 0;
+    if is_dead || kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) != 0 {
+        return;
+    }
+    let course = course(sk);
+    let unread = course.received.wrapping_sub(course.copied);
+    if unread > 0 {
+        tell(slot, peer_of(sk, port), LOST_UNREAD, used(&course) | exiting(), (unread, course.unsent));
     }
 }
 

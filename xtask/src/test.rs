@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde_json::Value;
 
@@ -26,9 +26,10 @@ use crate::{
 
 /// The test binary that needs nothing but a kernel, and what it runs.
 const KERNEL_TESTS: &str = "kernel";
-/// Tests of drains; of them the storm needs only a kernel and a shell, and how many operations are played on an emulated
-/// one: half a minute.
+/// Tests of drains.
 const DRAIN_TESTS: &str = "drain";
+/// Of them the storm needs only a kernel and a shell, and how many operations are played on an emulated
+/// one: half a minute.
 const STORM: &str = "storm::";
 const EMULATED_STORM: u32 = 1500;
 /// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
@@ -56,6 +57,16 @@ const SYSTEMD_TESTS: &str = "drain::systemd::tests::booted";
 const SHUTDOWN_TEST: &str = "drain::systemd::tests::booted::a_shutdown_is_told_and_waits_for_the_inhibitor";
 /// The series of the Debian that systemd comes from.
 const SYSTEMD_KERNEL: &str = "6.1";
+/// Of the tests of drains those that need systemd, all with `#[ignore]`.
+const BOOTED: &str = "booted::";
+/// Those that have many agents or processes at a time, or little time: an emulated machine takes too long for them.
+const DRAIN_MANY: [&str; 3] = ["killed::", "storm::", "course::too_little_time"];
+/// What shuts a machine down, by the series on which it does: the last of each machine.
+const DRAIN_SHUTDOWNS: [(&str, &str); 3] = [
+    ("5.10", "booted::a_shutdown_waits_until_all_services_are_drained_in_order"),
+    (SYSTEMD_KERNEL, "booted::a_shutdown_waits_until_all_services_are_drained_in_order"),
+    ("6.12", "booted::without_logind_the_agent_drains_when_systemd_stops_the_host"),
+];
 const EXAMPLES: [&str; 4] = ["workload", FD_PATHS, "puppet", "calls"];
 /// Operations of the model test on an emulated kernel: half a minute.
 const EMULATED_OPS: u32 = 10_000;
@@ -101,10 +112,8 @@ impl Arguments {
             eprintln!("xtask: the other kernels were left out");
             return Ok(());
         }
-        if !self.bless
-            && (self.kernel.is_empty() || self.kernel.iter().any(|series| series == SYSTEMD_KERNEL))
-        {
-            below_systemd()?;
+        if !self.bless {
+            below_systemd(&self.kernel)?;
         }
         let mut guest = guest(&tests);
         let storm = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
@@ -138,22 +147,58 @@ fn build_tests(selection: &[&str], target: &str) -> Result<PathBuf> {
     executable(&cmd::output(&mut cargo)?, target)
 }
 
-/// Runs what needs systemd as the first process.
-fn below_systemd() -> Result<()> {
-    let tests = build_tests(&["--lib"], "plumb")?;
-    let run = |selection: &[&str]| {
-        let command = ["/usr/bin/unit-tests", "--ignored", "--test-threads", "1"].iter().chain(selection);
-        command.map(|word| (*word).to_owned()).collect()
-    };
-    let guest = Guest {
-        files: vec![(tests, PathBuf::from("/usr/bin/unit-tests"))],
-        commands: vec![run(&[SYSTEMD_TESTS, "--skip", SHUTDOWN_TEST]), run(&["--exact", SHUTDOWN_TEST])],
-        systemd: true,
-        deadline: Duration::from_secs(600),
-        ..Guest::default()
-    };
-    for kernel in vm::select(&[SYSTEMD_KERNEL.to_owned()])? {
-        let lines = vm::run(&kernel, &guest)?;
+/// Runs what needs systemd as the first process, on those of its series that are asked for.
+fn below_systemd(asked: &[String]) -> Result<()> {
+    let is_asked = |series: &str| asked.is_empty() || asked.iter().any(|one| one == series);
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let mut machines = Vec::new();
+    let built = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
+    for (series, shutdown) in DRAIN_SHUTDOWNS.into_iter().filter(|(series, _)| is_asked(series)) {
+        let (tests, file) = ("/usr/bin/drain-tests", PathBuf::from("/usr/bin/drain-tests"));
+        let plumb = PathBuf::from("/usr/local/bin/plumb");
+        let skip = DRAIN_SHUTDOWNS.iter().flat_map(|(_, last)| ["--skip", last]);
+        let skipped: Vec<_> = DRAIN_MANY.iter().flat_map(|test| ["--skip", test]).collect();
+        let together = [tests, "--ignored", "--test-threads", "1", BOOTED].into_iter().chain(skip);
+        let guest = Guest {
+            files: vec![(built.clone(), file), (workspace().join("target/release/plumb"), plumb)],
+            env: vec![("PLUMB_BIN".to_owned(), "/usr/local/bin/plumb".to_owned())],
+            commands: vec![
+                words(&[&[tests, "--test-threads", "2"][..], &skipped].concat()),
+                words(&together.collect::<Vec<_>>()),
+                words(&[tests, "--ignored", "--exact", shutdown]),
+            ],
+            systemd: true,
+            ..Guest::default()
+        };
+        machines.push((series, guest));
+    }
+    if is_asked(SYSTEMD_KERNEL) {
+        let tests = ["/usr/bin/unit-tests", "--ignored", "--test-threads", "1"];
+        let run = |selection: &[&str]| words(&[&tests, selection].concat());
+        let guest = Guest {
+            files: vec![(build_tests(&["--lib"], "plumb")?, PathBuf::from(tests[0]))],
+            commands: vec![run(&[SYSTEMD_TESTS, "--skip", SHUTDOWN_TEST]), run(&["--exact", SHUTDOWN_TEST])],
+            systemd: true,
+            ..Guest::default()
+        };
+        machines.push((SYSTEMD_KERNEL, guest));
+    }
+    // Two at a time, and never two of one series.
+    for pair in machines.chunks(2) {
+        thread::scope(|scope| {
+            let machines: Vec<_> =
+                pair.iter().map(|(series, guest)| scope.spawn(|| in_one(series, guest))).collect();
+            let panicked = |_| bail!("a machine's thread panicked");
+            machines.into_iter().try_for_each(|machine| machine.join().unwrap_or_else(panicked))
+        })?;
+    }
+    Ok(())
+}
+
+/// Runs tests in a machine with systemd, of which each command has some.
+fn in_one(series: &str, guest: &Guest) -> Result<()> {
+    for kernel in vm::select(&[series.to_owned()])? {
+        let lines = vm::run(&kernel, guest)?;
         // A name that nothing has any more is a success for the test harness.
         let ran = lines.iter().filter(|line| {
             let passed = line.strip_prefix("test result: ok. ").and_then(|rest| rest.split(' ').next());

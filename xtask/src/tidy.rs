@@ -63,6 +63,7 @@ fn the_core_does_no_io_and_reads_no_clock() {
         "agent/src/decode.rs",
         "agent/src/table",
         "agent/src/detect",
+        "agent/src/losses.rs",
         "agent/src/drain/apply.rs",
         "agent/src/drain/course.rs",
         "agent/src/drain/grants.rs",

@@ -198,10 +198,11 @@ fn report_text(drain: &Document) -> String {
             lines.extend(one.left_unknown.iter().map(|what| format!("        unknown: {what}")));
         }
     }
-    if drain.services.iter().any(|one| one.verdict == Some(Verdict::Clean)) {
+    if drain.services.iter().any(|one| !one.lost_requests.is_empty()) {
         lines.push(String::new());
         lines.push(
-            "clean: it ended by itself in time; what became of its connections was not watched".to_owned(),
+            "each lost request is in `plumb drain --last -o json`; docs/drain.md says what the classes mean"
+                .to_owned(),
         );
     }
     if drain.journal != "kept" {

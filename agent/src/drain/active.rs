@@ -8,25 +8,26 @@ use std::{
     time::Duration,
 };
 
-use plumb_common::event::Header;
+use plumb_common::{event::Header, task::ProcKey};
 use tokio::{io::unix::AsyncFd, time};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     command::{Listed, Preflight},
     course::{Entry, Found, Input, Member, MemberRun, Phase},
-    facts::{self, Supervisor},
-    identity::Identity,
+    facts,
+    identity::{Identity, TICKS},
     journal::Journal,
     leaving::Leaving,
     machine::Machine,
-    matching::{self, Match, TICKS},
+    matching::{self, Match},
     preflight,
     process::Process,
     report::{self, Document},
     service::{Service, Target},
     sockets::Sockets,
-    systemd::{self, Systemd, Unit},
+    systemd::Unit,
+    units,
 };
 use crate::{
     clock::{self, Calendar},
@@ -76,6 +77,11 @@ impl Active {
         }
     }
 
+    /// Whether a process of a service is held, which was there when it was found.
+    pub(super) fn is_held(&self, service: usize) -> bool {
+        self.processes.keys().any(|(of, _)| *of == service)
+    }
+
     /// Writes what is to be known before anything else is done.
     pub(super) fn write(&mut self, entries: &mut Vec<Entry>) {
         if entries.is_empty() {
@@ -95,12 +101,11 @@ impl Active {
     /// Of which members this is the end: it lies between the time when one was held and the time when it was gone, and
     /// that of another process that had its number before, or has it now, does not.
     pub(super) fn exited(&self, event: &Header, code: u32) -> Vec<Input> {
-        let start_ticks = event.process.start_boottime / (1_000_000_000 / TICKS);
         let mut inputs = Vec::new();
         for (service, run) in self.machine.runs.iter().enumerate() {
             for (member, one) in run.members.iter().enumerate() {
                 let identity = &one.member.identity;
-                if (identity.pid, identity.start_ticks) == (event.process.tgid, start_ticks)
+                if identity.is(event.process)
                     && self.processes.get(&(service, member)).is_some_and(|held| held.looked <= event.time)
                     && one.gone.is_none_or(|gone| event.time <= gone)
                 {
@@ -123,10 +128,8 @@ impl Active {
         }
         let Self { machine, sockets, leaving, .. } = self;
         leaving.take(machine, events);
-        let of = |pid: u32, start: u64| {
-            let ticks = start / (1_000_000_000 / TICKS);
-            let is =
-                |one: &MemberRun| (one.member.identity.pid, one.member.identity.start_ticks) == (pid, ticks);
+        let of = |process: ProcKey| {
+            let is = |one: &MemberRun| one.member.identity.is(process);
             machine.runs.iter().position(|run| run.members.iter().any(is))
         };
         inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of)));
@@ -220,31 +223,33 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
         Ok(found) => found,
         Err(why) => return (Preflight::Refused(why), Vec::new()),
     };
-    if found.is_empty() {
+    // A unit without a process may be between two runs, or have something to do when it is stopped.
+    if found.is_empty() && unit.as_ref().is_none_or(units::is_stopped) {
         return (Preflight::NotRunning, Vec::new());
     }
-    let mut sum = Found { unit: unit.as_ref().map(|unit| unit.name.clone()), ..Found::default() };
+    let unit = match unit.map_or_else(|| units::of_main(service, &found), |unit| Ok(Some(unit))) {
+        Ok(unit) => unit,
+        Err(why) => return (Preflight::Refused(why), Vec::new()),
+    };
+    let mut sum = Found {
+        unit: unit.as_ref().map(|unit| unit.name.clone()),
+        kill_signal: unit.as_ref().map(|unit| unit.kill_signal),
+        ..Found::default()
+    };
+    let stop = units::stop_of(service, unit.as_ref());
     for Match { process, .. } in found.iter().filter(|one| one.is_root) {
-        let Some(stop) = &service.stop else { continue };
+        let Some(stop) = &stop else { continue };
         let Some(facts) = facts::of(process, stop.signal.number()) else { continue };
-        // A user may signal his own process; what systemd stops for root is more than that.
-        if let Supervisor::Unit(name) = &facts.supervisor
-            && service.uid == 0
-            && is_main(name, process.identity.pid)
-        {
-            sum.unit = Some(name.clone());
-        }
         let judgement = preflight::judge(&facts, stop, sum.unit.as_deref());
         if let Some(why) = judgement.refused {
             return (Preflight::Refused(format!("process {}: {why}", process.identity.pid)), Vec::new());
         }
         sum.connections += facts.connections;
+        sum.busy += facts.busy;
         sum.is_unhandled |= judgement.is_unhandled;
         sum.notes.extend(judgement.notes);
     }
-    if let Some(unit) = &unit {
-        sum.notes.push(format!("systemd stops it by signal {}, Restart={}", unit.kill_signal, unit.restart));
-    }
+    sum.notes.extend(unit.as_ref().map(units::note));
     sum.members = found.iter().map(member).collect();
     (Preflight::Found(sum), found.into_iter().map(|one| one.process).collect())
 }
@@ -252,45 +257,12 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
 /// The processes of a service and, if it is named by its unit, that.
 fn find(target: &Target, held: Option<&Process>) -> Result<(Vec<Match>, Option<Unit>), String> {
     let Target::Unit(name) = target else { return Ok((matching::find(target, held)?, None)) };
-    let unit = with_systemd(async |systemd| systemd.unit(name).await)?;
-    if unit.control_group.len() < 2 || matches!(unit.active_state.as_str(), "inactive" | "failed") {
+    let unit = units::unit(name)?;
+    if unit.control_group.len() < 2 || units::is_stopped(&unit) {
         return Ok((Vec::new(), Some(unit)));
     }
     let found = matching::find(&Target::Cgroup(unit.control_group.clone()), None)?;
     Ok((found, Some(unit)))
-}
-
-/// Whether a process is the main one of a unit, which systemd would start again if it ended by itself.
-fn is_main(unit: &str, pid: u32) -> bool {
-    with_systemd(async |systemd| systemd.unit(unit).await).is_ok_and(|unit| unit.main_pid == Some(pid))
-}
-
-/// Time for systemd to answer.
-const ANSWER: Duration = Duration::from_secs(5);
-
-fn with_systemd<T>(work: impl AsyncFnOnce(&Systemd) -> Result<T, systemd::Error>) -> Result<T, String> {
-    let asked = async {
-        let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
-        work(&systemd).await.map_err(|error| error.to_string())
-    };
-    let asked = async {
-        time::timeout(ANSWER, asked).await.unwrap_or_else(|_| Err("systemd does not answer".to_owned()))
-    };
-    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(asked))
-}
-
-/// Has systemd stop a unit, and says why it could not.
-pub(super) async fn stop_unit(unit: String, within: Duration) -> Option<String> {
-    let stopped = async {
-        let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
-        let mut job = systemd.stop(&unit).await.map_err(|error| error.to_string())?;
-        job.result(within).await.map_err(|error| error.to_string())
-    };
-    match stopped.await {
-        Ok(result) if result == "done" => None,
-        Ok(result) => Some(format!("systemd says of stopping {unit}: {result}")),
-        Err(why) => Some(format!("{unit} was not stopped: {why}")),
-    }
 }
 
 pub(super) fn listed(service: &Service, held: Option<&Process>) -> Listed {

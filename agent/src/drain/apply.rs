@@ -89,9 +89,23 @@ impl Machine {
                     one.sent = Sent::Yes;
                 }
             }
-            Entry::UnitStopped { at, service, why } => {
-                tell(*at, *service, "systemd has stopped it".to_owned());
-                self.runs[*service].notes.extend(why.clone());
+            Entry::UnitStopped { at, service, result, why } => {
+                match (result.as_deref(), why) {
+                    (_, Some(why)) => tell(*at, *service, why.clone()),
+                    (None | Some("success"), None) => {
+                        tell(*at, *service, "systemd has stopped it".to_owned());
+                    }
+                    (Some(result), None) => {
+                        tell(
+                            *at,
+                            *service,
+                            format!("systemd has stopped it, and calls it failed ({result})"),
+                        );
+                    }
+                }
+                let run = &mut self.runs[*service];
+                run.notes.extend(why.clone());
+                (run.unit_stopped, run.unit_result) = (true, result.clone());
             }
             Entry::Gone { at, service, member } => {
                 let run = &mut self.runs[*service];
@@ -129,7 +143,7 @@ impl Machine {
 }
 
 /// What the kernel said of a service.
-fn saw(run: &mut Run, fact: &Fact) {
+pub(super) fn saw(run: &mut Run, fact: &Fact) {
     let mut tell = |at: u64, words: String| {
         // It is told a moment later.
         let place = run.timeline.partition_point(|(time, _)| *time <= at);
@@ -170,6 +184,13 @@ fn saw(run: &mut Run, fact: &Fact) {
             seen.examples.extend(examples.iter().take(room).cloned());
         }
         Fact::Counted { counts } => seen.counts.clone_from(counts),
+        Fact::InFlight { at, requests } => {
+            // The first and the last are enough for who reads it.
+            if seen.in_flight.is_none() || *requests == 0 {
+                tell(*at, format!("says that it works on {requests} requests"));
+            }
+            seen.in_flight = Some(*requests);
+        }
         Fact::Unseen { why } => seen.unseen.push(why.clone()),
         Fact::Left { left, unknown } => {
             seen.left.clone_from(left);

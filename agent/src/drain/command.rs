@@ -22,7 +22,12 @@ pub(crate) enum Command {
     Plan(Asked, Reply<Plan>),
     /// Answers as soon as the drain has begun, or with the one that is under way.
     Drain(Asked, Reply<String>),
+    /// A service says how many requests it works on.
+    InFlight(Name, u64, Caller, oneshot::Sender<Result<(), Refusal>>),
     Cancel(Caller, Reply<()>),
+    /// Whether something comes back is looked at now and no more, if the drain has ended: answers when its report is
+    /// kept.
+    Settle(oneshot::Sender<()>),
 }
 
 type Reply<T> = oneshot::Sender<Result<T, Refusal>>;

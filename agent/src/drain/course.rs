@@ -45,11 +45,28 @@ pub(crate) struct Found {
     pub notes: Vec<String>,
     /// Established TCP connections.
     pub connections: usize,
+    /// Of these, with data under way.
+    #[serde(default)]
+    pub busy: usize,
     /// Nothing handles the signal: it ends the process by itself.
     pub is_unhandled: bool,
     /// On which it listens.
     #[serde(default)]
     pub ports: Vec<u32>,
+    /// By which systemd asks the unit to stop.
+    #[serde(default)]
+    pub kill_signal: Option<i32>,
+}
+
+/// What came of asking systemd to stop a unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum UnitEnd {
+    /// It is stopped, and how systemd calls its end (`Result=`): "success", "exit-code", "timeout" and more.
+    Stopped(String),
+    /// systemd does not do it.
+    Refused(String),
+    /// What became of it is not known.
+    Unknown(String),
 }
 
 /// What the kernel says of a service.
@@ -70,6 +87,8 @@ pub(crate) enum Fact {
     Lost { requests: BTreeMap<Class, u64>, guessed: u64, examples: Vec<LostRequest> },
     /// How often what happened to its connections, while it was drained.
     Counted { counts: BTreeMap<String, u64> },
+    /// It says itself how many requests it is working on.
+    InFlight { at: u64, requests: u64 },
     /// Something may have happened that nobody saw.
     Unseen { why: String },
     /// What was left of it just before it was given up, and what is not known of that.
@@ -159,9 +178,12 @@ pub(crate) enum Entry {
         service: usize,
         unit: String,
     },
+    /// It has, with its word for the end; or it is not known, and why.
     UnitStopped {
         at: u64,
         service: usize,
+        #[serde(default)]
+        result: Option<String>,
         why: Option<String>,
     },
     Gone {
@@ -223,8 +245,8 @@ pub(crate) enum Input {
     PrestopEnded(usize, Option<String>),
     /// The answer to `Send`: to whom it was not sent.
     Sent(usize, Vec<(usize, NotSent)>),
-    /// The answer to `StopUnit`, and why it failed.
-    UnitStopped(usize, Option<String>),
+    /// The answer to `StopUnit`.
+    Unit(usize, UnitEnd),
     Gone(usize, usize),
     /// The answer to `Look`: children that are left, and who runs in its place.
     Looked(usize, Vec<Member>, Option<String>),
@@ -307,6 +329,10 @@ pub(crate) struct Run {
     pub refused: Option<String>,
     pub is_late: bool,
     pub is_killed: bool,
+    /// systemd is through with its unit, or cannot say.
+    pub unit_stopped: bool,
+    /// How systemd calls its end.
+    pub unit_result: Option<String>,
     pub again: Option<String>,
     /// How often it was looked for after its end.
     pub looks: u8,
@@ -330,6 +356,8 @@ pub(crate) struct Seen {
     /// Who has killed it, but plumb.
     pub killed_by: Option<String>,
     pub counts: BTreeMap<String, u64>,
+    /// As it has said last.
+    pub in_flight: Option<u64>,
     /// Why there may be more.
     pub unseen: Vec<String>,
     /// What was left of it just before it was given up.
@@ -354,6 +382,8 @@ impl Run {
             refused: None,
             is_late: false,
             is_killed: false,
+            unit_stopped: false,
+            unit_result: None,
             again: None,
             looks: 0,
             seen: Seen::default(),

@@ -4,12 +4,7 @@
 mod late;
 mod resume;
 
-use std::{
-    collections::{HashMap, VecDeque},
-    future::pending,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, future::pending, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
@@ -20,9 +15,9 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    active::{Active, by_place, gone, listed, look, prestop, same, stop_unit},
-    command::{Asked, Command, Plan, Preflight, Registration, Settings, View},
-    course::{Action, Begun, Input, NotSent},
+    active::{Active, by_place, gone, listed, look},
+    command::{Asked, Command, Plan, Registration, Settings, View},
+    course::{Begun, Fact, Input, UnitEnd},
     grants,
     identity::Identity,
     journal::Journal,
@@ -35,25 +30,24 @@ use super::{
     report::Document,
     reports,
     service::{Name, Service, Target},
-    signaller,
     sockets::Sockets,
 };
 use crate::{
     ask::Asker,
     clock,
     decode::Event,
+    losses::{self, By},
     subscribe::{Item, Subscription},
 };
 
 /// What the driver waits for.
-enum Waited {
+pub(super) enum Waited {
     /// A member of a service of the drain of this id has gone.
     Member(String, usize, usize),
     /// A registered process has gone; `None` when it was not to be waited for any more.
     Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
-    /// systemd has stopped a unit, or why not.
-    Unit(String, usize, Option<String>),
+    Unit(String, usize, UnitEnd),
     /// The threads of a service have been looked at, unless nobody answers.
     Copied(String, usize, Option<leaving::Copied>),
     /// And have names.
@@ -61,22 +55,33 @@ enum Waited {
 }
 
 /// The process of a registration.
-struct Held {
+pub(super) struct Held {
     process: Arc<Process>,
     /// Its end is waited for as long as this is there.
     _waits: DropGuard,
 }
 
+/// What is counted.
+#[derive(Debug)]
+pub(crate) enum Told<'a> {
+    /// A drain is over.
+    Drained(&'a Document),
+    /// Somebody has got KILL.
+    Killed(By),
+}
+
 pub(crate) struct Driver {
-    settings: Settings,
-    ask: Asker,
-    registry: Registry,
-    held: HashMap<Name, Held>,
-    active: Option<Active>,
-    waits: FuturesUnordered<BoxFuture<'static, Waited>>,
-    views: watch::Sender<View>,
-    done: Box<dyn Fn(&Document) + Send>,
-    number: u64,
+    pub(super) settings: Settings,
+    pub(super) ask: Asker,
+    pub(super) registry: Registry,
+    pub(super) held: HashMap<Name, Held>,
+    /// What services say that they work on.
+    pub(super) in_flight: HashMap<Name, u64>,
+    pub(super) active: Option<Active>,
+    pub(super) waits: FuturesUnordered<BoxFuture<'static, Waited>>,
+    pub(super) views: watch::Sender<View>,
+    pub(super) tell: Box<dyn Fn(Told<'_>) + Send>,
+    pub(super) number: u64,
 }
 
 impl Driver {
@@ -85,12 +90,12 @@ impl Driver {
         Registry::default().add_all(settings.services.clone())
     }
 
-    /// `done` is called with each drain that is over.
+    /// `tell` is called with what is to be counted.
     pub(crate) fn new(
         settings: Settings,
         ask: Asker,
         views: watch::Sender<View>,
-        done: Box<dyn Fn(&Document) + Send>,
+        tell: Box<dyn Fn(Told<'_>) + Send>,
     ) -> Result<Self, Refusal> {
         let mut registry = Registry::default();
         registry.add_all(settings.services.clone())?;
@@ -99,10 +104,11 @@ impl Driver {
             ask,
             registry,
             held: HashMap::new(),
+            in_flight: HashMap::new(),
             active: None,
             waits: FuturesUnordered::new(),
             views,
-            done,
+            tell,
             number: 0,
         })
     }
@@ -182,8 +188,15 @@ impl Driver {
             Command::Drain(asked, reply) => {
                 let _ = reply.send(self.drain(&asked));
             }
+            Command::InFlight(name, requests, caller, reply) => {
+                let _ = reply.send(self.in_flight(&name, requests, caller));
+            }
             Command::Cancel(caller, reply) => {
                 let _ = reply.send(self.cancel(caller));
+            }
+            Command::Settle(reply) => {
+                self.settle();
+                let _ = reply.send(());
             }
         }
     }
@@ -295,7 +308,7 @@ impl Driver {
             };
         }
         // One that only watches whether something comes back makes room.
-        self.finish_early();
+        self.settle();
         let began = clock::boottime();
         let deadline = asked.deadline.unwrap_or(self.settings.deadline);
         let services: Vec<Service> =
@@ -333,7 +346,30 @@ impl Driver {
         let sockets = Sockets::begin(&self.ask, machine.runs.len());
         self.active = Some(Active::new(machine, journal, registered, Some(sockets)));
         self.perform(actions);
+        let said: Vec<(usize, u64)> = self.active.as_ref().map_or_else(Vec::new, |active| {
+            let said = |(at, service): (usize, &Service)| Some((at, *self.in_flight.get(&service.name)?));
+            active.machine.begun.services.iter().enumerate().filter_map(said).collect()
+        });
+        for (service, requests) in said {
+            self.step(Input::Seen(service, Fact::InFlight { at: began, requests }));
+        }
         Ok(id)
+    }
+
+    /// What a service says of itself; it counts in a drain that is under way, and in the next one.
+    fn in_flight(&mut self, name: &Name, requests: u64, caller: Caller) -> Result<(), Refusal> {
+        let service = self.registry.get(name).ok_or_else(|| Refusal::Unknown(name.clone()))?;
+        if !caller.owns(service.uid) {
+            return Err(Refusal::NotYours(name.clone()));
+        }
+        self.in_flight.insert(name.clone(), requests);
+        let place = self.active.as_ref().and_then(|active| {
+            active.machine.begun.services.iter().position(|service| service.name == *name)
+        });
+        if let Some(service) = place {
+            self.step(Input::Seen(service, Fact::InFlight { at: clock::boottime(), requests }));
+        }
+        Ok(())
     }
 
     fn cancel(&mut self, caller: Caller) -> Result<(), Refusal> {
@@ -348,8 +384,8 @@ impl Driver {
     }
 
     /// A drain that has ended is over now.
-    fn finish_early(&mut self) {
-        if let Some(active) = &mut self.active {
+    fn settle(&mut self) {
+        if let Some(active) = self.active.as_mut().filter(|active| active.machine.ended.is_some()) {
             let actions = active.machine.settle();
             self.perform(actions);
         }
@@ -362,7 +398,7 @@ impl Driver {
             Waited::Prestop(id, service, why) if is_current(&id) => {
                 self.step(Input::PrestopEnded(service, why));
             }
-            Waited::Unit(id, service, why) if is_current(&id) => self.step(Input::UnitStopped(service, why)),
+            Waited::Unit(id, service, end) if is_current(&id) => self.step(Input::Unit(service, end)),
             Waited::Copied(id, service, Some(copied)) if is_current(&id) => {
                 self.copied(id, service, copied);
             }
@@ -402,6 +438,15 @@ impl Driver {
             // The kernel's ledger tells of these.
             Item::Lost(_) => return,
         };
+        for (signal, by) in losses::kills(events) {
+            (self.tell)(Told::Killed(by));
+            let is_own = |held: &Held| held.process.identity.is(signal.target);
+            if by != By::Plumb
+                && let Some((name, _)) = self.held.iter().find(|(_, held)| is_own(held))
+            {
+                tracing::warn!(service = %name, pid = signal.target.tgid, "{} sends KILL to a service", losses::sender(signal));
+            }
+        }
         let seen = self.active.as_mut().map(|active| active.seen(events));
         seen.into_iter().flatten().for_each(|input| self.step(input));
         for event in events.iter().filter(|event| matches!(event, Event::Exec(_))) {
@@ -427,136 +472,8 @@ impl Driver {
         self.perform(actions);
     }
 
-    /// Does what the machine wants, and tells it what came of that until nothing is left to do.
-    fn perform(&mut self, actions: Vec<Action>) {
-        let Some(mut active) = self.active.take() else { return };
-        let mut todo = VecDeque::from(actions);
-        let mut written = Vec::new();
-        while let Some(action) = todo.pop_front() {
-            if let Action::Journal(entry) = action {
-                written.push(entry);
-                continue;
-            }
-            // Nothing is done that another agent would not know of.
-            active.write(&mut written);
-            if let Action::Look(service) = action {
-                let counted = active.counted(service);
-                let more = counted.map(|input| active.machine.step(clock::boottime(), input));
-                todo.extend(more.into_iter().flatten());
-            }
-            if let Some(input) = self.act(&mut active, &action) {
-                let more = active.machine.step(clock::boottime(), input);
-                // Behind what waits: entries are written in the order in which they have changed the machine.
-                todo.extend(more);
-            }
-        }
-        active.write(&mut written);
-        if active.machine.finished.is_some() {
-            self.close(active);
-        } else {
-            self.active = Some(active);
-        }
-        self.publish();
-    }
-
-    fn act(&mut self, active: &mut Active, action: &Action) -> Option<Input> {
-        match action {
-            Action::Journal(_) => None,
-            Action::Find(service) => {
-                let held = active.registered.get(service).map(Arc::as_ref);
-                let (found, processes) = look(&active.machine.begun.services[*service], held);
-                let added = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
-                let (ports, sees_acts) = added.unwrap_or_default();
-                active.leaving.sees(*service, sees_acts);
-                active.take(*service, 0, processes);
-                Some(match found {
-                    Preflight::Found(mut found) => {
-                        found.ports = ports;
-                        Input::Found(*service, found)
-                    }
-                    Preflight::NotRunning => Input::NotRunning(*service),
-                    Preflight::Refused(why) => Input::Refused(*service, why),
-                })
-            }
-            Action::Prestop(service) => {
-                let commands = &active.machine.begun.services[*service];
-                let commands = (commands.prestop.clone(), commands.ready.clone());
-                let cancelled = CancellationToken::new();
-                active.prestops.insert(*service, cancelled.clone());
-                let (id, service) = (active.machine.begun.id.clone(), *service);
-                self.waits.push(Box::pin(async move {
-                    Waited::Prestop(id, service, prestop(commands, cancelled).await)
-                }));
-                None
-            }
-            Action::EndPrestop(service) => {
-                active.prestops.remove(service).iter().for_each(CancellationToken::cancel);
-                None
-            }
-            Action::Send { service, members, signal } => {
-                let uid = active.machine.begun.services[*service].uid;
-                let send = |member: &usize| {
-                    let meant = &active.machine.runs[*service].members[*member].member.identity;
-                    let sent = match active.processes.get(&(*service, *member)) {
-                        Some(process) => signaller::send(process, meant, uid, *signal),
-                        None => Err(NotSent::Gone),
-                    };
-                    sent.err().map(|why| (*member, why))
-                };
-                let failed = members.iter().filter_map(send).collect();
-                active.leaving.sent(*service, clock::boottime());
-                Some(Input::Sent(*service, failed))
-            }
-            Action::StopUnit(service, unit) => {
-                let run = &active.machine.runs[*service];
-                let (id, service, unit) = (active.machine.begun.id.clone(), *service, unit.clone());
-                let within = run.grant;
-                self.waits
-                    .push(Box::pin(async move { Waited::Unit(id, service, stop_unit(unit, within).await) }));
-                None
-            }
-            Action::Watch(service) => {
-                self.watch(active, *service);
-                None
-            }
-            Action::Look(service) => {
-                let (more, again) = active.look_again(*service);
-                Some(Input::Looked(*service, more, again))
-            }
-        }
-    }
-
-    /// Waits for the members of a service that are there.
-    fn watch(&mut self, active: &mut Active, service: usize) {
-        for member in 0..active.machine.runs[service].members.len() {
-            let known = &active.machine.runs[service].members[member];
-            let meant = known.member.identity.clone();
-            if known.gone.is_some() || !active.watched.insert((service, member)) {
-                continue;
-            }
-            let held = active.processes.get(&(service, member)).cloned();
-            // Of an agent before.
-            let held = held.or_else(|| active.registered.get(&service).cloned()).or_else(|| same(&meant));
-            let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
-            let is_there = held.is_some();
-            if let Some(process) = held {
-                active.processes.insert((service, member), process);
-            }
-            // One that cannot be waited for runs into its deadline, and is not called gone.
-            if is_there && gone.is_none() {
-                continue;
-            }
-            self.waits.push(Box::pin(async move {
-                if let Some(gone) = gone {
-                    gone.await;
-                }
-                Waited::Member(id, service, member)
-            }));
-        }
-    }
-
     /// A drain is over: its report is kept, and nobody takes it up.
-    fn close(&mut self, active: Active) {
+    pub(super) fn close(&mut self, active: Active) {
         let document = active.document();
         tracing::info!("{}", document.headline());
         if let Some(folder) = &self.settings.state_dir
@@ -567,14 +484,14 @@ impl Driver {
         if let Ok(journal) = active.journal {
             let _ = journal.remove();
         }
-        (self.done)(&document);
+        (self.tell)(Told::Drained(&document));
         self.views.send_modify(|view| {
             view.generation += 1;
             view.drain = Some(Arc::new(document));
         });
     }
 
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         let (services, document) = (self.registry.list().len(), self.active.as_ref().map(Active::document));
         self.views.send_modify(|view| {
             view.generation += 1;

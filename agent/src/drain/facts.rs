@@ -39,6 +39,8 @@ pub(crate) struct Facts {
     pub listeners: Vec<Listener>,
     /// Established TCP connections.
     pub connections: usize,
+    /// Of these, with data that nobody has read, or that the other end has not acknowledged.
+    pub busy: usize,
     pub supervisor: Supervisor,
 }
 
@@ -117,6 +119,7 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
         is_init: is_init(&status),
         listeners,
         connections: inodes.len(),
+        busy: own().filter(|entry| is_busy(entry)).count(),
         supervisor: supervisor(process),
     };
     process.is_alive().then_some(facts)
@@ -144,6 +147,10 @@ fn mask(status: &str, key: &str) -> Option<u64> {
 
 fn has(mask: u64, signal: i32) -> bool {
     u32::try_from(signal - 1).is_ok_and(|bit| mask.checked_shr(bit).unwrap_or(0) & 1 == 1)
+}
+
+fn is_busy(entry: &TcpNetEntry) -> bool {
+    entry.state == TcpState::Established && (entry.rx_queue > 0 || entry.tx_queue > 0)
 }
 
 /// Whoever forks blocks signals for a moment.
@@ -205,7 +212,8 @@ fn tcp(pid: u32) -> Vec<TcpNetEntry> {
     [process.tcp(), process.tcp6()].into_iter().filter_map(Result::ok).flatten().collect()
 }
 
-fn supervisor(process: &Process) -> Supervisor {
+/// Who may start a process again.
+pub(super) fn supervisor(process: &Process) -> Supervisor {
     let by_cgroup = of_cgroup(&process.identity.cgroup);
     if by_cgroup != Supervisor::Nobody {
         return by_cgroup;

@@ -1,6 +1,10 @@
 //! Which process is meant, so that it cannot be mistaken for another one with the same number.
 
+use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
+
+/// `USER_HZ` of all Linux on x86.
+pub(super) const TICKS: u64 = 100;
 
 /// A process as it was when it was looked at through a pidfd of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +33,12 @@ impl Identity {
             _ => true,
         };
         is_same_pidfd && (self.pid, self.start_ticks) == (other.pid, other.start_ticks)
+    }
+
+    /// Whether it is the process of an event.
+    #[must_use]
+    pub(crate) const fn is(&self, process: ProcKey) -> bool {
+        self.pid == process.tgid && self.start_ticks == process.start_boottime / (1_000_000_000 / TICKS)
     }
 
     /// Why `now` is not what was registered, although it may be the same process.

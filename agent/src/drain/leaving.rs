@@ -14,8 +14,8 @@ use plumb_common::{
 
 use super::{
     course::{Fact, Phase, Run, nanos},
+    identity::TICKS,
     machine::Machine,
-    matching::TICKS,
     service::Signal,
 };
 use crate::{

@@ -28,7 +28,10 @@
 use std::time::Duration;
 
 use super::{
-    course::{Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, nanos},
+    course::{
+        Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, UnitEnd,
+        nanos,
+    },
     grants,
     service::{Name, OnDeadline, Signal, Target},
 };
@@ -38,7 +41,7 @@ pub(crate) const SETTLE: Duration = Duration::from_secs(5);
 /// In that time it is looked for once before its end.
 const LOOK: Duration = Duration::from_secs(1);
 /// For a process to end after KILL, which nothing but the kernel can delay.
-const KILL_GRACE: Duration = Duration::from_secs(2);
+pub(crate) const KILL_GRACE: Duration = Duration::from_secs(2);
 /// Sockets of a service that have left LISTEN, one by one.
 const MAX_LISTENERS: usize = 64;
 /// With less time left a stage does not begin.
@@ -199,9 +202,7 @@ impl Machine {
                 self.record(&mut out, Entry::Signalled { at: now, service, failed });
                 self.refuse_if_nobody_was_signalled(now, service, &mut out);
             }
-            Input::UnitStopped(service, why) => {
-                self.record(&mut out, Entry::UnitStopped { at: now, service, why });
-            }
+            Input::Unit(service, end) => self.unit(now, service, end, &mut out),
             Input::Gone(service, member) => {
                 if self.runs[service].members.get(member).is_some_and(|one| one.gone.is_none()) {
                     self.record(&mut out, Entry::Gone { at: now, service, member });
@@ -229,6 +230,7 @@ impl Machine {
             Fact::Killed { .. } => seen.killed_by.is_none(),
             Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
             Fact::Unseen { why } => !seen.unseen.contains(why),
+            Fact::InFlight { requests, .. } => seen.in_flight != Some(*requests),
             Fact::Left { left, unknown } => (left, unknown) != (&seen.left, &seen.left_unknown),
             Fact::NoMemory { .. } | Fact::Lost { .. } | Fact::Counted { .. } => true,
         }
@@ -326,10 +328,30 @@ impl Machine {
         }
     }
 
-    /// When the last of its members has gone there may still be others.
+    /// systemd has come to an end with a unit.
+    fn unit(&mut self, now: u64, service: usize, end: UnitEnd, out: &mut Vec<Action>) {
+        if !matches!(self.runs[service].phase, Phase::Stopping | Phase::Killing) {
+            return;
+        }
+        let (result, why) = match end {
+            UnitEnd::Stopped(result) => (Some(result), None),
+            UnitEnd::Unknown(why) => (None, Some(why)),
+            UnitEnd::Refused(why) => {
+                self.record(out, Entry::Refused { at: now, service, why });
+                return;
+            }
+        };
+        self.record(out, Entry::UnitStopped { at: now, service, result, why });
+        self.confirm(now, service, out);
+    }
+
+    /// When the last of its members has gone there may still be others, and commands of its unit (`ExecStopPost=`).
     fn confirm(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
         let run = &mut self.runs[service];
         if !matches!(run.phase, Phase::Stopping | Phase::Killing) || !run.left(false).is_empty() {
+            return;
+        }
+        if run.found.unit.is_some() && !run.unit_stopped {
             return;
         }
         if let Target::Process(_) = self.begun.services[service].target {
@@ -401,7 +423,8 @@ impl Machine {
                 out.push(Action::Find(service));
             }
             Phase::Stopping if now >= run.deadline() => {
-                if self.will_be_killed(service) {
+                // Of a unit there may be no process left, and still it is not stopped.
+                if self.will_be_killed(service) && !run.left(false).is_empty() {
                     self.signal(now, service, libc::SIGKILL, out);
                 } else {
                     self.record(out, Entry::Late { at: now, service });
@@ -445,9 +468,13 @@ impl Machine {
                         self.runs[service].notes.push(note.to_owned());
                     }
                     out.push(Action::Watch(service));
-                    if self.runs[service].signalled.is_none() {
+                    let run = &self.runs[service];
+                    if run.signalled.is_none() {
                         // It was found, and that agent has not come further.
                         self.ask_to_stop(now, service, out);
+                    } else if let Some(unit) = run.found.unit.clone().filter(|_| !run.unit_stopped) {
+                        // Asking twice stops it once.
+                        out.push(Action::StopUnit(service, unit));
                     }
                     self.confirm(now, service, out);
                 }

@@ -27,6 +27,8 @@ struct Behaviour {
     /// A child that only shows when the others have gone ends after this.
     straggler: Option<u64>,
     again: bool,
+    /// systemd stops it, and is through with its unit so long after its last process.
+    unit: Option<u64>,
 }
 
 fn behaviour() -> impl Strategy<Value = Behaviour> {
@@ -36,11 +38,17 @@ fn behaviour() -> impl Strategy<Value = Behaviour> {
         (proptest::option::weighted(0.2, 0..6_000_u64), any::<bool>(), proptest::bool::weighted(0.2)),
         proptest::option::weighted(0.4, 1..9_000_u64),
         (proptest::bool::weighted(0.1), proptest::bool::weighted(0.1)),
-        (proptest::option::weighted(0.1, 0..500_u64), proptest::bool::weighted(0.1)),
+        (
+            proptest::option::weighted(0.1, 0..500_u64),
+            proptest::bool::weighted(0.1),
+            proptest::option::weighted(0.3, 0..3_000_u64),
+        ),
     )
-        .prop_map(|(stops, (prestop, kill, late), deadline, (refused, absent), (straggler, again))| {
-            Behaviour { stops, prestop, kill, late, deadline, refused, absent, straggler, again }
-        })
+        .prop_map(
+            |(stops, (prestop, kill, late), deadline, (refused, absent), (straggler, again, unit))| {
+                Behaviour { stops, prestop, kill, late, deadline, refused, absent, straggler, again, unit }
+            },
+        )
 }
 
 /// What is going to happen.
@@ -48,6 +56,7 @@ fn behaviour() -> impl Strategy<Value = Behaviour> {
 enum Due {
     Dies(usize, usize),
     PrestopEnds(usize),
+    UnitEnds(usize),
 }
 
 /// Processes, and an agent that may be killed before and after each thing it does.
@@ -64,6 +73,8 @@ struct World {
     /// Things that the agent still does before it is killed.
     crashes: VecDeque<usize>,
     looked: BTreeSet<usize>,
+    /// When systemd was asked to stop the unit of a service.
+    asked: BTreeMap<usize, u64>,
 }
 
 struct Killed;
@@ -109,6 +120,7 @@ impl World {
             got: BTreeMap::new(),
             crashes: crashes.into(),
             looked: BTreeSet::new(),
+            asked: BTreeMap::new(),
         };
         world.perform(actions);
         world
@@ -196,7 +208,8 @@ impl World {
                     return Some(Input::NotRunning(service));
                 }
                 let members = left.iter().map(|at| member(*at)).collect();
-                Some(Input::Found(service, Found { members, ..Found::default() }))
+                let unit = behaviour.unit.map(|_| "a.service".to_owned());
+                Some(Input::Found(service, Found { members, unit, ..Found::default() }))
             }
             Action::Prestop(service) => {
                 let time = self.behaviours[service].prestop.expect("only with a command");
@@ -231,9 +244,12 @@ impl World {
                         }
                     }
                 }
+                if self.behaviours[service].unit.is_some() {
+                    self.due.insert((self.now, Due::UnitEnds(service)));
+                }
                 Some(Input::Sent(service, failed))
             }
-            Action::StopUnit(..) => unreachable!("no unit was found"),
+            Action::StopUnit(service, _) => self.stop_unit(service),
             Action::Watch(service) => {
                 for at in 0..self.machine.runs[service].members.len() {
                     let number = self.number(service, at);
@@ -257,6 +273,28 @@ impl World {
                 Some(Input::Looked(service, more.into_iter().collect(), again))
             }
         }
+    }
+
+    /// systemd is asked to stop a unit, which it does once.
+    fn stop_unit(&mut self, service: usize) -> Option<Input> {
+        self.check_order(service);
+        let left = self.machine.runs[service].left(false);
+        if left.iter().all(|at| self.dead.contains_key(&(service, self.number(service, *at)))) {
+            return Some(Input::Unit(service, UnitEnd::Unknown("gone".to_owned())));
+        }
+        let is_first = !self.asked.contains_key(&service);
+        let asked = *self.asked.entry(service).or_insert(self.now);
+        let Behaviour { stops, unit, .. } = &self.behaviours[service];
+        for (number, stops) in stops.iter().enumerate() {
+            if let Some(stops) = stops.filter(|_| is_first) {
+                self.due.insert((asked + stops * MS, Due::Dies(service, number)));
+            }
+        }
+        if let Some(last) = stops.iter().copied().max().flatten().filter(|_| !stops.contains(&None)) {
+            let end = asked + (last + unit.unwrap_or_default()) * MS;
+            self.due.insert((end.max(self.now), Due::UnitEnds(service)));
+        }
+        None
     }
 
     /// The process that a member is.
@@ -312,6 +350,9 @@ impl World {
                             }
                         }
                         Due::PrestopEnds(service) => Input::PrestopEnded(service, None),
+                        Due::UnitEnds(service) => {
+                            Input::Unit(service, UnitEnd::Stopped("success".to_owned()))
+                        }
                     }
                 }
                 None => Input::Time,
@@ -400,6 +441,7 @@ fn simple(stop: Option<u64>) -> Behaviour {
         absent: false,
         straggler: None,
         again: false,
+        unit: None,
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{
+    identity::TICKS,
     process::{self, NoProcess, Process},
     service::Target,
 };
@@ -20,8 +21,6 @@ const MAX_MEMBERS: usize = 1024;
 const MAX_PIDFILE: u64 = 64;
 /// A process may be started up to so long after its pidfile was written, by clocks that are not the same.
 const PIDFILE_SLACK: Duration = Duration::from_secs(1);
-/// `USER_HZ` of all Linux on x86.
-pub(super) const TICKS: u64 = 100;
 
 /// A process of a service, and whether it gets the signal; the others are its descendants.
 #[derive(Debug)]

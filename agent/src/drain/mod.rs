@@ -3,8 +3,9 @@
 //! `service` says what is registered, `registry` what may be, `order` who waits for whom and `grants` how the time is
 //! divided. `machine` is the course of one drain, without IO, and `report` what came of it. `driver` is the one task
 //! that does what the machine wants: it finds processes (`matching`, `process`), looks at them (`facts`, judged by
-//! `preflight`), signals them (`signaller`), and keeps the `journal`.
+//! `preflight`), signals them (`signaller`) or has systemd stop them (`units`), and keeps the `journal`.
 
+mod actions;
 mod active;
 mod apply;
 mod command;
@@ -29,18 +30,19 @@ mod signaller;
 mod sockets;
 mod systemd;
 mod triggers;
+mod units;
 mod written;
 
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
     course::{NotSent, signal_name},
-    driver::Driver,
+    driver::{Driver, Told},
     facts::{Facts, Listener, Supervisor, of as facts_of, ports},
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State, Verdict},
     service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
     signaller::send,
-    triggers::{all, on_shutdown, on_usr1},
+    triggers::{Shutdown, all, on_usr1, usr1},
     written::{Drain, WrittenService},
 };

@@ -26,6 +26,8 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
         Supervisor::Pod => {
             Some("a pod is stopped by deleting it, else the kubelet starts it again".to_owned())
         }
+        // It has other means.
+        _ if unit.is_some() => None,
         _ if facts.ignored => Some(format!("it ignores {signal}")),
         _ if facts.is_init && !is_handled => Some(format!(
             "it is the first process of its pid namespace without a handler: {signal} does not reach it"
@@ -34,7 +36,9 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     };
     match &facts.supervisor {
         Supervisor::Unit(own) if unit == Some(own) => {
-            note(format!("it is the main process of {own}: systemd stops it"));
+            if facts.ignored {
+                note(format!("it ignores {signal}, by which systemd stops {own}"));
+            }
         }
         Supervisor::Unit(unit) => note(format!("systemd supervises it ({unit}): it may be started again")),
         Supervisor::UserUnit(unit) => {
@@ -48,7 +52,7 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     }
     if facts.blocked && !facts.has_signalfd {
         note(format!("all its threads block {signal}: it is taken only if one of them waits for it"));
-    } else if !is_handled && refused.is_none() {
+    } else if !is_handled && !facts.ignored && refused.is_none() {
         note(format!("nothing handles {signal}: it ends at once and finishes nothing"));
     }
     if facts.listeners.len() > MAX_LISTENERS {
@@ -62,7 +66,10 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
         1 => note("1 connection".to_owned()),
         many => note(format!("{many} connections")),
     }
-    Judgement { refused, is_unhandled: !is_handled && !facts.blocked, ..judgement }
+    if facts.busy > 0 {
+        note(format!("{} of them have data under way: requests may be in flight", facts.busy));
+    }
+    Judgement { refused, is_unhandled: !is_handled && !facts.blocked && !facts.ignored, ..judgement }
 }
 
 /// Addresses that are named.

@@ -107,6 +107,9 @@ pub(crate) struct ServiceDocument {
     /// Of the process that got the signal, as a shell has it.
     pub exit_code: Option<i32>,
     pub connections: usize,
+    /// A heuristic: as it was found, so many of them had data that nobody had read or that was not acknowledged.
+    #[serde(default)]
+    pub suspected_in_flight: usize,
     /// On which it listened.
     #[serde(default)]
     pub ports: Vec<u32>,
@@ -124,6 +127,9 @@ pub(crate) struct ServiceDocument {
     /// How often what happened to its connections, from the moment it was found.
     #[serde(default)]
     pub counted: BTreeMap<String, u64>,
+    /// Requests that it has said it works on, last.
+    #[serde(default)]
+    pub in_flight: Option<u64>,
     /// Who sent KILL, if it was not plumb.
     #[serde(default)]
     pub killed_by: Option<String>,
@@ -183,7 +189,10 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
         let left = run.members.iter().filter(|one| one.gone.is_none()).count();
         let why = match (run.signalled, left) {
             (None, _) => "no time was left to ask it to stop".to_owned(),
-            (_, 1) => "it still ran at its deadline".to_owned(),
+            (_, 0) if run.found.unit.is_some() && !run.unit_stopped => {
+                "systemd was not through with its unit at its deadline".to_owned()
+            }
+            (_, 0 | 1) => "it still ran at its deadline".to_owned(),
             (_, left) => format!("{left} of its processes still ran at its deadline"),
         };
         return Some((Verdict::Timeout, why + ignored(run)));
@@ -197,15 +206,26 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     }
     let roots: Vec<_> = run.members.iter().filter(|one| one.member.is_root).map(|one| one.status).collect();
     let signal = roots.iter().flatten().map(|status| status & 0x7f).find(|signal| *signal != 0);
+    let code = roots.iter().flatten().map(|status| status >> 8 & 0xff).find(|code| *code != 0);
+    let is_asked = |signal| run.signals.contains(&signal) || run.found.kill_signal == Some(signal);
     let verdict = match signal {
+        // Its main process may have ended well, and another one not at all.
+        _ if run.unit_result.as_deref() == Some("timeout") => {
+            let why = "systemd sent KILL: it did not stop within its TimeoutStopSec=";
+            (Verdict::Killed, format!("{why}{}", lost_too(run)))
+        }
         Some(libc::SIGKILL) => {
             let by = run.seen.killed_by.as_deref().unwrap_or("somebody else");
             (Verdict::Killed, format!("{by} sent KILL{}", lost_too(run)))
         }
-        Some(signal) if !run.signals.contains(&signal) => {
+        Some(signal) if !is_asked(signal) => {
             (Verdict::Lossy, format!("it died of {}{}", signal_name(signal), lost_too(run)))
         }
         _ if !run.seen.lost.is_empty() => (Verdict::Lossy, lost(run)),
+        _ if run.seen.in_flight.is_some_and(|requests| requests > 0) => {
+            let requests = run.seen.in_flight.unwrap_or(0);
+            (Verdict::Lossy, format!("it said that it worked on {requests} requests, and ended"))
+        }
         _ if !run.found.ports.is_empty() && !run.seen.unseen.is_empty() => {
             let why = run.seen.unseen.join("; ");
             (Verdict::Lossy, format!("it may have lost requests that nobody saw: {why}"))
@@ -216,12 +236,18 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             }
             _ => (Verdict::Clean, format!("{} ended it, and no request was lost", signal_name(signal))),
         },
-        None if run.members.is_empty() => (Verdict::Clean, "it did not run".to_owned()),
+        None if run.members.is_empty() => match &run.found.unit {
+            Some(_) => (Verdict::Clean, "it had no process, and its unit is stopped".to_owned()),
+            None => (Verdict::Clean, "it did not run".to_owned()),
+        },
         // The agent was not there, or the event was lost.
         None if roots.contains(&None) => {
             (Verdict::Lossy, "it ended in time, but nobody saw how: work may be lost".to_owned())
         }
-        None => (Verdict::Clean, "it ended in time".to_owned()),
+        None => match code {
+            Some(code) => (Verdict::Clean, format!("it ended in time, with exit code {code}")),
+            None => (Verdict::Clean, "it ended in time".to_owned()),
+        },
     };
     // One that comes back may still do so.
     (run.phase == Phase::Settled).then_some(verdict)
@@ -330,7 +356,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
             notes.push(format!("not signalled: {why}"));
         }
     }
-    let Found { unit, connections, ports, .. } = &run.found;
+    let Found { unit, connections, busy, ports, .. } = &run.found;
     ServiceDocument {
         name: begun.services[at].name.to_string(),
         stage,
@@ -348,6 +374,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
         exit_code: status
             .map(|status| if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) }),
         connections: *connections,
+        suspected_in_flight: *busy,
         ports: ports.clone(),
         lost_requests: run.seen.lost.clone(),
         guessed: run.seen.guessed,
@@ -363,6 +390,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
             })
             .collect(),
         counted: run.seen.counts.clone(),
+        in_flight: run.seen.in_flight,
         killed_by: run.seen.killed_by.clone(),
         unseen: run.seen.unseen.clone(),
         left_threads: run.seen.left.clone(),
@@ -414,4 +442,67 @@ impl ServiceDocument {
 #[must_use]
 pub(crate) fn exit(member: usize, status: u32, time: u64) -> Fact {
     Fact::Exit { member, status: status as i32, time }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            apply::saw,
+            course::{Member, of_member},
+            identity::Identity,
+        },
+        *,
+    };
+
+    /// A service with a listener that got TERM, ended in time, and is not expected back.
+    fn ended(status: i32, facts: Vec<Fact>) -> (Verdict, String) {
+        let mut run = Run::new();
+        let member = Member { identity: Identity::example(7), is_root: true, command: String::new() };
+        run.members = vec![of_member(member)];
+        run.found = Found { ports: vec![80], connections: 3, ..Found::default() };
+        (run.phase, run.gone, run.signals) = (Phase::Settled, Some(9), vec![libc::SIGTERM]);
+        let exit = Fact::Exit { member: 0, status, time: 8 };
+        [exit].into_iter().chain(facts).for_each(|fact| saw(&mut run, &fact));
+        verdict(&run).unwrap()
+    }
+
+    fn lost(class: Class, many: u64, guessed: u64) -> Fact {
+        Fact::Lost { requests: BTreeMap::from([(class, many)]), guessed, examples: Vec::new() }
+    }
+
+    #[test]
+    fn a_service_is_clean_only_if_no_request_can_have_been_lost() {
+        assert_eq!(ended(0, Vec::new()).0, Verdict::Clean);
+        // By TERM itself, with connections, none of which had a request.
+        assert_eq!(ended(libc::SIGTERM, Vec::new()).0, Verdict::Clean);
+        for class in Class::ALL {
+            assert_eq!(ended(0, vec![lost(class, 1, 0)]).0, Verdict::Lossy);
+        }
+        let (verdict, why) = ended(0, vec![lost(Class::AcceptQueue, 2, 0), lost(Class::Unanswered, 1, 1)]);
+        assert_eq!(verdict, Verdict::Lossy);
+        assert_eq!(
+            why,
+            "3 requests lost: 2 reset in the accept queue, 1 read and not answered; 1 of them perhaps"
+        );
+        let unseen = Fact::Unseen { why: "3 events were lost".to_owned() };
+        let (verdict, why) = ended(0, vec![unseen]);
+        assert!(verdict == Verdict::Lossy && why.contains("3 events were lost"), "{why}");
+        let said = |requests| Fact::InFlight { at: 5, requests };
+        assert_eq!(ended(0, vec![said(4)]).0, Verdict::Lossy);
+        assert_eq!(ended(0, vec![said(4), said(0)]).0, Verdict::Clean);
+    }
+
+    #[test]
+    fn whoever_has_killed_it_is_named() {
+        let killed = Fact::Killed { at: 5, by: "pid 9 (bash)".to_owned() };
+        assert_eq!(
+            ended(libc::SIGKILL, vec![killed.clone()]),
+            (Verdict::Killed, "pid 9 (bash) sent KILL".to_owned())
+        );
+        let (_, why) =
+            ended(libc::SIGKILL, vec![killed, Fact::NoMemory { at: 6 }, lost(Class::Unanswered, 2, 0)]);
+        assert!(why.contains("no memory left") && why.contains("2 requests lost"), "{why}");
+        assert_eq!(ended(libc::SIGKILL, Vec::new()).1, "somebody else sent KILL");
+    }
 }

@@ -6,9 +6,12 @@ use std::{
     time::Duration,
 };
 
-use plumb_common::sockets::{
-    COUNTERS, LISTENER_CLOSED, Port, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, SLOTS, Signal,
-    Socket,
+use plumb_common::{
+    sockets::{
+        COUNTERS, LISTENER_CLOSED, Port, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, SLOTS, Signal,
+        Socket,
+    },
+    task::ProcKey,
 };
 
 use super::{
@@ -84,11 +87,7 @@ impl Sockets {
     }
 
     /// What a batch of events tells of each service.
-    pub(super) fn take(
-        &mut self,
-        events: &[Event],
-        is_own: impl Fn(u32, u64) -> Option<usize>,
-    ) -> Vec<Input> {
+    pub(super) fn take(&mut self, events: &[Event], is_own: impl Fn(ProcKey) -> Option<usize>) -> Vec<Input> {
         let mut facts = Vec::new();
         let mut lost: BTreeMap<usize, Lost> = BTreeMap::new();
         for event in events {
@@ -103,8 +102,7 @@ impl Sockets {
                     }
                 }
                 Event::Signal(signal) => {
-                    let target = signal.target;
-                    if let Some(service) = is_own(target.tgid, target.start_boottime)
+                    if let Some(service) = is_own(signal.target)
                         && let Some(fact) = of_signal(signal)
                     {
                         facts.push((service, fact));

@@ -29,6 +29,10 @@ const BOOTED: &str = "/run/systemd/system";
 const CALL: Duration = Duration::from_secs(15);
 /// What systemd answers when it is asked for what is not there.
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
+/// What every shutdown of the host starts.
+const SHUTDOWN: &str = "shutdown.target";
+/// The state of a host that does so.
+pub(crate) const STOPPING: &str = "stopping";
 #[cfg(test)]
 const NOBODYS: [&str; 2] =
     ["org.freedesktop.systemd1.NoUnitForPID", "org.freedesktop.systemd1.NoSuchProcess"];
@@ -89,6 +93,8 @@ trait Manager {
     fn system_state(&self) -> zbus::Result<String>;
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: ObjectPath<'_>, unit: &str, result: &str) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn job_new(&self, id: u32, job: ObjectPath<'_>, unit: &str) -> zbus::Result<()>;
 }
 
 #[zbus::proxy(interface = "org.freedesktop.DBus.Properties", default_service = "org.freedesktop.systemd1")]
@@ -139,6 +145,9 @@ pub(crate) struct Unit {
     pub(crate) restart: String,
     /// From `KillSignal=` to SIGKILL (`TimeoutStopSec=`). Absent for "infinity" and for a kind without processes.
     pub(crate) timeout_stop: Option<Duration>,
+    /// How its last run has ended: "success", "exit-code", "signal", "timeout" (it was killed) and more; empty for
+    /// kinds that do not say.
+    pub(crate) result: String,
     /// `Type=`: "simple", "notify", "forking", "oneshot" and more; empty for other kinds than services.
     pub(crate) service_type: String,
 }
@@ -197,6 +206,24 @@ impl Systemd {
     /// What systemd says of the host: "running", "degraded" (a unit has failed), "starting", "stopping" and more.
     pub(crate) async fn state(&self) -> Result<String, Error> {
         bounded("read the state of systemd", self.manager.system_state()).await
+    }
+
+    /// Resolves when the host goes down, at once if that was before the call. By then systemd has begun to stop units:
+    /// those that need not wait for others have their signal. Can be dropped and called again.
+    pub(crate) async fn stopping(&self) -> Result<(), Error> {
+        let what = "wait for a shutdown";
+        // The state is no property that changes are told of; that this job is there, is.
+        let mut jobs = bounded(what, self.manager.receive_job_new()).await?;
+        if self.state().await? == STOPPING {
+            return Ok(());
+        }
+        while let Some(job) = jobs.next().await {
+            if job.args().is_ok_and(|arguments| arguments.unit == SHUTDOWN) && self.state().await? == STOPPING
+            {
+                return Ok(());
+            }
+        }
+        Err(Error::Disconnected { what: what.to_owned(), said: "no more signals".to_owned() })
     }
 
     #[cfg(test)]
@@ -340,6 +367,7 @@ impl Unit {
             kill_signal: values.find("KillSignal")?.unwrap_or_default(),
             restart: text("Restart")?,
             timeout_stop: values.find("TimeoutStopUSec")?.and_then(finite),
+            result: text("Result")?,
             service_type: text("Type")?,
         })
     }
@@ -386,18 +414,36 @@ impl Logind {
     ///
     /// Not every shutdown comes this way: `systemctl reboot --force`, and `systemctl start reboot.target`, go past
     /// logind.
+    ///
+    /// # Errors
+    /// When the bus or this logind has ended. Another logind is asked for an inhibitor anew.
     pub(crate) async fn prepare_for_shutdown(&self) -> Result<(), Error> {
+        self.preparing(true).await
+    }
+
+    /// Resolves when no shutdown is asked for any more: the last one was called off, or has failed.
+    pub(crate) async fn called_off(&self) -> Result<(), Error> {
+        self.preparing(false).await
+    }
+
+    async fn preparing(&self, wanted: bool) -> Result<(), Error> {
         let what = "wait for a shutdown";
         let mut signals = bounded(what, self.login.receive_prepare_for_shutdown()).await?;
-        if bounded(what, self.login.preparing_for_shutdown()).await? {
+        let mut owners = bounded(what, self.login.inner().receive_owner_changed()).await?;
+        if bounded(what, self.login.preparing_for_shutdown()).await? == wanted {
             return Ok(());
         }
-        while let Some(signal) = signals.next().await {
-            if signal.args().is_ok_and(|arguments| arguments.start) {
-                return Ok(());
+        let ended = |said: &str| Error::Disconnected { what: what.to_owned(), said: said.to_owned() };
+        loop {
+            tokio::select! {
+                signal = signals.next() => match signal {
+                    Some(signal) if signal.args().is_ok_and(|arguments| arguments.start == wanted) => return Ok(()),
+                    Some(_) => {}
+                    None => return Err(ended("no more signals")),
+                },
+                _ = owners.next() => return Err(ended("logind has ended, or was started anew")),
             }
         }
-        Err(Error::Disconnected { what: what.to_owned(), said: "no more signals".to_owned() })
     }
 }
 

@@ -16,6 +16,7 @@ use prometheus::{
 use crate::{
     detect::{Finding, News, Rule, State, What},
     drain::{Document, Verdict},
+    losses::By,
     supervisor::{self, Workers},
     table::Row,
     view::HostView,
@@ -34,6 +35,8 @@ pub(crate) struct Own {
     registry: Registry,
     reports: IntCounterVec,
     drains: IntCounterVec,
+    lost_requests: IntCounterVec,
+    kills: IntCounterVec,
     drain_seconds: Histogram,
     services: IntGauge,
 }
@@ -60,6 +63,22 @@ impl Own {
             &["service", "outcome"],
         )?;
         registry.register(Box::new(drains.clone()))?;
+        let lost_requests = IntCounterVec::new(
+            Opts::new(
+                "plumb_lost_requests_total",
+                "Requests that services have lost while they were drained, by how.",
+            ),
+            &["service", "class"],
+        )?;
+        registry.register(Box::new(lost_requests.clone()))?;
+        let kills = IntCounterVec::new(
+            Opts::new("plumb_kills_total", "KILLs of anybody since the agent started, by their sender."),
+            &["by"],
+        )?;
+        for by in By::ALL {
+            kills.with_label_values(&[by.word()]);
+        }
+        registry.register(Box::new(kills.clone()))?;
         let buckets = vec![0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0];
         let drain_seconds = Histogram::with_opts(
             HistogramOpts::new("plumb_drain_duration_seconds", "Time that drains took.").buckets(buckets),
@@ -67,7 +86,7 @@ impl Own {
         registry.register(Box::new(drain_seconds.clone()))?;
         let services = IntGauge::new("plumb_registered_services", "Services that are registered.")?;
         registry.register(Box::new(services.clone()))?;
-        Ok(Self { registry, reports, drains, drain_seconds, services })
+        Ok(Self { registry, reports, drains, lost_requests, kills, drain_seconds, services })
     }
 
     /// Counts a drain that is over.
@@ -78,7 +97,15 @@ impl Own {
             let name = if known < MAX_SERVICES { service.name.as_str() } else { OTHERS };
             let outcome = service.verdict.map_or("unknown", Verdict::word);
             self.drains.with_label_values(&[name, outcome]).inc();
+            for (class, many) in &service.lost_requests {
+                self.lost_requests.with_label_values(&[name, class.word()]).inc_by(*many);
+            }
         }
+    }
+
+    /// Counts a KILL.
+    pub(crate) fn killed(&self, by: By) {
+        self.kills.with_label_values(&[by.word()]).inc();
     }
 
     /// How many services there are.

@@ -17,10 +17,14 @@ mod audit;
 mod client;
 mod course;
 mod killed;
+mod ledger;
 mod storm;
 mod subject;
 #[path = "../support/mod.rs"]
 mod support;
+mod tiers;
+
+mod booted;
 
 use support::{Running, TempDir, free_port, plumb};
 
@@ -116,7 +120,6 @@ fn pid(server: &Running) -> String {
 fn services_of_the_settings_and_registered_ones_stop_in_order() {
     let dir = TempDir::new();
     let (pidfile, port) = (dir.join("pid"), free_port());
-    let python = fs::canonicalize("/usr/bin/python3").unwrap();
     let settings = format!(
         "[[service]]\nname = 'by-pidfile'\npidfile = '{pidfile}'\nsignal = 'TERM'\n\
          [[service]]\nname = 'by-port'\nport = {port}\nsignal = 'TERM'\n\
@@ -128,15 +131,14 @@ fn services_of_the_settings_and_registered_ones_stop_in_order() {
     let by_pidfile = host.server("by-pidfile", "0.2");
     fs::write(&pidfile, pid(&by_pidfile)).unwrap();
     let listener = format!(
-        "import os, signal, socket, sys, time\n\
-         def note(word): print('by-port', word, file=open('{}', 'a'))\n\
-         def stop(*_): note('TERM'); time.sleep(0.2); note('gone'); sys.exit(0)\n\
-         signal.signal(signal.SIGTERM, stop)\n\
-         s = socket.create_server(('127.0.0.1', {port}))\n\
-         while True: time.sleep(1)\n",
+        "use IO::Socket::INET;\n\
+         sub note {{ open(F, '>>', '{}'); print F \"by-port $_[0]\\n\"; close F }}\n\
+         $SIG{{TERM}} = sub {{ note('TERM'); select(undef, undef, undef, 0.2); note('gone'); exit 0 }};\n\
+         my $s = IO::Socket::INET->new(LocalAddr => '127.0.0.1:{port}', Listen => 5) or die;\n\
+         sleep 1 while 1;\n",
         host.dir.join("events")
     );
-    let _by_port = Running(Command::new(&python).args(["-c", &listener]).spawn().unwrap());
+    let _by_port = Running(Command::new("/usr/bin/perl").args(["-e", &listener]).spawn().unwrap());
     host.until("it listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
     for (name, server) in [("a", &a), ("b", &b), ("c", &c)] {
         host.register(name, server.0.id());
@@ -148,7 +150,7 @@ fn services_of_the_settings_and_registered_ones_stop_in_order() {
     assert_eq!(order, ["c", "b", "a", "by-exe", "by-port", "by-pidfile"], "{plan}");
     assert!(host.events().is_empty(), "nothing happens in a dry run");
 
-    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    let report = host.json(&["drain", "--all", "--deadline", "60s"]);
     let expected = ["c", "b", "a", "by-port", "by-pidfile"];
     let expected: Vec<String> =
         expected.iter().flat_map(|name| [format!("{name} TERM"), format!("{name} gone")]).collect();
@@ -206,12 +208,19 @@ fn what_may_not_be_is_refused_with_its_reason() {
         let refused = as_nobody(&format!("plumb {what}; :"));
         assert!(refused.contains("not-yours"), "{refused}");
     }
-    let bare = as_nobody(&format!(
-        "curl -s --unix-socket {}/services.sock -X PUT -H 'content-type: application/json' -d '{{\"pid\": {}}}' \
-         http://plumb/v1/services/x",
+    let body = format!("{{\"pid\": {}}}", pid(&other));
+    let request = format!(
+        r#"use IO::Socket::UNIX;
+        my $s = IO::Socket::UNIX->new("{}/services.sock") or die $!;
+        print $s join("\r\n", "PUT /v1/services/x HTTP/1.1", "Host: plumb", "Content-Type: application/json",
+            "Content-Length: {}", "Connection: close", "", '{body}');
+        $s->flush;
+        print <$s>;"#,
         host.run_dir(),
-        pid(&other)
-    ));
+        body.len()
+    );
+    fs::write(host.dir.0.join("bare.pl"), request).unwrap();
+    let bare = as_nobody(&format!("/usr/bin/perl {}; :", host.dir.join("bare.pl")));
     assert!(bare.contains("bare-pid"), "{bare}");
     // His registration ended with his shell.
     host.until("it is gone", || {

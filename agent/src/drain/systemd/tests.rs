@@ -280,6 +280,7 @@ mod booted {
                 kill_signal: libc::SIGINT,
                 restart: "always".to_owned(),
                 timeout_stop: Some(Duration::from_secs(7)),
+                result: "success".to_owned(),
                 service_type: "exec".to_owned(),
             }
         );

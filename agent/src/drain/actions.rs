@@ -1,0 +1,153 @@
+//! What the machine wants is done, and the machine is told what came of it.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    active::{Active, gone, look, prestop, same},
+    command::Preflight,
+    course::{Action, Input, NotSent, UnitEnd, nanos},
+    driver::{Driver, Waited},
+    machine::KILL_GRACE,
+    signaller, units,
+};
+use crate::clock;
+
+impl Driver {
+    /// Does what the machine wants, and tells it what came of that until nothing is left to do.
+    pub(super) fn perform(&mut self, actions: Vec<Action>) {
+        let Some(mut active) = self.active.take() else { return };
+        let mut todo = VecDeque::from(actions);
+        let mut written = Vec::new();
+        while let Some(action) = todo.pop_front() {
+            if let Action::Journal(entry) = action {
+                written.push(entry);
+                continue;
+            }
+            // Nothing is done that another agent would not know of.
+            active.write(&mut written);
+            if let Action::Look(service) = action {
+                let counted = active.counted(service);
+                let more = counted.map(|input| active.machine.step(clock::boottime(), input));
+                todo.extend(more.into_iter().flatten());
+            }
+            if let Some(input) = self.act(&mut active, &action) {
+                let more = active.machine.step(clock::boottime(), input);
+                // Behind what waits: entries are written in the order in which they have changed the machine.
+                todo.extend(more);
+            }
+        }
+        active.write(&mut written);
+        if active.machine.finished.is_some() {
+            self.close(active);
+        } else {
+            self.active = Some(active);
+        }
+        self.publish();
+    }
+
+    fn act(&mut self, active: &mut Active, action: &Action) -> Option<Input> {
+        match action {
+            Action::Journal(_) => None,
+            Action::Find(service) => {
+                let held = active.registered.get(service).map(Arc::as_ref);
+                let (found, processes) = look(&active.machine.begun.services[*service], held);
+                let added = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
+                let (ports, sees_acts) = added.unwrap_or_default();
+                active.leaving.sees(*service, sees_acts);
+                active.take(*service, 0, processes);
+                Some(match found {
+                    Preflight::Found(mut found) => {
+                        found.ports = ports;
+                        Input::Found(*service, found)
+                    }
+                    Preflight::NotRunning => Input::NotRunning(*service),
+                    Preflight::Refused(why) => Input::Refused(*service, why),
+                })
+            }
+            Action::Prestop(service) => {
+                let commands = &active.machine.begun.services[*service];
+                let commands = (commands.prestop.clone(), commands.ready.clone());
+                let cancelled = CancellationToken::new();
+                active.prestops.insert(*service, cancelled.clone());
+                let (id, service) = (active.machine.begun.id.clone(), *service);
+                self.waits.push(Box::pin(async move {
+                    Waited::Prestop(id, service, prestop(commands, cancelled).await)
+                }));
+                None
+            }
+            Action::EndPrestop(service) => {
+                active.prestops.remove(service).iter().for_each(CancellationToken::cancel);
+                None
+            }
+            Action::Send { service, members, signal } => {
+                let uid = active.machine.begun.services[*service].uid;
+                let send = |member: &usize| {
+                    let meant = &active.machine.runs[*service].members[*member].member.identity;
+                    let sent = match active.processes.get(&(*service, *member)) {
+                        Some(process) => signaller::send(process, meant, uid, *signal),
+                        None => Err(NotSent::Gone),
+                    };
+                    sent.err().map(|why| (*member, why))
+                };
+                let failed = members.iter().filter_map(send).collect();
+                active.leaving.sent(*service, clock::boottime());
+                Some(Input::Sent(*service, failed))
+            }
+            Action::StopUnit(service, unit) => {
+                let run = &active.machine.runs[*service];
+                if !run.members.is_empty() && !active.is_held(*service) {
+                    // Whatever runs there now is not what was found.
+                    return Some(Input::Unit(
+                        *service,
+                        UnitEnd::Unknown("its processes were gone when the agent was back".to_owned()),
+                    ));
+                }
+                let left = run.deadline().saturating_add(nanos(KILL_GRACE)).saturating_sub(clock::boottime());
+                let (id, service, unit) = (active.machine.begun.id.clone(), *service, unit.clone());
+                self.waits.push(Box::pin(async move {
+                    Waited::Unit(id, service, units::stop(unit, Duration::from_nanos(left)).await)
+                }));
+                None
+            }
+            Action::Watch(service) => {
+                self.watch(active, *service);
+                None
+            }
+            Action::Look(service) => {
+                let (more, again) = active.look_again(*service);
+                Some(Input::Looked(*service, more, again))
+            }
+        }
+    }
+
+    /// Waits for the members of a service that are there.
+    fn watch(&mut self, active: &mut Active, service: usize) {
+        for member in 0..active.machine.runs[service].members.len() {
+            let known = &active.machine.runs[service].members[member];
+            let meant = known.member.identity.clone();
+            if known.gone.is_some() || !active.watched.insert((service, member)) {
+                continue;
+            }
+            let held = active.processes.get(&(service, member)).cloned();
+            // Of an agent before.
+            let held = held.or_else(|| active.registered.get(&service).cloned()).or_else(|| same(&meant));
+            let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
+            let is_there = held.is_some();
+            if let Some(process) = held {
+                active.processes.insert((service, member), process);
+            }
+            // One that cannot be waited for runs into its deadline, and is not called gone.
+            if is_there && gone.is_none() {
+                continue;
+            }
+            self.waits.push(Box::pin(async move {
+                if let Some(gone) = gone {
+                    gone.await;
+                }
+                Waited::Member(id, service, member)
+            }));
+        }
+    }
+}
