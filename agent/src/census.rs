@@ -139,11 +139,14 @@ pub(crate) fn look(
     let there = threads.iter().filter(|thread| thread.exit_state == 0);
     let comm = leader.or(threads.first()).map(|thread| text::terminated(&thread.comm));
     let wanted = left::wanted(&threads, doings);
+    let mut census = Copied::take(process, &threads, &wanted);
+    // Whoever keeps fewer keeps those that tell most.
+    census.blocked.sort_by_key(|thread| wanted.iter().position(|tid| *tid == thread.tid));
     Ok(Some(Look {
         process,
         comm: comm.unwrap_or_default(),
         count: there.count() as u32,
-        census: Copied::take(process, &threads, &wanted),
+        census,
         at: clock::boottime(),
     }))
 }

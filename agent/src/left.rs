@@ -458,7 +458,7 @@ mod tests {
         let mut doings = Doings::default();
         let left = |doings: &Doings, is_whole| {
             let since = Since { signalled: 10 * SECOND, doings, is_whole };
-            Left::new(&look(&["io-1", "io-2"]), Some(since), |stack| stack.as_deref())
+            Left::new(&look(&["io-1", "io-2"]), Some(since), Option::as_deref)
         };
         assert_eq!(left(&doings, true).ignored_the_stop, Some(false));
         assert_eq!(left(&doings, false).ignored_the_stop, None);
@@ -466,7 +466,7 @@ mod tests {
         let known = left(&doings, false);
         assert_eq!((known.ignored_the_stop, known.threads[0].ignored_the_stop), (Some(true), Some(true)));
         assert_eq!(known.threads[1].ignored_the_stop, None);
-        let unseen = Left::new(&look(&["io-1"]), None, |stack| stack.as_deref());
+        let unseen = Left::new(&look(&["io-1"]), None, Option::as_deref);
         assert_eq!((unseen.since_signal, unseen.ignored_the_stop), (None, None));
     }
 
@@ -475,7 +475,7 @@ mod tests {
         let mut doings = Doings::default();
         doings.take(&clone(3, 19 * SECOND), 10 * SECOND);
         let since = Since { signalled: 10 * SECOND, doings: &doings, is_whole: true };
-        let left = Left::new(&look(&["io-1", "io-2", "io-3"]), Some(since), |stack| stack.as_deref());
+        let left = Left::new(&look(&["io-1", "io-2", "io-3"]), Some(since), Option::as_deref);
         assert_eq!(
             left.lines(),
             [

@@ -182,7 +182,7 @@ impl Leaving {
             let key = (look.process.tgid, ticks(look.process.start_boottime));
             let doings = self.doings.get(&key).unwrap_or(&nothing);
             let since = signalled.map(|signalled| Since { signalled, doings, is_whole });
-            Left::new(look, since, |stack| stack.as_deref()).cut(MAX_THREADS, MAX_FUNCTIONS)
+            Left::new(look, since, Option::as_deref).cut(MAX_THREADS, MAX_FUNCTIONS)
         };
         Some(Fact::Left { left: glance.found.iter().map(left).collect(), unknown })
     }
