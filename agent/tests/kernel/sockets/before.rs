@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use plumb::losses::Class;
+use plumb::{kernel::Status, losses::Class};
 
 use super::{Stage, Told, WAYS_IN, hands::*, listen, port_of};
 
@@ -18,6 +18,7 @@ const MANY: u64 = 6;
 const PAUSES: [u64; 4] = [0, 6, 15, 70];
 
 /// What has happened on a connection before it is followed, and what it loses when it is closed.
+#[derive(Clone, Copy)]
 struct Past {
     name: &'static str,
     play: fn(&TcpStream, &TcpStream),
@@ -173,6 +174,25 @@ fn a_client_that_probes_has_asked_for_nothing() {
         clients.iter().for_each(is_closed);
         stage.expect(slot, "probed", &Told::counting(&[("closed_by_service", MANY)]));
     }
+}
+
+#[test]
+fn what_was_known_is_forgotten_when_nobody_follows_any_more() {
+    let mut stage = Stage::new();
+    let (at, from) = WAYS_IN[0];
+    let listener = listen(at).unwrap();
+    let slot = stage.follow(port_of(&listener));
+    let (client, server) = pair(&listener, from);
+    serve(&client, &server);
+    assert_eq!(stage.kernel.conversations().unwrap(), 1);
+    stage.kernel.follow_sockets(false);
+    assert_eq!(stage.kernel.conversations().unwrap(), 0);
+    serve(&client, &server);
+    stage.kernel.follow_sockets(true);
+    assert!(stage.kernel.programs().iter().all(Status::is_fine), "{:?}", stage.kernel.programs());
+    drop(server);
+    is_closed(&client);
+    stage.expect(slot, "answered", &Told::counting(&[("connected", 1), ("closed_by_service", 1)]));
 }
 
 #[test]
