@@ -40,6 +40,8 @@ const AF_INET6: u16 = 10;
 const TCP: u16 = 6;
 /// Bit of `sk_flags` (`SOCK_DEAD`, include/net/sock.h): nobody has the socket open any more.
 const DEAD: u64 = 1;
+/// And `SOCK_DONE`: the other end has closed.
+const DONE: u64 = 2;
 /// In `CLOSED`, beside `MARK_USED`: that this connection has lost a request is told.
 const TOLD: u32 = 1 << 31;
 /// `PF_EXITING` of include/linux/sched.h.
@@ -219,8 +221,9 @@ fn closed(sk: u64, slot: u32, port: Port) {
 /// What had come since the service shut its end down, and nobody read, when it is closed.
 #[inline(always)]
 fn came_late(sk: u64, slot: u32, port: Port) {
-    let is_dead = kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS) & DEAD != 0;
-    if is_dead || kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) != 0 {
+    // Whoever has closed its end, too, waits for nothing; its FIN counts as a byte.
+    let is_over = kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS) & (DEAD | DONE) != 0;
+    if is_over || kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) != 0 {
         return;
     }
     let (course, peer) = (course(sk), peer_of(sk, port));
