@@ -38,7 +38,8 @@ pub(crate) fn signal_generate(ctx: BtfTracePointContext) -> i32 {
         (ctx.arg(0), ctx.arg(1), ctx.arg(2), ctx.arg(4));
     // SAFETY: the tracepoint's argument is a live task.
     let Some(target) = (unsafe { kernel::process_of(task) }) else { return 0 };
-    if !(signal == KILL && maps::kills()) && !is_followed(target) {
+    let is_wanted = signal == KILL && maps::kills() || is_followed(target);
+    if !is_wanted {
         return 0;
     }
     let code = match info as u64 {
