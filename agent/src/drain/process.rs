@@ -2,7 +2,9 @@
 //! number.
 
 use std::{
-    fs, io,
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    io::{self, Read},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -46,8 +48,10 @@ pub(crate) struct Process {
     pub looked: u64,
 }
 
-/// Longest command line that is kept, in bytes.
+/// Longest command line that is kept, in bytes; of the rest a sum.
 const COMMAND: usize = 256;
+/// So much of it is read at most.
+const READ: u64 = 128 << 10;
 /// `PF_KTHREAD` of include/linux/sched.h.
 const KERNEL_THREAD: u32 = 0x0020_0000;
 /// `PIDFS_MAGIC` of include/uapi/linux/magic.h, since 6.9: there each process has an inode of its own.
@@ -202,10 +206,16 @@ fn inode(pidfd: &OwnedFd) -> Option<u64> {
 }
 
 fn command(pid: u32) -> String {
-    let mut bytes = fs::read(folder(pid).join("cmdline")).unwrap_or_default();
-    bytes.truncate(COMMAND);
+    let mut bytes = Vec::new();
+    let read = |file: fs::File| file.take(READ).read_to_end(&mut bytes);
+    let _ = fs::File::open(folder(pid).join("cmdline")).and_then(read);
+    let rest = bytes.split_off(bytes.len().min(COMMAND));
     let words = bytes.split(|byte| *byte == 0).filter(|word| !word.is_empty());
-    words.map(text::printable).collect::<Vec<_>>().join(" ")
+    let command = words.map(text::printable).collect::<Vec<_>>().join(" ");
+    // Two that differ far behind are two.
+    let mut hasher = DefaultHasher::new();
+    rest.hash(&mut hasher);
+    if rest.is_empty() { command } else { format!("{command} #{:016x}", hasher.finish()) }
 }
 
 /// The number in a pidfd's fdinfo: of the process in our pid namespace; `None` when it has ended or is not in it.
