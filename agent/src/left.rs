@@ -113,7 +113,8 @@ pub(crate) struct Left {
     pub types: Vec<LeftType>,
     /// Those that were looked at, at most 32: some of each type, and of those that wait at different places.
     pub threads: Vec<LeftThread>,
-    /// Since the signal, of all threads, also those that have ended; `null` when that was not seen.
+    /// After the signal, of all threads, also those that have ended; of a drain only in the second half of its time; `null` when
+    /// that was not seen.
     pub since_signal: Option<Acts>,
     /// It went on as if nobody had asked it to stop; `null` when that is not known.
     pub ignored_the_stop: Option<bool>,
@@ -255,9 +256,9 @@ impl Left {
         let threads = |many: u32| if many == 1 { "1 thread".to_owned() } else { format!("{many} threads") };
         let mut head = format!("pid {} ({}), {}", self.pid, self.comm, threads(self.count));
         if let (Some(true), Some(acts)) = (self.ignored_the_stop, &self.since_signal) {
-            head += &format!(": ignored the stop, since the signal it {}", acts.words());
+            head += &format!(": ignored the stop, after the signal it {}", acts.words());
         } else if let Some(acts) = self.since_signal.filter(|acts| !acts.is_none()) {
-            head += &format!(": since the signal it {}", acts.words());
+            head += &format!(": after the signal it {}", acts.words());
         }
         let mut lines = vec![head];
         for kind in &self.types {
@@ -311,7 +312,7 @@ impl LeftThread {
         }
         match (self.ignored_the_stop, self.since_signal.filter(|acts| !acts.is_none())) {
             (Some(true), Some(acts)) => words += &format!("; ignored the stop: {}", acts.words()),
-            (_, Some(acts)) => words += &format!("; since the signal {}", acts.words()),
+            (_, Some(acts)) => words += &format!("; after the signal {}", acts.words()),
             _ => {}
         }
         words
@@ -479,7 +480,7 @@ mod tests {
         assert_eq!(
             left.lines(),
             [
-                "pid 7 (app), 4 threads: ignored the stop, since the signal it cloned 1",
+                "pid 7 (app), 4 threads: ignored the stop, after the signal it cloned 1",
                 "  3 x io, 18 s to 19 s old",
                 "      2 of them, such as tid 1: waits in futex_do_wait, its stack is unknown",
                 "      tid 3: waits in futex_do_wait, its stack is unknown; ignored the stop: cloned 1",

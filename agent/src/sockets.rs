@@ -19,8 +19,9 @@ pub(crate) enum SocketRequest {
     /// Follow; the answer is what this kernel does not show.
     Begin(SyncSender<Vec<String>>),
     /// From now on these ports and processes, by number and start, are those of a slot.
-    /// Their fds are followed, too; the answer is whether that is so.
-    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<bool> },
+    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<()> },
+    /// From now on it is followed what these processes open; the answer is whether all of it is seen.
+    Acts { processes: Vec<(u32, u64)>, done: SyncSender<bool> },
     /// What was counted since the programs were loaded; nothing if nobody is followed any more.
     Count(SyncSender<Option<SocketLedger>>),
     /// Follow nobody.
@@ -42,6 +43,8 @@ pub(crate) struct SocketLedger {
 pub(crate) struct Sockets {
     ports: Vec<Port>,
     processes: Vec<ProcKey>,
+    /// Whose new fds, threads and processes are followed, too.
+    acting: Vec<ProcKey>,
 }
 
 /// `USER_HZ`, in which /proc tells when a process was started.
@@ -70,12 +73,17 @@ impl Sockets {
                 let _ = reply.send(words);
             }
             SocketRequest::Add { slot, ports, processes, done } => {
-                let added = self.add(kernel, follow, slot, ports, &processes);
-                let sees_acts = added.unwrap_or_else(|error| {
+                if let Err(error) = self.add(kernel, slot, ports, &processes) {
                     tracing::warn!("a service's sockets are not followed: {error:#}");
+                }
+                let _ = done.send(());
+            }
+            SocketRequest::Acts { processes, done } => {
+                let seen = self.follow_acts(kernel, follow, &processes).unwrap_or_else(|error| {
+                    tracing::warn!("what a service opens is not followed: {error:#}");
                     false
                 });
-                let _ = done.send(sees_acts);
+                let _ = done.send(seen);
             }
             SocketRequest::Count(reply) => {
                 let ledger = kernel.follows_sockets().then(|| ledger(kernel, rejected)).flatten();
@@ -88,31 +96,37 @@ impl Sockets {
     fn add(
         &mut self,
         kernel: &mut Kernel,
-        follow: &mut Follow,
         slot: u32,
         ports: Vec<Port>,
         processes: &[(u32, u64)],
-    ) -> anyhow::Result<bool> {
+    ) -> anyhow::Result<()> {
         for port in ports {
             kernel.follow_port(port, slot)?;
             self.ports.push(port);
         }
-        let is_meant =
-            |key: &ProcKey| processes.contains(&(key.tgid, key.start_boottime / (1_000_000_000 / TICKS)));
-        let keys: Vec<ProcKey> =
-            kernel.processes()?.iter().map(|record| record.key).filter(is_meant).collect();
-        let all = keys.len() == processes.len();
-        let mut sees_acts = all;
-        for key in keys {
-            if self.processes.contains(&key) {
-                continue;
-            }
+        for key in keys(kernel, processes)? {
             kernel.follow_signals(key)?;
             self.processes.push(key);
-            follow.add(kernel, Who::Process(key));
-            sees_acts &= follow.sees(kernel, key);
         }
-        Ok(sees_acts)
+        Ok(())
+    }
+
+    fn follow_acts(
+        &mut self,
+        kernel: &mut Kernel,
+        follow: &mut Follow,
+        processes: &[(u32, u64)],
+    ) -> anyhow::Result<bool> {
+        let keys = keys(kernel, processes)?;
+        let mut seen = keys.len() == processes.len();
+        for key in keys {
+            if !self.acting.contains(&key) {
+                follow.add(kernel, Who::Process(key));
+                self.acting.push(key);
+            }
+            seen &= follow.sees(kernel, key);
+        }
+        Ok(seen)
     }
 
     fn end(&mut self, kernel: &mut Kernel, follow: &mut Follow) {
@@ -121,10 +135,19 @@ impl Sockets {
         }
         for process in self.processes.drain(..) {
             let _ = kernel.unfollow_signals(process);
+        }
+        for process in self.acting.drain(..) {
             follow.remove(kernel, Who::Process(process));
         }
         kernel.follow_sockets(false);
     }
+}
+
+/// Of processes by number and start.
+fn keys(kernel: &mut Kernel, processes: &[(u32, u64)]) -> anyhow::Result<Vec<ProcKey>> {
+    let is_meant =
+        |key: &ProcKey| processes.contains(&(key.tgid, key.start_boottime / (1_000_000_000 / TICKS)));
+    Ok(kernel.processes()?.iter().map(|record| record.key).filter(is_meant).collect())
 }
 
 fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {

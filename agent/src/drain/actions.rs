@@ -53,13 +53,11 @@ impl Driver {
             Action::Find(service) => {
                 let held = active.registered.get(service).map(Arc::as_ref);
                 let (found, processes) = look(&active.machine.begun.services[*service], held);
-                let added = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
-                let (ports, sees_acts) = added.unwrap_or_default();
-                active.leaving.sees(*service, sees_acts);
+                let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
                 active.take(*service, 0, processes);
                 Some(match found {
                     Preflight::Found(mut found) => {
-                        found.ports = ports;
+                        found.ports = ports.unwrap_or_default();
                         Input::Found(*service, found)
                     }
                     Preflight::NotRunning => Input::NotRunning(*service),

@@ -48,6 +48,8 @@ pub(super) enum Waited {
     Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
     Unit(String, usize, UnitEnd),
+    /// What the processes of a service begin is followed now, and whether all of it is seen.
+    Followed(String, usize, bool),
     /// The threads of a service have been looked at, unless nobody answers.
     Copied(String, usize, Option<leaving::Copied>),
     /// And have names.
@@ -399,6 +401,9 @@ impl Driver {
                 self.step(Input::PrestopEnded(service, why));
             }
             Waited::Unit(id, service, end) if is_current(&id) => self.step(Input::Unit(service, end)),
+            Waited::Followed(id, service, is_seen) if is_current(&id) => {
+                self.active.iter_mut().for_each(|active| active.leaving.sees(service, is_seen));
+            }
             Waited::Copied(id, service, Some(copied)) if is_current(&id) => {
                 self.copied(id, service, copied);
             }
@@ -409,6 +414,7 @@ impl Driver {
             Waited::Member(..)
             | Waited::Prestop(..)
             | Waited::Unit(..)
+            | Waited::Followed(..)
             | Waited::Copied(..)
             | Waited::Named(..) => {}
             Waited::Registered(Some((name, identity))) => {

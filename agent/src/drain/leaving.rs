@@ -1,5 +1,5 @@
 //! What is left of the services of a drain that do not stop in time: asked for a moment before each is given up, and put
-//! together with what their processes have begun since the signal.
+//! together with what their processes have begun in the second half of their time.
 
 use std::{
     collections::HashMap,
@@ -62,7 +62,7 @@ pub(super) struct Leaving {
     signalled: HashMap<usize, (u64, bool)>,
     /// By pid and start.
     doings: HashMap<(u32, u64), Doings>,
-    /// What these have begun is seen.
+    /// Services whose processes are followed in what they begin, and whether all of that is seen.
     seen: HashMap<usize, bool>,
     /// Events of what is begun that were lost before the drain.
     lost_before: u64,
@@ -85,9 +85,27 @@ impl Leaving {
         Self { lost_before, ..Self::default() }
     }
 
-    /// Whether what the processes of a service begin is seen.
+    /// Whether what the processes of a service begin is seen from now on.
     pub(super) fn sees(&mut self, service: usize, is_seen: bool) {
-        *self.seen.entry(service).or_insert(true) &= is_seen;
+        self.seen.insert(service, is_seen);
+    }
+
+    /// Services that have used half of their time: from now on it is followed what they begin. Those that stop before cost
+    /// nothing.
+    pub(super) fn half(&mut self, machine: &Machine, now: u64) -> Vec<usize> {
+        let due: Vec<usize> =
+            self.not_followed(machine).filter(|(_, half)| now >= *half).map(|(at, _)| at).collect();
+        for service in &due {
+            self.seen.insert(*service, false);
+        }
+        due
+    }
+
+    /// Services that still run, and when half of their time is over.
+    fn not_followed<'a>(&'a self, machine: &'a Machine) -> impl Iterator<Item = (usize, u64)> {
+        let runs = machine.runs.iter().enumerate();
+        runs.filter(|(service, run)| is_stopping(run) && !self.seen.contains_key(service))
+            .map(|(service, run)| (service, run.began + nanos(run.grant) / 2))
     }
 
     /// A service has just got its signal.
@@ -102,11 +120,13 @@ impl Leaving {
     /// When the next look is due, or a service that waits for one is given up.
     pub(super) fn next(&self, machine: &Machine, now: u64) -> Option<u64> {
         let look = self.not_looked_at(machine).map(|(_, run)| run.deadline().saturating_sub(lead(run))).min();
+        let held_by = machine;
         let machine = match self.held(machine, now) {
             Some(until) => machine.next().map(|next| next.max(until)),
             None => machine.next(),
         };
-        [look, machine].into_iter().flatten().min()
+        let half = self.not_followed(held_by).map(|(_, half)| half).min();
+        [look, half, machine].into_iter().flatten().min()
     }
 
     /// Services that are to be looked at now.

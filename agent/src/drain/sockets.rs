@@ -47,6 +47,11 @@ fn ask<T>(asker: &Asker, request: impl FnOnce(std::sync::mpsc::SyncSender<T>) ->
     answer.recv_timeout(ANSWER).ok()
 }
 
+/// Follows what processes open, and says whether all of it is seen. Takes a moment.
+pub(super) fn follow_acts(asker: &Asker, processes: Vec<(u32, u64)>) -> bool {
+    ask(asker, |done| SocketRequest::Acts { processes, done }).unwrap_or(false)
+}
+
 impl Sockets {
     /// Begins to follow, for so many services.
     pub(super) fn begin(asker: &Asker, services: usize) -> Self {
@@ -67,23 +72,21 @@ impl Sockets {
         self.before.lost_acts
     }
 
-    /// Follows the processes of a service and the ports on which they listen, which are returned; and whether it is seen
-    /// what its processes begin.
-    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> (Vec<u32>, bool) {
+    /// Follows the processes of a service and the ports on which they listen, which are returned.
+    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> Vec<u32> {
         let mut ports: Vec<Port> =
             processes.iter().flat_map(|process| facts::ports(process.identity.pid)).collect();
         ports.sort_unstable_by_key(|port| (port.netns, port.port));
         ports.dedup();
         let known = processes.iter().map(|process| (process.identity.pid, process.identity.start_ticks));
         let (processes, numbers) = (known.collect(), ports.iter().map(|port| port.port).collect());
-        let mut sees_acts = None;
         if let Some(slot) = slot(service)
             && !self.is_silent
         {
-            sees_acts = ask(&self.ask, |done| SocketRequest::Add { slot, ports, processes, done });
-            self.is_silent = sees_acts.is_none();
+            let done = ask(&self.ask, |done| SocketRequest::Add { slot, ports, processes, done });
+            self.is_silent = done.is_none();
         }
-        (numbers, sees_acts == Some(true))
+        numbers
     }
 
     /// What a batch of events tells of each service.

@@ -6,7 +6,7 @@ use super::{
     super::{
         active::Active,
         course::{Fact, Input, Phase},
-        leaving,
+        leaving, sockets,
     },
     Driver, Waited,
 };
@@ -15,6 +15,7 @@ use crate::clock;
 impl Driver {
     /// What is given up now is counted before, and what is left of it looked at.
     pub(super) fn due(&mut self) {
+        self.follow_what_they_begin();
         self.look_at_what_is_left();
         let is_held = |active: &Active| active.leaving.held(&active.machine, clock::boottime()).is_some();
         if self.active.as_ref().is_some_and(is_held) {
@@ -28,6 +29,19 @@ impl Driver {
             left.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
         }
         self.step(Input::Time);
+    }
+
+    fn follow_what_they_begin(&mut self) {
+        let Some(active) = &mut self.active else { return };
+        for service in active.leaving.half(&active.machine, clock::boottime()) {
+            let wanted = active.leaving.wanted(&active.machine, service);
+            let processes = wanted.into_iter().map(|(key, _)| key).collect();
+            let (ask, id) = (self.ask.clone(), active.machine.begun.id.clone());
+            self.waits.push(Box::pin(async move {
+                let seen = spawn_blocking(move || sockets::follow_acts(&ask, processes)).await;
+                Waited::Followed(id, service, seen.unwrap_or(false))
+            }));
+        }
     }
 
     /// Begins to look at what does not stop in time: that takes a moment, for which nothing else waits.
