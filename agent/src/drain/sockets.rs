@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// For the observer to answer: it may be amid a pass over a large host.
-const ANSWER: Duration = Duration::from_secs(1);
+const ANSWER: Duration = Duration::from_secs(2);
 const KILL: u32 = 9;
 
 /// What is followed for a drain under way.

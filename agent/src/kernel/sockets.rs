@@ -8,6 +8,7 @@ use aya::{
     maps::{HashMap, MapData, MapError, PerCpuArray, PerCpuValues},
 };
 use plumb_common::{
+    offsets,
     sockets::{self, COUNTERS, SLOTS},
     task::ProcKey,
 };
@@ -16,7 +17,7 @@ use super::{
     btf::Facts,
     fds::{Attached, attach, unload},
     load::{Kernel, Sockets, load},
-    programs::{PROGRAMS, Program, Status, Verdict},
+    programs::{Hook, PROGRAMS, Program, Status, Verdict},
 };
 
 /// Ways to see the same, the better ones first: the others are not needed.
@@ -122,13 +123,30 @@ impl SocketHooks {
                 Err(verdict) => verdict,
             },
             // Whether a function may be followed is known only when it is.
-            Ok(()) => match attach(ebpf, program) {
-                Ok(_) => Verdict::Loaded,
-                Err(verdict) => verdict,
-            },
+            Ok(()) => {
+                match attach(ebpf, program).map(drop).and_then(|()| renew(ebpf, program, btf, &known.offsets))
+                {
+                    Ok(()) => Verdict::Loaded,
+                    Err(verdict) => verdict,
+                }
+            }
             Err(verdict) => verdict,
         }
     }
+}
+
+/// Before 5.13 a program on a function can be attached once: then it is loaded again, and not only when it is needed.
+fn renew(
+    ebpf: &mut aya::Ebpf,
+    program: &Program,
+    btf: &Btf,
+    known: &[u32; offsets::LEN],
+) -> Result<(), Verdict> {
+    if !matches!(program.hook, Hook::Entry(_)) || attach(ebpf, program).is_ok() {
+        return Ok(());
+    }
+    unload(ebpf, program)?;
+    load(ebpf, program, btf, known)
 }
 
 /// A program before this one that sees the same.
@@ -154,31 +172,37 @@ impl Kernel {
         if let Err(error) = self.forget_connections() {
             tracing::warn!("what was known of connections is not forgotten: {error}");
         }
+        let mut btf = None;
         for at in 0..self.programs.len() {
             let Status { program, verdict } = &self.programs[at];
             if !program.sockets || !matches!(verdict, Verdict::Loaded | Verdict::Attached) {
                 continue;
             }
-            let verdict = if on { self.attach_again(program) } else { Verdict::Loaded };
-            self.programs[at].verdict = verdict;
+            let verdict = match on {
+                true => attach(&mut self.ebpf, program).map(|link| self.sockets.attached.push(link)),
+                false => self.renew(program, &mut btf),
+            };
+            self.programs[at].verdict = match verdict {
+                Ok(()) if on => Verdict::Attached,
+                Ok(()) => Verdict::Loaded,
+                Err(verdict) => verdict,
+            };
         }
     }
 
-    fn attach_again(&mut self, program: &'static Program) -> Verdict {
-        let attached = attach(&mut self.ebpf, program).or_else(|_| {
-            // Before 5.13 a program on a function can be attached once: then it is loaded again.
-            let btf = Btf::from_sys_fs().map_err(|error| Verdict::Broken { why: error.to_string() })?;
-            unload(&mut self.ebpf, program)?;
-            load(&mut self.ebpf, program, &btf, &self.offsets)?;
-            attach(&mut self.ebpf, program)
-        });
-        match attached {
-            Ok(link) => {
-                self.sockets.attached.push(link);
-                Verdict::Attached
-            }
-            Err(verdict) => verdict,
+    /// Makes a program ready for the next time. The kernel's types are read for that only where they are needed.
+    fn renew(&mut self, program: &'static Program, btf: &mut Option<Btf>) -> Result<(), Verdict> {
+        if !matches!(program.hook, Hook::Entry(_)) || attach(&mut self.ebpf, program).is_ok() {
+            return Ok(());
         }
+        let types = match btf {
+            Some(types) => types,
+            None => {
+                let types = Btf::from_sys_fs();
+                btf.insert(types.map_err(|error| Verdict::Broken { why: error.to_string() })?)
+            }
+        };
+        renew(&mut self.ebpf, program, types, &self.offsets)
     }
 
     /// How many connections are known.
