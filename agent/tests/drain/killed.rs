@@ -16,7 +16,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::{
-    Host, pid,
+    Host, alone, pid,
     support::{Running, TempDir, plumb},
 };
 
@@ -128,6 +128,7 @@ fn check(host: &Host, report: &Value, last: &str, prestops: &str) {
 
 #[test]
 fn an_agent_that_is_killed_at_any_step_is_followed_by_one_that_goes_on_and_signals_nobody_twice() {
+    let _alone = alone();
     let (next, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let killed = Mutex::new(BTreeSet::new());
     scope(|scope| {

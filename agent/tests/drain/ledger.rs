@@ -12,7 +12,7 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Host,
+    Host, alone,
     tiers::{Folder, Server},
 };
 
@@ -206,6 +206,7 @@ fn register(host: &Host, server: &Server, stop: &[&str]) {
 #[test]
 fn three_tiers_that_stop_by_their_own_signals_lose_nothing_that_was_accepted_and_the_report_says_what_their_clients_say()
  {
+    let _alone = alone();
     let (host, folder) = (Host::new(""), Folder::new());
     for round in 0..rounds() {
         let servers = folder.tiers();
@@ -227,6 +228,7 @@ fn three_tiers_that_stop_by_their_own_signals_lose_nothing_that_was_accepted_and
 
 #[test]
 fn nginx_that_quits_before_clients_that_keep_their_connections_loses_what_they_say() {
+    let _alone = alone();
     let (host, folder) = (Host::new(""), Folder::new());
     for round in 0..rounds() {
         let server = folder.nginx(None);
@@ -242,6 +244,7 @@ fn nginx_that_quits_before_clients_that_keep_their_connections_loses_what_they_s
 
 #[test]
 fn nginx_that_gets_the_wrong_signal_is_lossy_with_what_its_clients_lost() {
+    let _alone = alone();
     let (host, folder) = (Host::new(""), Folder::new());
     for round in 0..rounds() {
         let servers = folder.tiers();

@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Output},
+    sync::{Mutex, MutexGuard, PoisonError},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -28,6 +29,12 @@ mod tiers;
 mod booted;
 
 use support::{Running, TempDir, free_port, plumb};
+
+/// For tests that use all processors there are: one at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// An agent with folders of its own, which stay when it is killed.
 struct Host {

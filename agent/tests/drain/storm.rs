@@ -15,7 +15,7 @@ use std::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Host, client::Client, subject::Subject, support::kernel_is_before};
+use super::{Host, alone, client::Client, subject::Subject, support::kernel_is_before};
 
 /// Operations without PLUMB_DRAIN_OPERATIONS.
 const OPERATIONS: u64 = 4000;
@@ -397,6 +397,7 @@ impl Storm {
 
 #[test]
 fn in_a_storm_of_ends_execs_and_numbers_used_again_nobody_gets_a_signal_that_was_not_meant_for_him() {
+    let _alone = alone();
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     let seed = number("PLUMB_DRAIN_SEED").unwrap_or(now);
     let operations = number("PLUMB_DRAIN_OPERATIONS").unwrap_or(OPERATIONS);
