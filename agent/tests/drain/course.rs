@@ -134,3 +134,28 @@ fn prestop_runs_before_the_signal_and_what_it_says_is_told() {
     assert_eq!(web["verdict"], "clean", "{report:#}");
     assert!(web["notes"].to_string().contains("prestop failed (exit status: 3)"), "{report:#}");
 }
+
+#[test]
+fn what_a_service_says_of_its_requests_counts() {
+    let host = Host::new("");
+    let (busy, idle) = (host.server("busy", "0.1"), host.server("idle", "0.1"));
+    let says = |name: &str, requests: i64| {
+        let path = format!("/v1/services/{name}/in-flight");
+        host.admin().ask("PUT", &path, Some(&json!({ "requests": requests }))).0
+    };
+    assert_eq!(says("busy", 3), 404);
+    for (name, server) in [("busy", &busy), ("idle", &idle)] {
+        host.register(name, server.pid());
+        assert_eq!(says(name, 3), 204);
+    }
+    assert_eq!((says("idle", 0), says("idle", -1)), (204, 400));
+    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    for (name, verdict, requests) in [("busy", "lossy", 3), ("idle", "clean", 0)] {
+        let service = service(&report, name);
+        assert_eq!(
+            (&service["verdict"], &service["in_flight"]),
+            (&json!(verdict), &json!(requests)),
+            "{report}"
+        );
+    }
+}
