@@ -228,7 +228,9 @@ fn came_late(sk: u64, slot: u32, port: Port) {
     }
     let (course, peer) = (course(sk), peer_of(sk, port));
     let unread = course.received.wrapping_sub(course.copied);
-    if unread > 0 {
+    // SAFETY: the value is read at once.
+    let is_told = unsafe { maps::CLOSED.get(peer) }.is_some_and(|marks| *marks & TOLD != 0);
+    if unread > 0 && !is_told {
         let _ = maps::CLOSED.insert(peer, TOLD, 0);
         tell(slot, peer, LOST_UNREAD, used(&course) | exiting(), (unread, course.unsent));
     }
