@@ -67,7 +67,8 @@ fn kill_at(entries: usize, later: Duration) -> Option<String> {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
     let mut drain = plumb();
-    drain.args(["drain", "--all", "--deadline", "15s"]).env("PLUMB_RUN_DIR", host.run_dir());
+    // Time for an agent to start on a machine that has other things to do, too.
+    drain.args(["drain", "--all", "--deadline", "60s"]).env("PLUMB_RUN_DIR", host.run_dir());
     let mut drain = Running(drain.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     let mut was_there = false;
     loop {
