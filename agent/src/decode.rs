@@ -153,6 +153,6 @@ mod tests {
             assert_eq!(event(&bytes[..found]), Err(error));
         }
         assert_eq!(event(&bytes[..3]), Err(Rejected::TooShort(3)));
-        assert_eq!(event(&[9, 0, 0, 0]), Err(Rejected::UnknownKind(9)));
+        assert_eq!(event(&[99, 0, 0, 0]), Err(Rejected::UnknownKind(99)));
     }
 }

@@ -324,7 +324,11 @@ mod tests {
     #[test]
     fn a_look_is_due_a_second_before_the_deadline_and_once() {
         let (machine, mut leaving) = (machine(OnDeadline::Report), Leaving::default());
-        assert_eq!(leaving.next(&machine, 0), Some(DEADLINE - 1_000 * MS));
+        assert_eq!(leaving.next(&machine, 0), Some(DEADLINE / 2), "then what it begins is followed");
+        assert!(leaving.half(&machine, DEADLINE / 2 - 1).is_empty());
+        assert_eq!(leaving.half(&machine, DEADLINE / 2), [0]);
+        assert!(leaving.half(&machine, DEADLINE).is_empty());
+        assert_eq!(leaving.next(&machine, DEADLINE / 2), Some(DEADLINE - 1_000 * MS));
         assert!(leaving.due(&machine, DEADLINE - 1_001 * MS).is_empty());
         assert_eq!(leaving.due(&machine, DEADLINE - 1_000 * MS), [0]);
         assert!(leaving.due(&machine, DEADLINE).is_empty());
@@ -336,6 +340,7 @@ mod tests {
         for (on_deadline, without_names) in [(OnDeadline::Report, true), (OnDeadline::Kill, false)] {
             let (machine, mut leaving) = (machine(on_deadline), Leaving::default());
             assert_eq!(leaving.held(&machine, DEADLINE), None, "nobody looks at it");
+            leaving.half(&machine, DEADLINE / 2);
             leaving.due(&machine, DEADLINE - 1);
             let until = DEADLINE + 100 * MS;
             assert_eq!(leaving.held(&machine, DEADLINE - 1), None);

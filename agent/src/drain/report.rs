@@ -502,7 +502,7 @@ mod tests {
         );
         let (_, why) =
             ended(libc::SIGKILL, vec![killed, Fact::NoMemory { at: 6 }, lost(Class::Unanswered, 2, 0)]);
-        assert!(why.contains("no memory left") && why.contains("2 requests lost"), "{why}");
+        assert!(why.contains("want of memory") && why.contains("2 requests lost"), "{why}");
         assert_eq!(ended(libc::SIGKILL, Vec::new()).1, "somebody else sent KILL");
     }
 }
