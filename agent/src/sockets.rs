@@ -9,6 +9,7 @@ use plumb_common::{
 };
 
 use crate::{
+    drain,
     follow::{Follow, Who},
     kernel::{Kernel, SocketCounts},
 };
@@ -18,8 +19,8 @@ use crate::{
 pub(crate) enum SocketRequest {
     /// Follow; the answer is what this kernel does not show.
     Begin(SyncSender<Vec<String>>),
-    /// From now on these ports and processes, by number and start, are those of a slot.
-    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<()> },
+    /// From now on these ports and processes, by number and start, are those of a slot; the answer is whether that is so.
+    Add { slot: u32, ports: Vec<Port>, processes: Vec<(u32, u64)>, done: SyncSender<bool> },
     /// From now on it is followed what these processes open; the answer is whether all of it is seen.
     Acts { processes: Vec<(u32, u64)>, done: SyncSender<bool> },
     /// What was counted since the programs were loaded; nothing if nobody is followed any more.
@@ -47,9 +48,6 @@ pub(crate) struct Sockets {
     acting: Vec<ProcKey>,
 }
 
-/// `USER_HZ`, in which /proc tells when a process was started.
-const TICKS: u64 = 100;
-
 impl Sockets {
     /// Does what is asked for. Whoever asked may not wait any more.
     pub(crate) fn answer(
@@ -73,10 +71,11 @@ impl Sockets {
                 let _ = reply.send(words);
             }
             SocketRequest::Add { slot, ports, processes, done } => {
-                if let Err(error) = self.add(kernel, slot, ports, &processes) {
+                let added = self.add(kernel, slot, ports, &processes);
+                if let Err(error) = &added {
                     tracing::warn!("a service's sockets are not followed: {error:#}");
                 }
-                let _ = done.send(());
+                let _ = done.send(added.is_ok());
             }
             SocketRequest::Acts { processes, done } => {
                 let seen = self.follow_acts(kernel, follow, &processes).unwrap_or_else(|error| {
@@ -145,22 +144,19 @@ impl Sockets {
 
 /// Of processes by number and start.
 fn keys(kernel: &mut Kernel, processes: &[(u32, u64)]) -> anyhow::Result<Vec<ProcKey>> {
-    let is_meant =
-        |key: &ProcKey| processes.contains(&(key.tgid, key.start_boottime / (1_000_000_000 / TICKS)));
+    let is_meant = |key: &ProcKey| processes.contains(&(key.tgid, drain::ticks(key.start_boottime)));
     Ok(kernel.processes()?.iter().map(|record| record.key).filter(is_meant).collect())
 }
 
 fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {
     let counts = (0..SLOTS).map(|slot| kernel.socket_counts(slot)).collect::<Result<_, _>>().ok()?;
     let ledger = kernel.counts().ok()?;
-    let of = |source| counts::LOSSES.iter().map(|outcome| ledger.of(source, *outcome)).sum::<u64>();
-    let lost = of(counts::SIGNAL) + of(counts::SOCKET) + rejected + kernel.not_run();
+    let lost = ledger.lost(counts::SIGNAL) + ledger.lost(counts::SOCKET) + rejected + kernel.not_run();
     Some(SocketLedger { counts, lost, lost_acts: lost_acts(kernel, rejected) })
 }
 
 /// Events of new fds, threads and processes that are missing since the programs were loaded; all where that cannot be read.
 pub(crate) fn lost_acts(kernel: &Kernel, rejected: u64) -> u64 {
     let Ok(ledger) = kernel.counts() else { return u64::MAX };
-    let of = |source| counts::LOSSES.iter().map(|outcome| ledger.of(source, *outcome)).sum::<u64>();
-    of(counts::FD) + of(counts::CLONE) + rejected + kernel.not_run()
+    ledger.lost(counts::FD) + ledger.lost(counts::CLONE) + rejected + kernel.not_run()
 }

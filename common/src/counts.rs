@@ -55,6 +55,12 @@ impl Counts {
         self.0[index(source, outcome) as usize]
     }
 
+    /// Events of a source that are missing.
+    #[must_use]
+    pub fn lost(&self, source: u32) -> u64 {
+        LOSSES.iter().map(|outcome| self.of(source, *outcome)).sum()
+    }
+
     /// Time that the fd programs took, in nanoseconds; 0 unless trees are followed.
     #[must_use]
     pub fn spent(&self) -> u64 {

@@ -57,7 +57,7 @@ impl Driver {
                 active.take(*service, 0, processes);
                 Some(match found {
                     Preflight::Found(mut found) => {
-                        found.ports = ports.unwrap_or_default();
+                        (found.ports, found.knows_ports) = ports.unwrap_or_default();
                         Input::Found(*service, found)
                     }
                     Preflight::NotRunning => Input::NotRunning(*service),

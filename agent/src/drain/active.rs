@@ -16,7 +16,7 @@ use super::{
     command::{Listed, Preflight},
     course::{Entry, Found, Input, Member, MemberRun, Phase},
     facts,
-    identity::{Identity, TICKS},
+    identity::{Identity, ticks},
     journal::Journal,
     leaving::Leaving,
     machine::Machine,
@@ -158,7 +158,7 @@ impl Active {
         // A supervisor may be quicker than this task: the kernel's word on when it ended comes first.
         let end = |one: &MemberRun| one.exited.or(one.gone);
         let last = run.members.iter().filter_map(end).max().or(run.gone).unwrap_or(0);
-        let ended = last / (1_000_000_000 / TICKS);
+        let ended = ticks(last);
         let known =
             |identity: &Identity| run.members.iter().any(|one| one.member.identity.is_same_process(identity));
         let found = match &target {

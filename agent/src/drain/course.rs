@@ -53,6 +53,9 @@ pub(crate) struct Found {
     /// On which it listens.
     #[serde(default)]
     pub ports: Vec<u32>,
+    /// These are all.
+    #[serde(default)]
+    pub knows_ports: bool,
     /// By which systemd asks the unit to stop.
     #[serde(default)]
     pub kill_signal: Option<i32>,

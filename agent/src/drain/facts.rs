@@ -13,7 +13,10 @@ use plumb_common::sockets::Port;
 use procfs::net::{TcpNetEntry, TcpState};
 use serde::Serialize;
 
-use super::{matching::own_sockets, process::Process};
+use super::{
+    matching::{own_sockets, sockets_of},
+    process::Process,
+};
 use crate::text;
 
 /// Threads whose signal mask is read at most.
@@ -125,18 +128,16 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
     process.is_alive().then_some(facts)
 }
 
-/// The ports on which a process listens, each with its network namespace.
+/// The ports on which a process listens, each with its network namespace; nothing where that cannot be read.
 #[must_use]
-pub(crate) fn ports(pid: u32) -> HashSet<Port> {
-    let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).map(|found| found.ino());
-    let Some(netns) = namespace.ok().and_then(|inode| u32::try_from(inode).ok()) else {
-        return HashSet::new();
-    };
-    let sockets = own_sockets(pid);
+pub(crate) fn ports(pid: u32) -> Option<HashSet<Port>> {
+    let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
+    let netns = u32::try_from(namespace.ino()).ok()?;
+    let sockets = sockets_of(pid)?;
     let tables = if sockets.is_empty() { Vec::new() } else { tcp(pid) };
     let listens =
         tables.iter().filter(|entry| entry.state == TcpState::Listen && sockets.contains(&entry.inode));
-    listens.map(|entry| Port { netns, port: u32::from(entry.local_address.port()) }).collect()
+    Some(listens.map(|entry| Port { netns, port: u32::from(entry.local_address.port()) }).collect())
 }
 
 /// A set of signals, as proc_pid_status(5) has it.

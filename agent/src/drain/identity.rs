@@ -3,8 +3,14 @@
 use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
-/// `USER_HZ` of all Linux on x86.
-pub(super) const TICKS: u64 = 100;
+/// `USER_HZ` of all Linux on x86: in such parts of a second /proc tells when a process was started.
+pub(crate) const TICKS: u64 = 100;
+
+/// A time since boot as /proc has it, from nanoseconds.
+#[must_use]
+pub(crate) const fn ticks(nanoseconds: u64) -> u64 {
+    nanoseconds / (1_000_000_000 / TICKS)
+}
 
 /// A process as it was when it was looked at through a pidfd of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +44,7 @@ impl Identity {
     /// Whether it is the process of an event.
     #[must_use]
     pub(crate) const fn is(&self, process: ProcKey) -> bool {
-        self.pid == process.tgid && self.start_ticks == process.start_boottime / (1_000_000_000 / TICKS)
+        self.pid == process.tgid && self.start_ticks == ticks(process.start_boottime)
     }
 
     /// Why `now` is not what was registered, although it may be the same process.

@@ -14,7 +14,7 @@ use plumb_common::{
 
 use super::{
     course::{Fact, Phase, Run, nanos},
-    identity::TICKS,
+    identity::ticks,
     machine::Machine,
     service::Signal,
 };
@@ -248,10 +248,6 @@ fn is_the_stop(run: &Run, signal: &SignalEvent) -> bool {
     let is_systemds = run.found.unit.is_some() && by == 1 && Signal::by_number(number).is_some();
     let is_own = by == std::process::id() && run.signals.contains(&number);
     signal.what == SIGNAL_GENERATED && (is_systemds || is_own)
-}
-
-fn ticks(start_boottime: u64) -> u64 {
-    start_boottime / (1_000_000_000 / TICKS)
 }
 
 /// Without stacks.

@@ -123,12 +123,17 @@ fn holds(pid: u32, sockets: &HashSet<u64>) -> bool {
 
 /// Inodes of the sockets that a process has open.
 pub(super) fn own_sockets(pid: u32) -> HashSet<u64> {
+    sockets_of(pid).unwrap_or_default()
+}
+
+/// As `own_sockets`; nothing where that cannot be read.
+pub(super) fn sockets_of(pid: u32) -> Option<HashSet<u64>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd"));
     let inode = |entry: std::io::Result<fs::DirEntry>| {
         let target = fs::read_link(entry.ok()?.path()).ok()?;
         target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
     };
-    entries.map(|entries| entries.filter_map(inode).collect()).unwrap_or_default()
+    Some(entries.ok()?.filter_map(inode).collect())
 }
 
 /// The process that a pidfile names, if the file was written by it or root, and for it: an older process has left

@@ -226,7 +226,7 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             let requests = run.seen.in_flight.unwrap_or(0);
             (Verdict::Lossy, format!("it said that it worked on {requests} requests, and ended"))
         }
-        _ if !run.found.ports.is_empty() && !run.seen.unseen.is_empty() => {
+        _ if (!run.found.ports.is_empty() || !run.found.knows_ports) && !run.seen.unseen.is_empty() => {
             let why = run.seen.unseen.join("; ");
             (Verdict::Lossy, format!("it may have lost requests that nobody saw: {why}"))
         }
@@ -454,6 +454,20 @@ mod tests {
         },
         *,
     };
+
+    #[test]
+    fn ports_that_could_not_be_read_are_not_taken_for_none() {
+        for (knows_ports, expected) in [(true, Verdict::Clean), (false, Verdict::Lossy)] {
+            let mut run = Run::new();
+            let member = Member { identity: Identity::example(7), is_root: true, command: String::new() };
+            run.members = vec![of_member(member)];
+            run.found.knows_ports = knows_ports;
+            (run.phase, run.gone) = (Phase::Settled, Some(9));
+            saw(&mut run, &Fact::Exit { member: 0, status: 0, time: 8 });
+            saw(&mut run, &Fact::Unseen { why: "its ports could not be read".to_owned() });
+            assert_eq!(verdict(&run).unwrap().0, expected);
+        }
+    }
 
     /// A service with a listener that got TERM, ended in time, and is not expected back.
     fn ended(status: i32, facts: Vec<Fact>) -> (Verdict, String) {

@@ -1,14 +1,14 @@
 //! What the kernel says of the sockets and signals of the services of a drain: asked for, and put together by service.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     sync::mpsc::{Receiver, sync_channel},
     time::Duration,
 };
 
 use plumb_common::{
     sockets::{
-        COUNTERS, LISTENER_CLOSED, Port, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, SLOTS, Signal,
+        COUNTERS, LISTENER_CLOSED, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, SLOTS, Signal,
         Socket,
     },
     task::ProcKey,
@@ -37,6 +37,8 @@ pub(super) struct Sockets {
     pub(super) missing: Vec<String>,
     tallies: Vec<Tally>,
     before: SocketLedger,
+    /// Services whose ports are not followed, or not all of them.
+    unfollowed: HashSet<usize>,
     /// It has not answered once, and is not waited for again.
     is_silent: bool,
 }
@@ -63,6 +65,7 @@ impl Sockets {
             missing: missing.unwrap_or_default(),
             tallies: vec![Tally::default(); services],
             before: before.unwrap_or_default(),
+            unfollowed: HashSet::new(),
             is_silent,
         }
     }
@@ -72,10 +75,16 @@ impl Sockets {
         self.before.lost_acts
     }
 
-    /// Follows the processes of a service and the ports on which they listen, which are returned.
-    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> Vec<u32> {
-        let mut ports: Vec<Port> =
-            processes.iter().flat_map(|process| facts::ports(process.identity.pid)).collect();
+    /// Follows the processes of a service and the ports on which they listen, which are returned; and whether these are all.
+    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> (Vec<u32>, bool) {
+        let (mut ports, mut are_all) = (Vec::new(), true);
+        for process in processes {
+            match facts::ports(process.identity.pid) {
+                Some(found) => ports.extend(found),
+                // Who has gone listens nowhere.
+                None => are_all &= !process.is_alive(),
+            }
+        }
         ports.sort_unstable_by_key(|port| (port.netns, port.port));
         ports.dedup();
         let known = processes.iter().map(|process| (process.identity.pid, process.identity.start_ticks));
@@ -85,8 +94,12 @@ impl Sockets {
         {
             let done = ask(&self.ask, |done| SocketRequest::Add { slot, ports, processes, done });
             self.is_silent = done.is_none();
+            are_all &= done != Some(false);
         }
-        numbers
+        if !are_all {
+            self.unfollowed.insert(service);
+        }
+        (numbers, are_all)
     }
 
     /// What a batch of events tells of each service.
@@ -126,6 +139,9 @@ impl Sockets {
         }
         if !self.missing.is_empty() {
             return unseen(format!("this kernel does not show {}", self.missing.join("; ")));
+        }
+        if self.unfollowed.contains(&service) {
+            return unseen("its ports could not be read, or not be followed".to_owned());
         }
         let answer = if self.is_silent { None } else { ask(&self.ask, SocketRequest::Count) };
         self.is_silent = answer.is_none();

@@ -412,7 +412,7 @@ impl Follower {
     /// What was not seen.
     pub(super) fn losses(&self) -> Result<Losses, Failure> {
         let counts = self.kernel.counts()?;
-        let of_stacks: u64 = counts::LOSSES.iter().map(|outcome| counts.of(counts::STACK, *outcome)).sum();
+        let of_stacks: u64 = counts.lost(counts::STACK);
         Ok(Losses {
             events: view::lost(&counts) + self.ring.ledger().rejected + self.kernel.not_run(),
             stacks: of_stacks.saturating_sub(self.tables_lost) + self.ring.stack_ledger().rejected,

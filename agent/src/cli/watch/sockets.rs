@@ -173,7 +173,7 @@ impl Followed {
     pub(in crate::cli) fn look(&mut self, kernel: &mut Kernel, pid: u32) -> anyhow::Result<()> {
         let records = kernel.processes()?;
         for key in with_descendants(&records, pid) {
-            for port in drain::ports(key.tgid) {
+            for port in drain::ports(key.tgid).unwrap_or_default() {
                 if self.ports.insert(port) {
                     kernel.follow_port(port, SLOT)?;
                 }
