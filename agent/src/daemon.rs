@@ -36,7 +36,7 @@ use crate::{
     report,
     services::{self, Services},
     stacks::{self, Done},
-    state::StateDir,
+    state::{self, StateDir},
     subscribe::Subscribers,
     supervisor::{Supervisor, on_thread},
     view::HostView,
@@ -135,6 +135,8 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     let settings = config.settings.clone();
     let state = state_dir(&config.state_dir);
     let kept_in = state.as_ref().map(|_| config.state_dir.clone());
+    let keeper = state.clone().map(state::keeper);
+    let findings = keeper.as_ref().map(|(newest, _)| newest.clone());
     let (host, format, counted, published) =
         (host_limits(), config.log_format, own.clone(), subscribers.clone());
     supervisor.spawn("table", move |stop| {
@@ -147,14 +149,10 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         if let Some(state) = &state {
             restore(&mut detector, state);
         }
-        let kept = state.clone();
+        let newest = findings.clone();
         let keep = Box::new(move |saved| {
-            if let Some(state) = &kept {
-                // A slow disk must not hold up other tasks of this thread.
-                let done = tokio::task::block_in_place(|| state.save(saved));
-                if let Err(error) = done {
-                    tracing::warn!("findings are not kept: {error:#}");
-                }
+            if let Some(newest) = &newest {
+                newest.send_replace(saved);
             }
         });
         let host = Host::new(detector, ask.clone(), views.clone(), published.clone(), report, keep);
@@ -226,6 +224,12 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     }
     tracing::info!("stops");
     let late = supervisor.stop(STOP_DEADLINE).await;
+    if let Some((newest, keeper)) = keeper {
+        drop(newest);
+        if tokio::time::timeout(STOP_DEADLINE, keeper).await.is_err() {
+            tracing::warn!("the last findings are not kept: the disk is slow");
+        }
+    }
     drop((socket, open_socket));
     drop(lock);
     if late.is_empty() {
@@ -349,6 +353,7 @@ fn spawn_drain(
         boot_id: boot_id(),
         refused: (!kernel::sees_host_pids())
             .then(|| "plumb is not in the pid namespace of the host: it sees other numbers".to_owned()),
+        run_dir: config.run_dir.clone(),
         state_dir,
     };
     let refused = |why: drain::Refusal| {

@@ -10,6 +10,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::watch,
+    task::{JoinHandle, spawn_blocking},
+};
 
 use crate::detect::Saved;
 
@@ -91,6 +95,21 @@ impl StateDir {
     }
 }
 
+/// Keeps what is sent last, beside whoever sends it: a slow disk holds up nobody. The task ends when all senders are gone
+/// and the last is kept.
+pub(crate) fn keeper(state: StateDir) -> (watch::Sender<Vec<Saved>>, JoinHandle<()>) {
+    let (newest, mut given) = watch::channel(Vec::new());
+    let keeper = tokio::spawn(async move {
+        while given.changed().await.is_ok() {
+            let (saved, state) = (given.borrow_and_update().clone(), state.clone());
+            if let Ok(Err(error)) = spawn_blocking(move || state.save(saved)).await {
+                tracing::warn!("findings are not kept: {error:#}");
+            }
+        }
+    });
+    (newest, keeper)
+}
+
 /// Puts a file in the place of another one, for its owner only: all of it is on the disk, or what was there is.
 pub(crate) fn replace(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let draft = folder.join(format!("{name}.new"));
@@ -140,6 +159,20 @@ mod tests {
         assert_eq!(state.load().unwrap(), [saved.clone(), saved]);
         assert!(folder.open("another").unwrap().load().unwrap().is_empty());
         assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_last_is_kept_when_nobody_sends_any_more() {
+        let folder = Folder::new("keeper");
+        let state = folder.open("boot").unwrap();
+        let (newest, keeper) = keeper(state.clone());
+        let saved = crate::detect::Saved::example();
+        for many in 0..=100 {
+            newest.send_replace(vec![saved.clone(); many]);
+        }
+        drop(newest);
+        keeper.await.unwrap();
+        assert_eq!(state.load().unwrap().len(), 100);
     }
 
     #[test]

@@ -69,7 +69,8 @@ impl Machine {
                 run.signals.push(*signal);
                 members.iter().for_each(|member| run.members[*member].sent = Sent::Perhaps);
                 if *signal == libc::SIGKILL {
-                    (run.phase, run.is_killed) = (Phase::Killing, true);
+                    run.phase = Phase::Killing;
+                    run.killed.get_or_insert(*at);
                 }
             }
             Entry::Signalled { service, failed, .. } => {
@@ -118,7 +119,7 @@ impl Machine {
             Entry::More { at, service, members } => {
                 tell(*at, *service, format!("{} more processes", members.len()));
                 let run = &mut self.runs[*service];
-                run.phase = if run.is_killed { Phase::Killing } else { Phase::Stopping };
+                run.phase = if run.killed.is_some() { Phase::Killing } else { Phase::Stopping };
                 run.members.extend(members.iter().cloned().map(of_member));
             }
             Entry::AllGone { at, service } => {

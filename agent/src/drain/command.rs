@@ -83,7 +83,9 @@ pub(crate) enum Preflight {
 pub(crate) struct Settings {
     pub services: Vec<Service>,
     pub deadline: Duration,
-    /// Of the journal and the reports; without it nothing outlives the agent.
+    /// Of the journal and the registrations, which are for the next agent of this boot: in memory, no disk delays a stop.
+    pub run_dir: PathBuf,
+    /// Of the reports; without it only the last one is there, as long as the agent.
     pub state_dir: Option<PathBuf>,
     pub boot_id: String,
     /// Why nothing can be drained here.

@@ -331,7 +331,8 @@ pub(crate) struct Run {
     pub gone: Option<u64>,
     pub refused: Option<String>,
     pub is_late: bool,
-    pub is_killed: bool,
+    /// When it got KILL from plumb.
+    pub killed: Option<u64>,
     /// systemd is through with its unit, or cannot say.
     pub unit_stopped: bool,
     /// How systemd calls its end.
@@ -384,7 +385,7 @@ impl Run {
             gone: None,
             refused: None,
             is_late: false,
-            is_killed: false,
+            killed: None,
             unit_stopped: false,
             unit_result: None,
             again: None,

@@ -246,25 +246,23 @@ impl Driver {
 
     /// Keeps the registrations for the next agent.
     fn save(&self) {
-        let Some(folder) = &self.settings.state_dir else { return };
         let own: Vec<&Service> =
             self.registry.list().iter().filter(|service| self.held.contains_key(&service.name)).collect();
-        if let Err(error) = registrations::save(folder, &self.settings.boot_id, &own) {
+        if let Err(error) = registrations::save(&self.settings.run_dir, &self.settings.boot_id, &own) {
             tracing::warn!("registrations are not kept over a restart: {error}");
         }
     }
 
     /// Takes up the registrations of an agent before, as far as their processes are what they were.
     fn restore(&mut self) {
-        let Some(folder) = self.settings.state_dir.clone() else { return };
-        for service in registrations::load(&folder, &self.settings.boot_id) {
+        for service in registrations::load(&self.settings.run_dir, &self.settings.boot_id) {
             let Target::Process(meant) = &service.target else { continue };
             let Ok(process) = Process::open(meant.pid) else { continue };
             if meant.differs(&process.identity).is_none() && self.registry.add(service.clone()).is_ok() {
                 self.hold(&service, process);
             }
         }
-        let last = reports::last(&folder).map(Arc::new);
+        let last = self.settings.state_dir.as_deref().and_then(reports::last).map(Arc::new);
         self.views.send_modify(|view| view.drain = last);
         self.publish();
     }
@@ -338,10 +336,7 @@ impl Driver {
             services = selected.len(),
             "drains"
         );
-        let journal = match &self.settings.state_dir {
-            Some(folder) => Journal::create(folder).map_err(|error| error.to_string()),
-            None => Err("there is no state folder".to_owned()),
-        };
+        let journal = Journal::create(&self.settings.run_dir).map_err(|error| error.to_string());
         let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
         let registered = by_place(&begun.services, held);
         let (machine, actions) = Machine::begin(begun);

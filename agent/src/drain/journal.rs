@@ -1,4 +1,5 @@
-//! The journal of a drain under way: what an agent that was killed tells the next one.
+//! The journal of a drain under way: what an agent that was killed tells the next one of the same boot. It is in the run
+//! folder, which is in memory on most hosts: a stop that waits for a busy disk comes late.
 
 use std::{
     fs::{self, File},
@@ -54,7 +55,7 @@ impl Journal {
         Ok(Some((Self { file, path, len: whole as u64 }, entries)))
     }
 
-    /// Writes entries, and returns when they are on the disk.
+    /// Writes entries, and returns when they are as safe as the file system of the folder makes them.
     pub(super) fn append(&mut self, entries: &[Entry]) -> io::Result<()> {
         let mut text = Vec::new();
         for entry in entries {

@@ -141,7 +141,7 @@ impl Machine {
             Phase::Stopping => {
                 Some(self.late_signal(at).map_or(run.deadline(), |(due, _)| due.min(run.deadline())))
             }
-            Phase::Killing => Some(run.deadline() + nanos(KILL_GRACE)),
+            Phase::Killing => Some(given_up(run)),
             Phase::Gone => match run.looks {
                 0 => run.gone.map(|gone| gone + nanos(LOOK)),
                 1 => run.gone.map(|gone| gone + nanos(SETTLE)),
@@ -161,10 +161,8 @@ impl Machine {
 
     /// Services that the next `Input::Time` gives up.
     pub(crate) fn about_to_be_late(&self, now: u64) -> Vec<usize> {
-        let is_due = |run: &Run| {
-            let grace = if run.phase == Phase::Killing { nanos(KILL_GRACE) } else { 0 };
-            matches!(run.phase, Phase::Stopping | Phase::Killing) && now >= run.deadline() + grace
-        };
+        let is_due =
+            |run: &Run| matches!(run.phase, Phase::Stopping | Phase::Killing) && now >= given_up(run);
         (0..self.runs.len()).filter(|service| is_due(&self.runs[*service])).collect()
     }
 
@@ -437,7 +435,7 @@ impl Machine {
                     self.signal(now, service, signal.number(), out);
                 }
             }
-            Phase::Killing if now >= run.deadline() + nanos(KILL_GRACE) => {
+            Phase::Killing if now >= given_up(run) => {
                 self.record(out, Entry::Late { at: now, service });
             }
             Phase::Gone if run.looks < 2 && since(SETTLE) => {
@@ -488,6 +486,11 @@ impl Machine {
         let name = |service: &usize| &self.begun.services[*service].name;
         self.begun.stages.iter().map(|stage| stage.iter().map(name).collect()).collect()
     }
+}
+
+/// When nobody waits for a service any longer. An agent that takes the drain up may send KILL long after the deadline.
+fn given_up(run: &Run) -> u64 {
+    run.killed.map_or_else(|| run.deadline(), |killed| killed + nanos(KILL_GRACE))
 }
 
 #[cfg(test)]

@@ -71,20 +71,24 @@ struct World {
     /// How often each process got each signal.
     got: BTreeMap<(usize, usize, i32), u32>,
     /// Things that the agent still does before it is killed.
-    crashes: VecDeque<usize>,
+    crashes: VecDeque<Crash>,
     looked: BTreeSet<usize>,
     /// When systemd was asked to stop the unit of a service.
     asked: BTreeMap<usize, u64>,
 }
 
-struct Killed;
+/// After so many things the agent is killed, and the next one is there after so many ms.
+type Crash = (usize, u64);
+
+/// Time that the next agent takes, in ms.
+struct Killed(u64);
 
 impl World {
     fn begin(
         behaviours: Vec<Behaviour>,
         stages: Vec<Vec<usize>>,
         deadline: u64,
-        crashes: Vec<usize>,
+        crashes: Vec<Crash>,
     ) -> Self {
         let service = |(at, behaviour): (usize, &Behaviour)| Service {
             stop: Some(Stop {
@@ -129,11 +133,12 @@ impl World {
     /// Whether the agent is killed now.
     fn tick(&mut self) -> Result<(), Killed> {
         match self.crashes.front_mut() {
-            Some(0) => {
+            Some((0, away)) => {
+                let away = *away;
                 self.crashes.pop_front();
-                Err(Killed)
+                Err(Killed(away))
             }
-            Some(left) => {
+            Some((left, _)) => {
                 *left -= 1;
                 Ok(())
             }
@@ -142,16 +147,16 @@ impl World {
     }
 
     fn perform(&mut self, actions: Vec<Action>) {
-        if self.try_perform(actions).is_err() {
-            self.restart();
+        if let Err(Killed(away)) = self.try_perform(actions) {
+            self.restart(away);
         }
     }
 
-    fn restart(&mut self) {
+    fn restart(&mut self, away: u64) {
         self.watched.clear();
         // What the agent waited for it does not hear; the processes go on.
         self.due.retain(|(_, due)| matches!(due, Due::Dies(..)));
-        self.now += 700 * MS;
+        self.now += away * MS;
         self.pass();
         let Some(machine) = Machine::replay(self.journal.clone()) else {
             // It was killed before anything was written, and nothing was done: somebody asks again.
@@ -231,7 +236,7 @@ impl World {
                     }
                     *self.got.entry((service, number, signal)).or_default() += 1;
                     let dies = match signal {
-                        libc::SIGKILL => Some(0),
+                        libc::SIGKILL => Some(1),
                         _ => self.behaviours[service].stops.get(number).copied().flatten(),
                     };
                     if let Some(dies) = dies {
@@ -396,7 +401,7 @@ proptest! {
         behaviours in proptest::collection::vec(behaviour(), 1..6),
         cuts in proptest::collection::vec(any::<bool>(), 6),
         deadline in 100..20_000_u64,
-        crashes in proptest::collection::vec(0..40_usize, 0..4),
+        crashes in proptest::collection::vec((0..40_usize, 0..10_000_u64), 0..4),
     ) {
         let stages = staged(behaviours.len(), &cuts);
         let kills: Vec<bool> = behaviours.iter().map(|behaviour| behaviour.kill).collect();
@@ -414,6 +419,11 @@ proptest! {
         for (service, run) in world.machine.runs.iter().enumerate() {
             let found = verdict(run);
             prop_assert!(found.is_some(), "{:?}", run);
+            // What KILL has ended did not just take too long, however late the agent was.
+            let got_kill = |number: &usize| world.got.contains_key(&(service, *number, libc::SIGKILL));
+            if (0..world.behaviours[service].stops.len()).all(|number| got_kill(&number)) {
+                prop_assert!(!matches!(found, Some((Verdict::Timeout, _))), "killed, and called late: {:?}", run);
+            }
             let is_asked = run.signalled.is_some() || run.refused.is_some();
             prop_assert!(run.members.is_empty() || is_asked, "found, and never asked to stop: {:?}", run);
             if let Some((Verdict::Clean, _)) = found {
@@ -475,7 +485,8 @@ fn an_agent_that_is_killed_late_leaves_a_journal_that_is_in_order() {
             ..simple(None)
         };
         let behaviours = vec![kills, simple(None)];
-        let mut world = World::begin(behaviours, vec![vec![0], vec![1]], 5843, vec![25, 21, first]);
+        let mut world =
+            World::begin(behaviours, vec![vec![0], vec![1]], 5843, vec![(25, 700), (21, 700), (first, 700)]);
         world.run();
         assert!(world.machine.ended.is_some(), "{:#?}", world.journal);
     }
@@ -489,7 +500,7 @@ fn what_does_not_stop_gets_its_late_signal_and_then_its_end() {
     let signals = &world.machine.runs[0].signals;
     assert_eq!(signals[..], [libc::SIGTERM, libc::SIGINT, libc::SIGKILL]);
     let began = world.machine.begun.began;
-    assert_eq!(world.machine.runs[0].gone.unwrap() - began, 3_000 * MS);
+    assert_eq!(world.machine.runs[0].gone.unwrap() - began, 3_001 * MS);
 }
 
 #[test]

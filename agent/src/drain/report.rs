@@ -200,7 +200,7 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     if !matches!(run.phase, Phase::Gone | Phase::Settled) {
         return None;
     }
-    if run.is_killed {
+    if run.killed.is_some() {
         let why = format!("it did not stop in time{}{}", ignored(run), lost_too(run));
         return Some((Verdict::Killed, why));
     }

@@ -24,22 +24,23 @@ use super::{
 const SIDE_BY_SIDE: usize = 8;
 
 impl Host {
-    /// A process that notes each TERM, and goes 2 to 3 s after the first: later than another agent can be there.
-    fn patient(&self, name: &str, ends: bool) -> Running {
+    /// A process that notes each TERM, and goes 2 to 3 s after the first: later than another agent can be there. Before it
+    /// serves it runs `before`.
+    fn patient(&self, shell: &str, name: &str, before: &str, ends: bool) -> Running {
         let (events, ready) = (self.dir.join("events"), self.dir.join(name));
         let ends = if ends { "[ $n -gt 100 ] && exit 0" } else { ":" };
         let script = format!(
-            "t=0; n=0; trap 'echo {name} TERM >> {events}; t=1' TERM; : > {ready}; \
+            "{before} t=0; n=0; trap 'echo {name} TERM >> {events}; t=1' TERM; : > {ready}; \
              while :; do sleep 0.02; n=$((n+t)); {ends}; done"
         );
-        let server = Running(Command::new("/bin/sh").args(["-c", &script, name]).spawn().unwrap());
+        let server = Running(Command::new(shell).args(["-c", &script, name]).spawn().unwrap());
         self.until("a server is ready", || fs::exists(&ready).unwrap());
         server
     }
 
     /// The words of the entries that are in the journal; `None` without one.
     fn journal(&self) -> Option<Vec<String>> {
-        let text = fs::read_to_string(self.dir.0.join("state/drain.journal")).ok()?;
+        let text = fs::read_to_string(self.dir.0.join("run/drain.journal")).ok()?;
         let word = |line: &str| line.split('"').nth(1).unwrap_or_default().to_owned();
         Some(text.split_inclusive('\n').filter(|line| line.ends_with('\n')).map(word).collect())
     }
@@ -49,15 +50,18 @@ impl Host {
 /// the drain was over before.
 fn kill_at(entries: usize, later: Duration) -> Option<String> {
     let shared = TempDir::new();
-    let (pidfile, prestops) = (shared.join("pid"), shared.join("prestops"));
+    let (exe, prestops) = (shared.join("first"), shared.join("prestops"));
+    fs::copy("/bin/sh", &exe).unwrap();
     let settings = format!(
-        "[[service]]\nname = 'first'\npidfile = '{pidfile}'\nsignal = 'TERM'\n\
+        "[[service]]\nname = 'first'\nexe = '{exe}'\nsignal = 'TERM'\n\
          prestop = 'echo prestop >> {prestops}; sleep 0.2'\n"
     );
     let mut host = Host::new(&settings);
-    let (first, second) = (host.patient("first", true), host.patient("second", true));
-    let deaf = host.patient("deaf", false);
-    fs::write(&pidfile, pid(&first)).unwrap();
+    // A child that goes a while after it: one is gone, and not yet all.
+    let child = "(trap '' TERM; while [ -e /proc/$$/exe ]; do sleep 0.3; done) &";
+    let _first = host.patient(&exe, "first", child, true);
+    let (second, deaf) =
+        (host.patient("/bin/sh", "second", "", true), host.patient("/bin/sh", "deaf", "", false));
     // Those of the settings wait for what is registered later: here they go first.
     for (name, server, more) in
         [("second", &second, &[][..]), ("deaf", &deaf, &["--kill", "--deadline", "2s"])]
@@ -127,9 +131,8 @@ fn check(host: &Host, report: &Value, last: &str, prestops: &str) {
     assert!((1..=2).contains(&prestops), "{prestops}: {}", context());
 }
 
-#[test]
-fn an_agent_that_is_killed_at_any_step_is_followed_by_one_that_goes_on_and_signals_nobody_twice() {
-    let _alone = alone();
+/// Kills an agent at each entry, and returns which were the last.
+fn sweep(sweep: u64) -> BTreeSet<String> {
     let (next, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let killed = Mutex::new(BTreeSet::new());
     scope(|scope| {
@@ -138,7 +141,7 @@ fn an_agent_that_is_killed_at_any_step_is_followed_by_one_that_goes_on_and_signa
                 while !is_over.load(Relaxed) {
                     let entries = next.fetch_add(1, Relaxed);
                     // Somewhere before the next step, or in it.
-                    let later = Duration::from_micros(entries as u64 * 7919 % 3000);
+                    let later = Duration::from_micros((entries as u64 * 7919 + sweep * 1009) % 3000);
                     match kill_at(entries, later) {
                         Some(last) => drop(killed.lock().unwrap().insert(last)),
                         None => is_over.store(true, Relaxed),
@@ -147,9 +150,24 @@ fn an_agent_that_is_killed_at_any_step_is_followed_by_one_that_goes_on_and_signa
             });
         }
     });
-    let killed = killed.into_inner().unwrap();
-    println!("killed after {killed:?}");
-    for step in ["stage", "prestop", "signalled", "gone", "all-gone", "ended"] {
-        assert!(killed.contains(step), "{step} was not hit: {killed:?}");
+    killed.into_inner().unwrap()
+}
+
+#[test]
+fn an_agent_that_is_killed_at_any_step_is_followed_by_one_that_goes_on_and_signals_nobody_twice() {
+    let _alone = alone();
+    let mut killed = BTreeSet::new();
+    let missing = |killed: &BTreeSet<String>| {
+        let steps = ["stage", "prestop", "signalled", "gone", "all-gone", "ended"];
+        steps.into_iter().filter(|step| !killed.contains(*step)).collect::<Vec<_>>()
+    };
+    // Some are the last for less than a millisecond, which a busy machine may miss.
+    for round in 0..4 {
+        killed.extend(sweep(round));
+        if missing(&killed).is_empty() {
+            break;
+        }
     }
+    println!("killed after {killed:?}");
+    assert!(missing(&killed).is_empty(), "{:?} were not hit: {killed:?}", missing(&killed));
 }

@@ -167,7 +167,7 @@ fn services_of_the_settings_and_registered_ones_stop_in_order() {
         assert_eq!(service["verdict"], "clean", "{service}");
     }
     assert_eq!(report["journal"], "kept");
-    assert!(!host.dir.0.join("state/drain.journal").exists());
+    assert!(!host.dir.0.join("run/drain.journal").exists());
     let metric = "plumb_drains_total{outcome=\"clean\",service=\"b\"} 1";
     assert!(host.json(&["drain", "--last"])["id"] == report["id"], "{metric}");
 }

@@ -17,8 +17,7 @@ use super::{
 impl Driver {
     /// Takes up what another agent has left.
     pub(super) fn resume(&mut self) {
-        let Some(folder) = &self.settings.state_dir else { return };
-        let (journal, entries) = match Journal::open(folder) {
+        let (journal, entries) = match Journal::open(&self.settings.run_dir) {
             Ok(Some(found)) => found,
             Ok(None) => return,
             Err(error) => {
