@@ -149,6 +149,8 @@ pub(crate) fn run(
         failed_in_a_row: 0,
     };
     let done = observer.work((requests, bell), inputs, stop);
+    // Whoever asked for these sees that they are not followed any more.
+    observer.sockets.end(&mut observer.kernel, &mut observer.follow);
     *kept = Kept { wanted: observer.follow.into_wanted(), evidence: observer.evidence };
     done
 }

@@ -11,7 +11,7 @@ use plumb_common::{
 use crate::{
     drain,
     follow::{Follow, Who},
-    kernel::{Kernel, SocketCounts},
+    kernel::{Kernel, Program, SocketCounts},
 };
 
 /// What the observer is asked for.
@@ -61,10 +61,10 @@ impl Sockets {
             SocketRequest::Begin(reply) => {
                 self.end(kernel, follow);
                 kernel.follow_sockets(true);
-                let missing = kernel.programs().iter().filter(|status| {
-                    let is_wanted = status.program.sockets || status.program.name == "signal_generate";
-                    is_wanted && !status.is_fine()
-                });
+                let missing = kernel
+                    .programs()
+                    .iter()
+                    .filter(|status| status.program.is_evidence() && !status.is_fine());
                 let words = missing
                     .map(|status| format!("{} ({})", status.program.gives, status.verdict.explain()))
                     .collect();
@@ -128,7 +128,8 @@ impl Sockets {
         Ok(seen)
     }
 
-    fn end(&mut self, kernel: &mut Kernel, follow: &mut Follow) {
+    /// Follows nobody.
+    pub(crate) fn end(&mut self, kernel: &mut Kernel, follow: &mut Follow) {
         for port in self.ports.drain(..) {
             let _ = kernel.unfollow_port(port);
         }
@@ -151,12 +152,16 @@ fn keys(kernel: &mut Kernel, processes: &[(u32, u64)]) -> anyhow::Result<Vec<Pro
 fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {
     let counts = (0..SLOTS).map(|slot| kernel.socket_counts(slot)).collect::<Result<_, _>>().ok()?;
     let ledger = kernel.counts().ok()?;
-    let lost = ledger.lost(counts::SIGNAL) + ledger.lost(counts::SOCKET) + rejected + kernel.not_run();
+    let not_run = kernel.not_run_of(Program::is_evidence);
+    let lost = ledger.lost(counts::SIGNAL) + ledger.lost(counts::SOCKET) + rejected + not_run;
     Some(SocketLedger { counts, lost, lost_acts: lost_acts(kernel, rejected) })
 }
 
 /// Events of new fds, threads and processes that are missing since the programs were loaded; all where that cannot be read.
 pub(crate) fn lost_acts(kernel: &Kernel, rejected: u64) -> u64 {
     let Ok(ledger) = kernel.counts() else { return u64::MAX };
-    ledger.lost(counts::FD) + ledger.lost(counts::CLONE) + rejected + kernel.not_run()
+    ledger.lost(counts::FD)
+        + ledger.lost(counts::CLONE)
+        + rejected
+        + kernel.not_run_of(|program| !program.is_evidence())
 }

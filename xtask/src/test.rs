@@ -4,11 +4,12 @@ use std::{
     iter,
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, PoisonError},
     thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::Value;
 
@@ -20,7 +21,7 @@ use crate::{
     cargo,
     cmd::{self, run},
     paths, setup, soak,
-    vm::{self, Guest},
+    vm::{self, Guest, Kernel},
     workspace, zoo,
 };
 
@@ -29,9 +30,9 @@ const KERNEL_TESTS: &str = "kernel";
 /// Tests of drains.
 const DRAIN_TESTS: &str = "drain";
 /// Of them the storm needs only a kernel and a shell, and how many operations are played on an emulated
-/// one: half a minute.
+/// one: a quarter of a minute.
 const STORM: &str = "storm::";
-const EMULATED_STORM: u32 = 1500;
+const EMULATED_STORM: u32 = 600;
 /// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
 /// program that is already running), hold 900,000 fds, count what kernel programs run, or take almost all pids.
 const ALONE: [&str; 8] = [
@@ -119,9 +120,7 @@ impl Arguments {
             eprintln!("xtask: the other kernels were left out");
             return Ok(());
         }
-        if !self.bless {
-            below_systemd(&self.kernel)?;
-        }
+        let below_systemd = if self.bless { Vec::new() } else { below_systemd(&self.kernel)? };
         let mut guest = guest(&tests);
         let storm = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
         guest.files.push((storm, PathBuf::from("/bin/drain-tests")));
@@ -131,7 +130,7 @@ impl Arguments {
             guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
         }
         let listing = cmd::output(Command::new(example(FD_PATHS)).arg("--list"))?;
-        paths::settle(&listing, &on_kernels(&self.kernel, &guest)?, self.bless)
+        paths::settle(&listing, &beside(below_systemd, &self.kernel, &guest)?, self.bless)
     }
 }
 
@@ -154,8 +153,8 @@ fn build_tests(selection: &[&str], target: &str) -> Result<PathBuf> {
     executable(&cmd::output(&mut cargo)?, target)
 }
 
-/// Runs what needs systemd as the first process, on those of its series that are asked for.
-fn below_systemd(asked: &[String]) -> Result<()> {
+/// What needs systemd as the first process, on those of its series that are asked for.
+fn below_systemd(asked: &[String]) -> Result<Vec<Machine>> {
     let is_asked = |series: &str| asked.is_empty() || asked.iter().any(|one| one == series);
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let mut machines = Vec::new();
@@ -180,7 +179,7 @@ fn below_systemd(asked: &[String]) -> Result<()> {
             systemd: true,
             ..Guest::default()
         };
-        machines.push((series, guest));
+        machines.push(Machine { kernel: kernel(series)?, guest, each_has_tests: true });
     }
     if is_asked(SYSTEMD_KERNEL) {
         let tests = ["/usr/bin/unit-tests", "--ignored", "--test-threads", "1"];
@@ -191,32 +190,72 @@ fn below_systemd(asked: &[String]) -> Result<()> {
             systemd: true,
             ..Guest::default()
         };
-        machines.push((SYSTEMD_KERNEL, guest));
+        machines.push(Machine { kernel: kernel(SYSTEMD_KERNEL)?, guest, each_has_tests: true });
     }
-    // Two at a time, and never two of one series.
-    for pair in machines.chunks(2) {
-        thread::scope(|scope| {
-            let machines: Vec<_> =
-                pair.iter().map(|(series, guest)| scope.spawn(|| in_one(series, guest))).collect();
-            let panicked = |_| bail!("a machine's thread panicked");
-            machines.into_iter().try_for_each(|machine| machine.join().unwrap_or_else(panicked))
-        })?;
-    }
-    Ok(())
+    Ok(machines)
 }
 
-/// Runs tests in a machine with systemd, of which each command has some.
-fn in_one(series: &str, guest: &Guest) -> Result<()> {
-    for kernel in vm::select(&[series.to_owned()])? {
-        let lines = vm::run(&kernel, guest)?;
-        // A name that nothing has any more is a success for the test harness.
-        let ran = lines.iter().filter(|line| {
+fn kernel(series: &str) -> Result<Kernel> {
+    vm::select(&[series.to_owned()])?.pop().context("one kernel of each series is pinned")
+}
+
+/// A virtual machine, and what runs in it.
+struct Machine {
+    kernel: Kernel,
+    guest: Guest,
+    /// Whether a command in which no test runs is a failure: a name that nothing has any more is a success for the test
+    /// harness.
+    each_has_tests: bool,
+}
+
+impl Machine {
+    fn run(&self) -> Result<Vec<String>> {
+        let lines = vm::run(&self.kernel, &self.guest)?;
+        let has_tests = lines.iter().filter(|line| {
             let passed = line.strip_prefix("test result: ok. ").and_then(|rest| rest.split(' ').next());
             passed.is_some_and(|passed| passed != "0")
         });
-        ensure!(ran.count() == guest.commands.len(), "a test that needs systemd is not there any more");
+        let is_complete = !self.each_has_tests || has_tests.count() == self.guest.commands.len();
+        ensure!(is_complete, "a test is not there any more");
+        Ok(lines)
     }
-    Ok(())
+}
+
+/// What each machine printed. Two run at a time, as tests mostly wait, and never two of one series; a failure of one keeps
+/// no other from being tried.
+fn run_all(machines: &[Machine]) -> Result<Vec<Vec<String>>> {
+    let (left, running) = ((0..machines.len()).collect::<Vec<_>>(), Vec::<&str>::new());
+    let plan = Mutex::new((left, running));
+    let next = || {
+        let (left, running) = &mut *plan.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_free = |at: &usize| !running.contains(&machines[*at].kernel.series.as_str());
+        // All that are left may be of the series that runs: whoever runs it has them then.
+        let at = left.remove(left.iter().position(is_free)?);
+        running.push(&machines[at].kernel.series);
+        Some(at)
+    };
+    let work = || {
+        let mut done = Vec::new();
+        while let Some(at) = next() {
+            done.push((at, machines[at].run()));
+            let (_, running) = &mut *plan.lock().unwrap_or_else(PoisonError::into_inner);
+            running.retain(|series| *series != machines[at].kernel.series);
+        }
+        done
+    };
+    let mut done = thread::scope(|scope| {
+        let beside = scope.spawn(work);
+        let mut done = work();
+        done.extend(beside.join().map_err(|_| anyhow!("a machine's thread panicked"))?);
+        anyhow::Ok(done)
+    })?;
+    done.sort_by_key(|(at, _)| *at);
+    let (printed, failed): (Vec<_>, Vec<_>) =
+        done.into_iter().map(|(_, result)| result).partition(Result::is_ok);
+    let failed: Vec<String> =
+        failed.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(printed.into_iter().flatten().collect())
 }
 
 /// The path of a program that tests start.
@@ -267,23 +306,18 @@ pub(crate) fn guest(tests: &Path) -> Guest {
     }
 }
 
-/// What was printed on each series. Two machines at a time: the tests mostly wait.
+/// What was printed on each series.
 pub(crate) fn on_kernels(series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
+    beside(Vec::new(), series, guest)
+}
+
+/// What was printed by one guest on each series, while other machines run, too: those first, as they take longer.
+fn beside(mut others: Vec<Machine>, series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
     let kernels = vm::select(series)?;
-    let (mut printed, mut failed) = (Vec::new(), Vec::new());
-    for pair in kernels.chunks(2) {
-        thread::scope(|scope| {
-            let machines: Vec<_> =
-                pair.iter().map(|kernel| (kernel, scope.spawn(|| vm::run(kernel, guest)))).collect();
-            for (kernel, machine) in machines {
-                match machine.join() {
-                    Ok(Ok(lines)) => printed.push((kernel.series.clone(), lines)),
-                    Ok(Err(error)) => failed.push(format!("{error:#}")),
-                    Err(_) => failed.push("a machine's thread panicked".to_owned()),
-                }
-            }
-        });
-    }
-    ensure!(failed.is_empty(), "{}", failed.join("\n"));
-    Ok(printed)
+    let first = others.len();
+    let machine =
+        |kernel: &Kernel| Machine { kernel: kernel.clone(), guest: guest.clone(), each_has_tests: false };
+    others.extend(kernels.iter().map(machine));
+    let printed = run_all(&others)?.into_iter().skip(first);
+    Ok(kernels.into_iter().map(|kernel| kernel.series).zip(printed).collect())
 }

@@ -279,10 +279,17 @@ impl Kernel {
     /// summed (`recursion_misses`, since 5.12; 0 before).
     #[must_use]
     pub fn not_run(&self) -> u64 {
+        self.not_run_of(|_| true)
+    }
+
+    /// As `not_run`, of some programs.
+    #[must_use]
+    pub fn not_run_of(&self, is_meant: impl Fn(&Program) -> bool) -> u64 {
         // The iterators do not run beside themselves; a program that is detached keeps its count.
         let runs = |status: &&Status| {
             matches!(status.verdict, Verdict::Attached | Verdict::Loaded)
                 && !matches!(status.program.hook, Hook::Iterator(_))
+                && is_meant(status.program)
         };
         let programs =
             self.programs.iter().filter(runs).filter_map(|status| self.ebpf.program(status.program.name));

@@ -15,6 +15,6 @@ pub(crate) use btf::KERNEL_BTF;
 pub use fds::WatchError;
 pub use load::{Fds, Filter, Kernel, LoadError, Plan, Sockets, require_capabilities, sees_host_pids};
 pub use mappings::{FollowError, MapEvent, Mapping, Mappings};
-pub use programs::{Intent, PROGRAMS, Seam, Status, Verdict};
+pub use programs::{Intent, PROGRAMS, Program, Seam, Status, Verdict};
 pub use ring::{Ledger, Ring, RingError};
 pub use sockets::SocketCounts;

@@ -77,6 +77,14 @@ pub struct Program {
     pub needs: &'static [usize],
 }
 
+impl Program {
+    /// Whether it tells what becomes of requests and signals.
+    #[must_use]
+    pub fn is_evidence(&self) -> bool {
+        self.sockets || matches!(self.name, "signal_generate" | "mark_victim")
+    }
+}
+
 /// What every event needs to say who caused it.
 const ACTOR: &[usize] = &[
     offsets::TASK_PID,

@@ -33,6 +33,7 @@ use self::{
 };
 
 /// What a virtual machine contains and does.
+#[derive(Clone)]
 pub(crate) struct Guest {
     /// Path on the host, absolute path in the guest. Shared libraries come along by themselves.
     pub(crate) files: Vec<(PathBuf, PathBuf)>,
