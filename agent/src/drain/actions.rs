@@ -1,11 +1,11 @@
 //! What the machine wants is done, and the machine is told what came of it.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    active::{Active, gone, look, prestop, same},
+    active::{Active, gone, prestop, same},
     command::Preflight,
     course::{Action, Input, NotSent, UnitEnd, nanos},
     driver::{Driver, Waited},
@@ -28,9 +28,10 @@ impl Driver {
             // Nothing is done that another agent would not know of.
             active.write(&mut written);
             if let Action::Look(service) = action {
-                let counted = active.counted(service);
-                let more = counted.map(|input| active.machine.step(clock::boottime(), input));
-                todo.extend(more.into_iter().flatten());
+                let inputs = active.counted(service).into_iter().chain(active.left_behind(service));
+                for input in inputs.collect::<Vec<_>>() {
+                    todo.extend(active.machine.step(clock::boottime(), input));
+                }
             }
             if let Some(input) = self.act(&mut active, &action) {
                 let more = active.machine.step(clock::boottime(), input);
@@ -51,8 +52,7 @@ impl Driver {
         match action {
             Action::Journal(_) => None,
             Action::Find(service) => {
-                let held = active.registered.get(service).map(Arc::as_ref);
-                let (found, processes) = look(&active.machine.begun.services[*service], held);
+                let (found, processes) = active.look(*service);
                 let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
                 active.take(*service, 0, processes);
                 Some(match found {
@@ -134,7 +134,7 @@ impl Driver {
             let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
             let is_there = held.is_some();
             if let Some(process) = held {
-                active.processes.insert((service, member), process);
+                active.hold(service, member, process);
             }
             // One that cannot be waited for runs into its deadline, and is not called gone.
             if is_there && gone.is_none() {

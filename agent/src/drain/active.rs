@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     command::{Listed, Preflight},
-    course::{Entry, Found, Input, Member, MemberRun, Phase},
-    facts,
+    course::{Entry, Fact, Found, Input, Member, MemberRun, Phase},
+    facts::{self, Facts},
+    family::{self, Claims, Tree},
     identity::{Identity, ticks},
     journal::Journal,
     leaving::Leaving,
@@ -48,6 +49,12 @@ pub(super) struct Active {
     pub(super) sockets: Option<Sockets>,
     /// What is left of those that do not stop in time.
     pub(super) leaving: Leaving,
+    /// Members that have gone, and of which that is all that is known.
+    pub(super) untold: HashSet<(usize, usize)>,
+    /// What its processes have started.
+    tree: Tree,
+    /// Which service names whom, since one was looked for first.
+    claims: Option<Claims>,
 }
 
 impl Active {
@@ -62,7 +69,20 @@ impl Active {
         }
         let (processes, watched, prestops) = Default::default();
         let leaving = Leaving::new(sockets.as_ref().map_or(0, Sockets::lost_acts));
-        Self { machine, journal, processes, registered, watched, prestops, sockets, leaving }
+        let (tree, claims, untold) = Default::default();
+        Self {
+            machine,
+            journal,
+            processes,
+            registered,
+            watched,
+            prestops,
+            sockets,
+            leaving,
+            untold,
+            tree,
+            claims,
+        }
     }
 
     pub(super) fn document(&self) -> Document {
@@ -73,8 +93,22 @@ impl Active {
     /// Holds processes as the members of a service from a place on.
     pub(super) fn take(&mut self, service: usize, first: usize, processes: Vec<Process>) {
         for (member, process) in (first..).zip(processes) {
-            self.processes.insert((service, member), Arc::new(process));
+            self.hold(service, member, Arc::new(process));
         }
+    }
+
+    /// Holds a process as a member of a service.
+    pub(super) fn hold(&mut self, service: usize, member: usize, process: Arc<Process>) {
+        self.tree.add(service, &process);
+        self.processes.insert((service, member), process);
+    }
+
+    /// Looks for a service and at it.
+    pub(super) fn look(&mut self, service: usize) -> (Preflight, Vec<Process>) {
+        let (services, registered) = (&self.machine.begun.services, &self.registered);
+        let held = |service: usize| registered.get(&service).cloned();
+        let claims = self.claims.get_or_insert_with(|| Claims::of(services, held));
+        look((service, &services[service]), registered.get(&service).map(Arc::as_ref), claims, services)
     }
 
     /// Whether a process of a service is held, which was there when it was found.
@@ -120,6 +154,10 @@ impl Active {
     pub(super) fn seen(&mut self, events: &[Event]) -> Vec<Input> {
         let mut inputs = Vec::new();
         for event in events {
+            if let Some(service) = self.tree.take(event) {
+                let why = "it started more processes than are followed".to_owned();
+                inputs.push(Input::Seen(service, Fact::Unseen { why }));
+            }
             if let Event::Exit(exit) = event
                 && exit.group_dead != 0
             {
@@ -146,6 +184,32 @@ impl Active {
         Some(Input::Seen(service, fact))
     }
 
+    /// What is there of what a service has started, and is no service of its own.
+    fn started(&self, service: usize) -> Vec<Match> {
+        let is_own = |one: &Match| {
+            self.claims.as_ref().is_none_or(|claims| claims.other(service, &one.process.identity).is_none())
+        };
+        self.tree.alive(service).into_iter().filter(is_own).collect()
+    }
+
+    /// Whether the kernel has told of the end of a member: then of all that it did before, too.
+    pub(super) fn is_told(&self, service: usize, member: usize) -> bool {
+        let members = &self.machine.runs[service].members;
+        members.get(member).is_none_or(|one| one.exited.is_some())
+    }
+
+    /// What a service had started just before its end, so that it was not waited for.
+    pub(super) fn left_behind(&self, service: usize) -> Option<Input> {
+        let run = &self.machine.runs[service];
+        if run.phase != Phase::Gone {
+            return None;
+        }
+        let left = self.started(service);
+        let Identity { pid, comm, .. } = &left.first()?.process.identity;
+        let why = format!("{pid} ({comm}), which it had started, still ran when it was gone");
+        Some(Input::Seen(service, Fact::Unseen { why }))
+    }
+
     /// When something is to be done, nanoseconds since boot.
     pub(super) fn next(&self) -> Option<u64> {
         self.leaving.next(&self.machine, clock::boottime())
@@ -162,6 +226,8 @@ impl Active {
         let known =
             |identity: &Identity| run.members.iter().any(|one| one.member.identity.is_same_process(identity));
         let found = match &target {
+            // Nobody but that one is named.
+            Target::Process(_) if run.phase == Phase::Confirming => Vec::new(),
             Target::Process(meant) => match run.members.first() {
                 Some(known) => successors(meant, &known.member.command, ended),
                 None => Vec::new(),
@@ -177,6 +243,8 @@ impl Active {
         if run.phase != Phase::Confirming {
             return (Vec::new(), again);
         }
+        let born = self.started(service).into_iter().filter(|one| !known(&one.process.identity));
+        let left: Vec<Match> = left.into_iter().chain(born).collect();
         let first = run.members.len();
         let members = left.iter().map(|one| Member { is_root: false, ..member(one) }).collect();
         self.take(service, first, left.into_iter().map(|one| one.process).collect());
@@ -212,21 +280,42 @@ fn successors(meant: &Identity, command: &str, ended: u64) -> Vec<Match> {
     let all = super::process::all().into_iter().filter(|pid| matching::runs(*pid, meant.exe, &[]));
     all.filter_map(|pid| Process::open(pid).ok())
         .filter(same)
-        .map(|process| Match { process, is_root: true })
+        .map(|process| Match { process, is_root: true, is_descendant: false })
         .collect()
 }
 
 fn member(found: &Match) -> Member {
-    let Process { identity, command, .. } = &found.process;
-    Member { identity: identity.clone(), is_root: found.is_root, command: command.clone() }
+    let Match { process: Process { identity, command, .. }, is_root, is_descendant } = found;
+    Member {
+        identity: identity.clone(),
+        is_root: *is_root,
+        is_descendant: *is_descendant,
+        command: command.clone(),
+    }
 }
 
-/// Finds a service, which is `held` if it is a registered process, and looks at it.
-pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec<Process>) {
-    let (found, unit) = match find(&service.target, held) {
+/// Finds one of the services, which is `held` if it is a registered process, and looks at it.
+pub(super) fn look(
+    (own, service): (usize, &Service),
+    held: Option<&Process>,
+    claims: &Claims,
+    services: &[Service],
+) -> (Preflight, Vec<Process>) {
+    let (mut found, unit) = match find(&service.target, held) {
         Ok(found) => found,
         Err(why) => return (Preflight::Refused(why), Vec::new()),
     };
+    for one in found.iter().filter(|one| one.is_root) {
+        let Identity { pid, comm, .. } = &one.process.identity;
+        // It would get two signals, and each would be told of the other service's losses.
+        if let Some(other) = claims.better(own, &one.process.identity) {
+            let other = &services[other].name;
+            return (
+                Preflight::Refused(format!("process {pid} ({comm}) is that of {other}, too")),
+                Vec::new(),
+            );
+        }
+    }
     // A unit without a process may be between two runs, or have something to do when it is stopped.
     if found.is_empty() && unit.as_ref().is_none_or(units::is_stopped) {
         return (Preflight::NotRunning, Vec::new());
@@ -240,26 +329,43 @@ pub(super) fn look(service: &Service, held: Option<&Process>) -> (Preflight, Vec
         kill_signal: unit.as_ref().map(|unit| unit.kill_signal),
         ..Found::default()
     };
+    let named = found.len();
+    // Of these a cgroup has all.
+    if !matches!(service.target, Target::Unit(_) | Target::Cgroup(_)) {
+        let (more, are_all) = family::descendants(&found, claims, own);
+        found.extend(more);
+        sum.leaves_out = !are_all;
+    }
     let stop = units::stop_of(service, unit.as_ref());
+    let mut tcp = Some(facts::tcp_of(found.iter().map(|one| &one.process)));
     for Match { process, .. } in found.iter().filter(|one| one.is_root) {
         let Some(stop) = &stop else { continue };
         let Some(facts) = facts::of(process, stop.signal.number()) else { continue };
+        // Whichever of them has these.
+        let facts = Facts { tcp: tcp.take().unwrap_or_default(), ..facts };
         let judgement = preflight::judge(&facts, stop, sum.unit.as_deref());
         if let Some(why) = judgement.refused {
             return (Preflight::Refused(format!("process {}: {why}", process.identity.pid)), Vec::new());
         }
-        sum.connections += facts.connections;
-        sum.busy += facts.busy;
+        sum.connections += facts.tcp.connections;
+        sum.busy += facts.tcp.busy;
         sum.is_unhandled |= judgement.is_unhandled;
         sum.notes.extend(judgement.notes);
     }
     sum.notes.extend(unit.as_ref().map(units::note));
+    match found.len() - named {
+        0 => {}
+        1 => sum.notes.push("1 process that it has started is waited for, and gets no signal".to_owned()),
+        many => {
+            sum.notes.push(format!("{many} processes that it has started are waited for, and get no signal"))
+        }
+    }
     sum.members = found.iter().map(member).collect();
     (Preflight::Found(sum), found.into_iter().map(|one| one.process).collect())
 }
 
 /// The processes of a service and, if it is named by its unit, that.
-fn find(target: &Target, held: Option<&Process>) -> Result<(Vec<Match>, Option<Unit>), String> {
+pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<(Vec<Match>, Option<Unit>), String> {
     let Target::Unit(name) = target else { return Ok((matching::find(target, held)?, None)) };
     let unit = units::unit(name)?;
     if unit.control_group.len() < 2 || units::is_stopped(&unit) {

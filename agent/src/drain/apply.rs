@@ -3,6 +3,7 @@
 use super::{
     course::{Entry, Fact, Found, Phase, Run, Sent, of_member, signal_name},
     machine::Machine,
+    service::Target,
 };
 use crate::losses::MAX_EXAMPLES;
 
@@ -37,7 +38,15 @@ impl Machine {
                 tell(*at, *service, "does not run".to_owned());
                 let run = &mut self.runs[*service];
                 run.phase = Phase::Settled;
-                run.notes.push("it did not run".to_owned());
+                run.notes.push(match &self.begun.services[*service].target {
+                    Target::Pidfile(path) => format!("{} names no process that runs", path.display()),
+                    Target::Exe(path, _) => {
+                        format!("no process runs {} with these arguments", path.display())
+                    }
+                    Target::Cgroup(path) => format!("no process is in {path}"),
+                    Target::Port(port) => format!("no process listens on port {port}"),
+                    Target::Unit(_) | Target::Process(_) => "it did not run".to_owned(),
+                });
             }
             Entry::NoTime { at, service } => {
                 tell(*at, *service, "no time is left".to_owned());
@@ -59,6 +68,9 @@ impl Machine {
                 let run = &mut self.runs[*service];
                 run.phase = Phase::Stopping;
                 run.notes.extend(found.notes.iter().cloned());
+                if found.leaves_out {
+                    run.seen.unseen.push("it has started more processes than are followed".to_owned());
+                }
                 run.members = found.members.iter().cloned().map(of_member).collect();
                 run.found = Found { members: Vec::new(), ..(**found).clone() };
             }

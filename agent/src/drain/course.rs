@@ -32,6 +32,9 @@ pub(crate) struct Member {
     pub identity: Identity,
     /// Gets the signal; the others are its children, and are waited for.
     pub is_root: bool,
+    /// The service does not name it, but one that has started it: it does not get KILL either.
+    #[serde(default)]
+    pub is_descendant: bool,
     /// Its arguments, by which it is known when it runs again.
     pub command: String,
 }
@@ -43,6 +46,9 @@ pub(crate) struct Found {
     /// The systemd unit through which it is stopped.
     pub unit: Option<String>,
     pub notes: Vec<String>,
+    /// It has started more processes than are followed.
+    #[serde(default)]
+    pub leaves_out: bool,
     /// Established TCP connections.
     pub connections: usize,
     /// Of these, with data under way.
@@ -406,6 +412,11 @@ impl Run {
 
     pub(super) fn deadline(&self) -> u64 {
         self.began + nanos(self.grant)
+    }
+
+    /// Those that get KILL.
+    pub(super) fn killable(&self) -> Vec<usize> {
+        self.left(false).into_iter().filter(|at| !self.members[*at].member.is_descendant).collect()
     }
 
     /// Members that are there, as far as is known.

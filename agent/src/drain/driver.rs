@@ -18,6 +18,7 @@ use super::{
     active::{Active, by_place, gone, listed, look},
     command::{Asked, Command, Plan, Registration, Settings, View},
     course::{Begun, Fact, Input, UnitEnd},
+    family::Claims,
     grants,
     identity::Identity,
     journal::Journal,
@@ -44,6 +45,8 @@ use crate::{
 pub(super) enum Waited {
     /// A member of a service of the drain of this id has gone.
     Member(String, usize, usize),
+    /// And the kernel has had its time to tell of that.
+    Untold(String, usize, usize),
     /// A registered process has gone; `None` when it was not to be waited for any more.
     Registered(Option<(Name, Identity)>),
     Prestop(String, usize, Option<String>),
@@ -290,8 +293,13 @@ impl Driver {
             grant
         };
         let grants = (0..stages.len()).map(grant).collect();
-        let services =
-            all.into_iter().map(|service| (service.clone(), look(service, self.held(service)).0)).collect();
+        let services: Vec<Service> = all.into_iter().cloned().collect();
+        let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
+        let claims = Claims::of(&services, |at| held(&services[at]));
+        let look = |(at, service): (usize, &Service)| {
+            (service.clone(), look((at, service), held(service).as_deref(), &claims, &services).0)
+        };
+        let services = services.iter().enumerate().map(look).collect();
         Ok(Plan { deadline, stages, services, grants })
     }
 
@@ -391,7 +399,8 @@ impl Driver {
     fn waited(&mut self, waited: Waited) {
         let is_current = |id: &str| self.active.as_ref().is_some_and(|active| active.machine.begun.id == id);
         match waited {
-            Waited::Member(id, service, member) if is_current(&id) => self.step(Input::Gone(service, member)),
+            Waited::Member(id, service, member) if is_current(&id) => self.gone(id, service, member),
+            Waited::Untold(id, service, member) if is_current(&id) => self.told(service, member),
             Waited::Prestop(id, service, why) if is_current(&id) => {
                 self.step(Input::PrestopEnded(service, why));
             }
@@ -407,6 +416,7 @@ impl Driver {
                 self.tell_left(service);
             }
             Waited::Member(..)
+            | Waited::Untold(..)
             | Waited::Prestop(..)
             | Waited::Unit(..)
             | Waited::Followed(..)
@@ -450,6 +460,7 @@ impl Driver {
         }
         let seen = self.active.as_mut().map(|active| active.seen(events));
         seen.into_iter().flatten().for_each(|input| self.step(input));
+        self.all_told();
         for event in events.iter().filter(|event| matches!(event, Event::Exec(_))) {
             let tgid = event.header().process.tgid;
             self.forget_changed(|pid| pid == tgid);

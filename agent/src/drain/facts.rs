@@ -1,7 +1,7 @@
 //! What pre-flight looks at, of one process.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashMap, HashSet},
     fs::{self, File},
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
@@ -38,12 +38,7 @@ pub(crate) struct Facts {
     pub is_awaited: bool,
     /// The first of a pid namespace of its own: the kernel keeps signals without a handler from it.
     pub is_init: bool,
-    /// TCP addresses on which it listens.
-    pub listeners: Vec<Listener>,
-    /// Established TCP connections.
-    pub connections: usize,
-    /// Of these, with data that nobody has read, or that the other end has not acknowledged.
-    pub busy: usize,
+    pub tcp: Tcp,
     pub supervisor: Supervisor,
 }
 
@@ -53,6 +48,17 @@ impl Facts {
     pub(crate) fn is_handled(&self) -> bool {
         self.caught || self.is_awaited || (self.blocked && self.has_signalfd)
     }
+}
+
+/// The TCP sockets of some processes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tcp {
+    /// Addresses on which they listen.
+    pub listeners: Vec<Listener>,
+    /// Established connections.
+    pub connections: usize,
+    /// Of these, with data that nobody has read, or that the other end has not acknowledged.
+    pub busy: usize,
 }
 
 /// A TCP socket that listens.
@@ -99,18 +105,6 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let folder = process.folder();
     let status = fs::read_to_string(folder.join("status")).ok()?;
     let masks = |key: &str| mask(&status, key).is_some_and(|mask| has(mask, signal));
-    let sockets = own_sockets(process.identity.pid);
-    // These take the kernel milliseconds, however few sockets there are.
-    let tables = if sockets.is_empty() { Vec::new() } else { tcp(process.identity.pid) };
-    let own = || tables.iter().filter(|entry| sockets.contains(&entry.inode));
-    let listens = own().filter(|entry| entry.state == TcpState::Listen);
-    // Of a listener that is the length of its accept queue (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
-    let listener =
-        |entry: &TcpNetEntry| Listener { address: entry.local_address.to_string(), waiting: entry.rx_queue };
-    let mut listeners: Vec<Listener> = listens.map(listener).collect();
-    listeners.sort();
-    let inodes: HashSet<u64> =
-        own().filter(|entry| entry.state == TcpState::Established).map(|entry| entry.inode).collect();
     let caught = masks("SigCgt:");
     let facts = Facts {
         caught,
@@ -120,12 +114,41 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
         has_signalfd: has_signalfd(&folder, signal),
         is_awaited: is_awaited(&folder, signal),
         is_init: is_init(&status),
-        listeners,
-        connections: inodes.len(),
-        busy: own().filter(|entry| is_busy(entry)).count(),
+        tcp: tcp_of([process]),
         supervisor: supervisor(process),
     };
     process.is_alive().then_some(facts)
+}
+
+/// The TCP sockets of processes; what several of them share counts once.
+#[must_use]
+pub(super) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tcp {
+    let mut by_namespace: HashMap<u64, (u32, HashSet<u64>)> = HashMap::new();
+    for process in processes {
+        let pid = process.identity.pid;
+        let Ok(namespace) = fs::metadata(format!("/proc/{pid}/ns/net")) else { continue };
+        by_namespace.entry(namespace.ino()).or_insert((pid, HashSet::new())).1.extend(own_sockets(pid));
+    }
+    let (mut listeners, mut sum) = (BTreeSet::new(), Tcp::default());
+    for (pid, sockets) in by_namespace.values().filter(|(_, sockets)| !sockets.is_empty()) {
+        // These take the kernel milliseconds, however few sockets there are.
+        for entry in tcp(*pid).iter().filter(|entry| sockets.contains(&entry.inode)) {
+            let address = || entry.local_address.to_string();
+            match entry.state {
+                // Of a listener that is the length of its accept queue (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
+                TcpState::Listen => {
+                    listeners.insert(Listener { address: address(), waiting: entry.rx_queue });
+                }
+                TcpState::Established => {
+                    sum.connections += 1;
+                    sum.busy += usize::from(is_busy(entry));
+                }
+                _ => {}
+            }
+        }
+    }
+    sum.listeners = listeners.into_iter().collect();
+    sum
 }
 
 /// The ports on which a process listens, each with its network namespace; nothing where that cannot be read.
@@ -151,7 +174,7 @@ fn has(mask: u64, signal: i32) -> bool {
 }
 
 fn is_busy(entry: &TcpNetEntry) -> bool {
-    entry.state == TcpState::Established && (entry.rx_queue > 0 || entry.tx_queue > 0)
+    entry.rx_queue > 0 || entry.tx_queue > 0
 }
 
 /// Whoever forks blocks signals for a moment.
@@ -307,7 +330,7 @@ mod tests {
         let facts = |signal| of(&process, signal).unwrap();
         assert!(facts(libc::SIGTERM).caught && !facts(libc::SIGTERM).ignored);
         assert!(facts(libc::SIGINT).ignored && !facts(libc::SIGQUIT).caught);
-        assert!(!facts(libc::SIGTERM).blocked && facts(libc::SIGTERM).listeners.is_empty());
+        assert!(!facts(libc::SIGTERM).blocked && facts(libc::SIGTERM).tcp.listeners.is_empty());
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(of(&process, libc::SIGTERM), None);

@@ -304,7 +304,12 @@ mod tests {
             stages: vec![vec![0]],
             services: vec![Service { on_deadline, ..Service::example("web") }],
         };
-        let member = Member { identity: Identity::example(7), is_root: true, command: "web".to_owned() };
+        let member = Member {
+            identity: Identity::example(7),
+            is_root: true,
+            is_descendant: false,
+            command: "web".to_owned(),
+        };
         let found = Found { members: vec![member], ..Found::default() };
         let grants = vec![(Duration::from_nanos(DEADLINE), None)];
         let entries = [

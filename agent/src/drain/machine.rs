@@ -33,7 +33,7 @@ use super::{
         nanos,
     },
     grants,
-    service::{Name, OnDeadline, Signal, Target},
+    service::{Name, OnDeadline, Signal},
 };
 
 /// After the end of a service, in which it may turn out to have been started again.
@@ -204,7 +204,7 @@ impl Machine {
             Input::Gone(service, member) => {
                 if self.runs[service].members.get(member).is_some_and(|one| one.gone.is_none()) {
                     self.record(&mut out, Entry::Gone { at: now, service, member });
-                    self.confirm(now, service, &mut out);
+                    self.confirm(service, &mut out);
                 }
             }
             Input::Looked(service, more, again) => self.looked(now, service, more, again, &mut out),
@@ -302,7 +302,8 @@ impl Machine {
     }
 
     fn signal(&mut self, now: u64, service: usize, signal: i32, out: &mut Vec<Action>) {
-        let members = self.runs[service].left(signal != libc::SIGKILL);
+        let run = &self.runs[service];
+        let members = if signal == libc::SIGKILL { run.killable() } else { run.left(true) };
         if !members.is_empty() {
             self.record(out, Entry::Signalling { at: now, service, members: members.clone(), signal });
             out.push(Action::Send { service, members, signal });
@@ -340,24 +341,26 @@ impl Machine {
             }
         };
         self.record(out, Entry::UnitStopped { at: now, service, result, why });
-        self.confirm(now, service, out);
+        self.confirm(service, out);
     }
 
     /// When the last of its members has gone there may still be others, and commands of its unit (`ExecStopPost=`).
-    fn confirm(&mut self, now: u64, service: usize, out: &mut Vec<Action>) {
+    fn confirm(&mut self, service: usize, out: &mut Vec<Action>) {
         let run = &mut self.runs[service];
-        if !matches!(run.phase, Phase::Stopping | Phase::Killing) || !run.left(false).is_empty() {
+        let left = match run.phase {
+            Phase::Stopping => run.left(false),
+            // What gets no signal is not waited for any longer.
+            Phase::Killing => run.killable(),
+            _ => return,
+        };
+        if !left.is_empty() {
             return;
         }
         if run.found.unit.is_some() && !run.unit_stopped {
             return;
         }
-        if let Target::Process(_) = self.begun.services[service].target {
-            self.record(out, Entry::AllGone { at: now, service });
-        } else {
-            run.phase = Phase::Confirming;
-            out.push(Action::Look(service));
-        }
+        run.phase = Phase::Confirming;
+        out.push(Action::Look(service));
     }
 
     fn looked(
@@ -373,7 +376,11 @@ impl Machine {
             Phase::Confirming if !more.is_empty() => {
                 self.record(out, Entry::More { at: now, service, members: more });
                 out.push(Action::Watch(service));
-                return;
+                // What gets no signal is not waited for after KILL.
+                if self.runs[service].killed.is_none() || !self.runs[service].killable().is_empty() {
+                    return;
+                }
+                self.record(out, Entry::AllGone { at: now, service });
             }
             Phase::Confirming => self.record(out, Entry::AllGone { at: now, service }),
             Phase::Gone => {}
@@ -422,7 +429,7 @@ impl Machine {
             }
             Phase::Stopping if now >= run.deadline() => {
                 // Of a unit there may be no process left, and still it is not stopped.
-                if self.will_be_killed(service) && !run.left(false).is_empty() {
+                if self.will_be_killed(service) && !run.killable().is_empty() {
                     self.signal(now, service, libc::SIGKILL, out);
                 } else {
                     self.record(out, Entry::Late { at: now, service });
@@ -474,7 +481,7 @@ impl Machine {
                         // Asking twice stops it once.
                         out.push(Action::StopUnit(service, unit));
                     }
-                    self.confirm(now, service, out);
+                    self.confirm(service, out);
                 }
                 _ => {}
             }

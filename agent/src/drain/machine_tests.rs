@@ -376,7 +376,7 @@ impl World {
 
 fn member(number: usize) -> Member {
     let identity = Identity::example(number as u32);
-    Member { identity, is_root: number == 0, command: String::new() }
+    Member { identity, is_root: number == 0, is_descendant: false, command: String::new() }
 }
 
 /// Places in stages, in order.

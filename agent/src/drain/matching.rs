@@ -22,11 +22,14 @@ const MAX_PIDFILE: u64 = 64;
 /// A process may be started up to so long after its pidfile was written, by clocks that are not the same.
 const PIDFILE_SLACK: Duration = Duration::from_secs(1);
 
-/// A process of a service, and whether it gets the signal; the others are its descendants.
+/// A process of a service.
 #[derive(Debug)]
 pub(super) struct Match {
     pub(super) process: Process,
+    /// Gets the signal: it was started by no other one that the service names.
     pub(super) is_root: bool,
+    /// The service does not name it: a process that it names has started it.
+    pub(super) is_descendant: bool,
 }
 
 /// What runs of a service; nothing when it does not run. A registered process is the one that is held since, never one
@@ -57,7 +60,8 @@ pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<Vec<Match>
         return Err(format!("it has more than {MAX_MEMBERS} processes: name its main process by a pidfile"));
     }
     let numbers: HashSet<u32> = processes.iter().map(|process| process.identity.pid).collect();
-    let roots = |process: Process| Match { is_root: !numbers.contains(&process.ppid), process };
+    let roots =
+        |process: Process| Match { is_root: !numbers.contains(&process.ppid), is_descendant: false, process };
     Ok(processes.into_iter().map(roots).collect())
 }
 
@@ -167,7 +171,14 @@ fn of_pidfile(path: &Path) -> Result<Option<Process>, String> {
         return Err(format!("{} belongs to user {}, process {pid} does not", path.display(), about.uid()));
     }
     let written = about.modified().map_err(failed)?.duration_since(UNIX_EPOCH).unwrap_or_default();
-    Ok((started(&process) <= written + PIDFILE_SLACK).then_some(process))
+    if started(&process) > written + PIDFILE_SLACK {
+        let comm = &process.identity.comm;
+        return Err(format!(
+            "{} is older than the process that it names, {pid} ({comm}): it is not of that one",
+            path.display()
+        ));
+    }
+    Ok(Some(process))
 }
 
 /// When a process was started, since 1970, by the clock as it is now.
@@ -235,7 +246,7 @@ mod tests {
         // Left from a process that was there long before.
         let file = File::options().write(true).open(&path).unwrap();
         file.set_modified(std::time::SystemTime::now() - Duration::from_secs(3600)).unwrap();
-        assert!(pids(&target).is_empty());
+        assert!(find(&target, None).unwrap_err().contains("is older"));
         file.set_modified(std::time::SystemTime::now()).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
         assert!(find(&target, None).unwrap_err().contains("written by others"));

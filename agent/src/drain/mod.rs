@@ -2,7 +2,7 @@
 //!
 //! `service` says what is registered, `registry` what may be, `order` who waits for whom and `grants` how the time is
 //! divided. `machine` is the course of one drain, without IO, and `report` what came of it. `driver` is the one task
-//! that does what the machine wants: it finds processes (`matching`, `process`), looks at them (`facts`, judged by
+//! that does what the machine wants: it finds processes (`matching`, `process`) and what they have started (`family`), looks at them (`facts`, judged by
 //! `preflight`), signals them (`signaller`) or has systemd stop them (`units`), and keeps the `journal`.
 
 mod actions;
@@ -12,6 +12,7 @@ mod command;
 mod course;
 mod driver;
 mod facts;
+mod family;
 mod grants;
 mod identity;
 mod journal;
@@ -37,7 +38,7 @@ pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
     course::{NotSent, signal_name},
     driver::{Driver, Told},
-    facts::{Facts, Listener, Supervisor, of as facts_of, ports},
+    facts::{Facts, Listener, Supervisor, Tcp, of as facts_of, ports},
     identity::ticks,
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},

@@ -55,19 +55,19 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     } else if !is_handled && !facts.ignored && refused.is_none() {
         note(format!("nothing handles {signal}: it ends at once and finishes nothing"));
     }
-    if facts.listeners.len() > MAX_LISTENERS {
-        note(format!("listens on {} addresses", facts.listeners.len()));
-    } else if !facts.listeners.is_empty() {
-        let addresses: Vec<&str> = facts.listeners.iter().map(|one| one.address.as_str()).collect();
+    if facts.tcp.listeners.len() > MAX_LISTENERS {
+        note(format!("listens on {} addresses", facts.tcp.listeners.len()));
+    } else if !facts.tcp.listeners.is_empty() {
+        let addresses: Vec<&str> = facts.tcp.listeners.iter().map(|one| one.address.as_str()).collect();
         note(format!("listens on {}", addresses.join(", ")));
     }
-    match facts.connections {
+    match facts.tcp.connections {
         0 => {}
         1 => note("1 connection".to_owned()),
         many => note(format!("{many} connections")),
     }
-    if facts.busy > 0 {
-        note(format!("{} of them have data under way: requests may be in flight", facts.busy));
+    if facts.tcp.busy > 0 {
+        note(format!("{} of them have data under way: requests may be in flight", facts.tcp.busy));
     }
     Judgement { refused, is_unhandled: !is_handled && !facts.blocked && !facts.ignored, ..judgement }
 }
@@ -77,7 +77,10 @@ const MAX_LISTENERS: usize = 4;
 
 #[cfg(test)]
 mod tests {
-    use super::{super::facts::Listener, *};
+    use super::{
+        super::facts::{Listener, Tcp},
+        *,
+    };
 
     fn judged(facts: &Facts) -> Judgement {
         judge(facts, &Stop::of(None, Some("nginx")).unwrap(), None)
@@ -109,7 +112,11 @@ mod tests {
         let parent = Supervisor::Parent("runsv".to_owned(), 7);
         assert!(said(Facts { supervisor: parent, caught: true, ..Facts::default() }).contains("runsv (7)"));
         let listener = Listener { address: "[::]:80".to_owned(), waiting: 0 };
-        let busy = Facts { caught: true, connections: 3, listeners: vec![listener], ..Facts::default() };
+        let busy = Facts {
+            caught: true,
+            tcp: Tcp { connections: 3, listeners: vec![listener], busy: 0 },
+            ..Facts::default()
+        };
         assert_eq!(said(busy), "listens on [::]:80; 3 connections");
     }
 }

@@ -200,6 +200,13 @@ pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
     fields.get(22 - 3)?.parse().ok()
 }
 
+/// The parent of the process that has a number now.
+#[must_use]
+pub(crate) fn parent(pid: u32) -> Option<u32> {
+    let (_, fields) = stat_fields(&fs::read(folder(pid).join("stat")).ok()?)?;
+    fields.get(4 - 3)?.parse().ok()
+}
+
 fn inode(pidfd: &OwnedFd) -> Option<u64> {
     let is_own = rustix::fs::fstatfs(pidfd).is_ok_and(|found| found.f_type == PIDFS);
     if is_own { rustix::fs::fstat(pidfd).ok().map(|found| found.st_ino) } else { None }

@@ -230,6 +230,11 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             let why = run.seen.unseen.join("; ");
             (Verdict::Lossy, format!("it may have lost requests that nobody saw: {why}"))
         }
+        // It was sent because the first one had left something under way.
+        _ if run.signals.len() > 1 => {
+            let late = run.signals.last().map_or_else(String::new, |signal| signal_name(*signal));
+            (Verdict::Lossy, format!("it did not stop by itself, and {late} ended what was still under way"))
+        }
         Some(signal) => match run.found.connections {
             many @ 1.. if run.found.ports.is_empty() => {
                 (Verdict::Lossy, format!("{} ended it with {many} connections", signal_name(signal)))
@@ -459,7 +464,12 @@ mod tests {
     fn ports_that_could_not_be_read_are_not_taken_for_none() {
         for (knows_ports, expected) in [(true, Verdict::Clean), (false, Verdict::Lossy)] {
             let mut run = Run::new();
-            let member = Member { identity: Identity::example(7), is_root: true, command: String::new() };
+            let member = Member {
+                identity: Identity::example(7),
+                is_root: true,
+                is_descendant: false,
+                command: String::new(),
+            };
             run.members = vec![of_member(member)];
             run.found.knows_ports = knows_ports;
             (run.phase, run.gone) = (Phase::Settled, Some(9));
@@ -472,7 +482,12 @@ mod tests {
     /// A service with a listener that got TERM, ended in time, and is not expected back.
     fn ended(status: i32, facts: Vec<Fact>) -> (Verdict, String) {
         let mut run = Run::new();
-        let member = Member { identity: Identity::example(7), is_root: true, command: String::new() };
+        let member = Member {
+            identity: Identity::example(7),
+            is_root: true,
+            is_descendant: false,
+            command: String::new(),
+        };
         run.members = vec![of_member(member)];
         run.found = Found { ports: vec![80], connections: 3, ..Found::default() };
         (run.phase, run.gone, run.signals) = (Phase::Settled, Some(9), vec![libc::SIGTERM]);

@@ -17,6 +17,7 @@ use serde_json::Value;
 mod audit;
 mod client;
 mod course;
+mod family;
 mod faults;
 mod killed;
 mod ledger;

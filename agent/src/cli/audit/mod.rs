@@ -16,7 +16,7 @@ use crate::{
     audit::{Fate, supervision},
     census,
     document::SCHEMA,
-    drain::{Facts, Listener, NoProcess, Process, Signal, facts_of},
+    drain::{Facts, Listener, NoProcess, Process, Signal, Tcp, facts_of},
     failure::{Exit, Failure},
     kernel::{Kernel, Plan},
     left::{Left, Since},
@@ -159,7 +159,8 @@ impl Audit {
         let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
         let fate = Fate::of(&facts, process.is_kernels);
         let other_handlers = caught(&status, signal);
-        let Facts { is_init, listeners, connections, supervisor, .. } = facts;
+        let Facts { is_init, tcp, supervisor, .. } = facts;
+        let Tcp { listeners, connections, .. } = tcp;
         let audit = Self {
             schema: SCHEMA,
             pid,

@@ -1,6 +1,8 @@
 //! What the driver does about services that do not stop in time.
 
-use tokio::task::spawn_blocking;
+use std::time::Duration;
+
+use tokio::{task::spawn_blocking, time};
 
 use super::{
     super::{
@@ -11,6 +13,9 @@ use super::{
     Driver, Waited,
 };
 use crate::clock;
+
+/// Events of an end that come later than this after it were lost.
+const EVENTS: Duration = Duration::from_millis(100);
 
 impl Driver {
     /// What is given up now is counted before, and what is left of it looked at.
@@ -65,6 +70,33 @@ impl Driver {
             let named = spawn_blocking(move || leaving::name(&names, copied)).await;
             Waited::Named(id, service, named.unwrap_or_default())
         }));
+    }
+
+    /// A member has gone. What it did before, as to start another process, is told by events that come a moment later.
+    pub(super) fn gone(&mut self, id: String, service: usize, member: usize) {
+        let Some(active) = &mut self.active else { return };
+        active.untold.insert((service, member));
+        if active.is_told(service, member) {
+            return self.told(service, member);
+        }
+        self.waits.push(Box::pin(async move {
+            time::sleep(EVENTS).await;
+            Waited::Untold(id, service, member)
+        }));
+    }
+
+    pub(super) fn told(&mut self, service: usize, member: usize) {
+        if self.active.as_mut().is_some_and(|active| active.untold.remove(&(service, member))) {
+            self.step(Input::Gone(service, member));
+        }
+    }
+
+    /// After events: which ends are told now.
+    pub(super) fn all_told(&mut self) {
+        let Some(active) = &self.active else { return };
+        let told =
+            active.untold.iter().copied().filter(|(service, member)| active.is_told(*service, *member));
+        told.collect::<Vec<_>>().into_iter().for_each(|(service, member)| self.told(service, member));
     }
 
     /// What comes late of a service that was given up, and is not over yet.
