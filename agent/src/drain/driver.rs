@@ -280,16 +280,10 @@ impl Driver {
         let stages = order::stages(self.registry.list(), &selected);
         let all: Vec<&Service> =
             self.registry.list().iter().filter(|one| selected.contains(&one.name)).collect();
-        let wish = |name: &Name| self.registry.get(name).and_then(|service| service.deadline);
+        let wish = |(name, _): &(Name, Vec<Name>)| self.registry.get(name).map(Service::wish);
         let wishes: Vec<Vec<_>> =
-            stages.iter().map(|stage| stage.iter().map(|(name, _)| wish(name)).collect()).collect();
-        let mut left = deadline;
-        let grant = |at: usize| {
-            let grant = grants::of_stage(&wishes[at..], left);
-            left -= grant.min(left);
-            grant
-        };
-        let grants = (0..stages.len()).map(grant).collect();
+            stages.iter().map(|stage| stage.iter().filter_map(wish).collect()).collect();
+        let grants = grants::of_all(&wishes, deadline);
         let services =
             all.into_iter().map(|service| (service.clone(), look(service, self.held(service)).0)).collect();
         Ok(Plan { deadline, stages, services, grants })

@@ -32,7 +32,7 @@ use super::{
         Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, UnitEnd,
         nanos,
     },
-    grants,
+    grants::{self, Wish},
     service::{Name, OnDeadline, Signal, Target},
 };
 
@@ -248,11 +248,7 @@ impl Machine {
                 break;
             }
             let left = Duration::from_nanos(self.begun.deadline.saturating_sub(now));
-            let wish = |service: &usize| self.begun.services[*service].deadline;
-            let wishes: Vec<Vec<_>> =
-                self.begun.stages[next..].iter().map(|stage| stage.iter().map(wish).collect()).collect();
-            let whole = grants::of_stage(&wishes, left);
-            let grants = wishes[0].iter().map(|wish| grants::of_service(*wish, whole)).collect();
+            let grants = grants::of_stage(&self.wishes(next), left, self.of_users(now)).services;
             self.record(out, Entry::Stage { at: now, stage: next, grants });
             for service in self.begun.stages[next].clone() {
                 if left < TOO_LATE {
@@ -265,6 +261,26 @@ impl Machine {
         if self.ended.is_some() && self.finished.is_none() && self.runs.iter().all(Run::is_settled) {
             self.record(out, Entry::Finished { at: now });
         }
+    }
+
+    /// What the services ask for, from a stage on.
+    fn wishes(&self, first: usize) -> Vec<Vec<Wish>> {
+        let wish = |service: &usize| self.begun.services[*service].wish();
+        self.begun.stages[first..].iter().map(|stage| stage.iter().map(wish).collect()).collect()
+    }
+
+    /// What the stages of users have not taken yet of their half of the whole time.
+    fn of_users(&self, now: u64) -> Duration {
+        let half = self.begun.deadline.saturating_sub(self.begun.began) / 2;
+        let past = self.stage.map_or(0, |stage| stage + 1);
+        let began = |stage: usize| match self.begun.stages.get(stage).and_then(|stage| stage.first()) {
+            Some(service) if stage < past => self.runs[*service].began,
+            _ => now,
+        };
+        let wishes = self.wishes(0);
+        let theirs = (0..past).filter(|stage| !grants::is_admins(&wishes[*stage]));
+        let taken: u64 = theirs.map(|stage| began(stage + 1).saturating_sub(began(stage))).sum();
+        Duration::from_nanos(half.saturating_sub(taken))
     }
 
     fn stage_is_past(&self) -> bool {

@@ -80,7 +80,7 @@ fn too_little_time_in_all_shortens_everybody_and_is_said() {
     assert_eq!(output.status.code(), Some(124));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let note = |name: &str| service(&report, name)["notes"].to_string();
-    assert!(note("first").contains("shortened from 24s to 3s"), "{report:#}");
+    assert!(note("first").contains("shortened from 24s to 2s"), "{report:#}");
     // The first has left it most of its time.
     assert!(note("second").contains("shortened from 8s to "), "{report:#}");
     assert_eq!(service(&report, "second")["verdict"], "timeout", "{report:#}");
