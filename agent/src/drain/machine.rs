@@ -4,6 +4,7 @@
 //! drain     running --- all stages are past ---> ended --- each is settled ---> finished
 //!              |                                   ^
 //!              +-- cancelled: no other stage begins -+
+//!              +-- given up: what stops is late -----+
 //!
 //! service   waiting
 //!              | its stage begins
@@ -33,6 +34,7 @@ use super::{
         nanos,
     },
     grants::{self, Wish},
+    identity::Identity,
     service::{Name, OnDeadline, Signal, Target},
 };
 
@@ -52,27 +54,50 @@ const TOO_LATE: Duration = Duration::from_millis(10);
 pub(crate) struct Machine {
     pub begun: Begun,
     pub runs: Vec<Run>,
+    /// By the drain before.
+    pub signalled_before: Vec<(Identity, i32)>,
     /// The last one that has begun.
     pub stage: Option<usize>,
     pub resumed: Vec<u64>,
     pub cancelled: Option<u64>,
+    /// Why nothing was waited for any longer.
+    pub given_up: Option<String>,
     pub ended: Option<u64>,
     pub finished: Option<u64>,
 }
 
 impl Machine {
     /// Begins a drain.
+    #[cfg(test)]
     pub(crate) fn begin(begun: Begun) -> (Self, Vec<Action>) {
+        Self::begin_after(Vec::new(), begun)
+    }
+
+    /// Begins a drain; these have got these signals by the one before, which was given up for it.
+    pub(crate) fn begin_after(signalled: Vec<(Identity, i32)>, begun: Begun) -> (Self, Vec<Action>) {
         let now = begun.began;
         let mut actions = vec![Action::Journal(Entry::Begun(Box::new(begun.clone())))];
         let mut machine = Self::new(begun);
+        if !signalled.is_empty() {
+            machine.record(&mut actions, Entry::Before { signalled });
+        }
         machine.advance(now, &mut actions);
         (machine, actions)
     }
 
     fn new(begun: Begun) -> Self {
         let runs = begun.services.iter().map(|_| Run::new()).collect();
-        Self { begun, runs, stage: None, resumed: Vec::new(), cancelled: None, ended: None, finished: None }
+        Self {
+            begun,
+            runs,
+            signalled_before: Vec::new(),
+            stage: None,
+            resumed: Vec::new(),
+            cancelled: None,
+            given_up: None,
+            ended: None,
+            finished: None,
+        }
     }
 
     /// Where an agent had come to that wrote these; `None` if it had not begun, or wrote what cannot be.
@@ -112,6 +137,8 @@ impl Machine {
             | Entry::Seen { service, fact: Fact::Exit { member, .. }, .. } => members(*service, &[*member]),
             Entry::Resumed { .. }
             | Entry::Cancelled { .. }
+            | Entry::Before { .. }
+            | Entry::GivenUp { .. }
             | Entry::Ended { .. }
             | Entry::Finished { .. } => true,
             Entry::Refused { service, .. }
@@ -182,6 +209,14 @@ impl Machine {
             Input::Cancel => {
                 if self.cancelled.is_none() && self.ended.is_none() {
                     self.record(&mut out, Entry::Cancelled { at: now });
+                }
+            }
+            Input::GiveUp(why) => {
+                if self.ended.is_none() {
+                    let phases = self.runs.iter().map(|run| run.phase).enumerate();
+                    let prestops: Vec<_> = phases.filter(|(_, phase)| *phase == Phase::Prestop).collect();
+                    self.record(&mut out, Entry::GivenUp { at: now, why });
+                    out.extend(prestops.into_iter().map(|(service, _)| Action::EndPrestop(service)));
                 }
             }
             Input::Time => (0..self.runs.len()).for_each(|service| self.time(now, service, &mut out)),
@@ -318,11 +353,36 @@ impl Machine {
     }
 
     fn signal(&mut self, now: u64, service: usize, signal: i32, out: &mut Vec<Action>) {
-        let members = self.runs[service].left(signal != libc::SIGKILL);
+        let left = self.runs[service].left(signal != libc::SIGKILL);
+        if left.is_empty() {
+            return;
+        }
+        let has_it = |member: &usize| {
+            let identity = &self.runs[service].members[*member].member.identity;
+            self.signalled_before.iter().any(|(one, got)| *got == signal && one.is_same_process(identity))
+        };
+        let members: Vec<usize> = left.into_iter().filter(|member| !has_it(member)).collect();
+        self.record(out, Entry::Signalling { at: now, service, members: members.clone(), signal });
         if !members.is_empty() {
-            self.record(out, Entry::Signalling { at: now, service, members: members.clone(), signal });
             out.push(Action::Send { service, members, signal });
         }
+    }
+
+    /// Processes that are there and have got a signal, or may have, and which.
+    pub(crate) fn signalled(&self) -> Vec<(Identity, i32)> {
+        let mut all = Vec::new();
+        for run in &self.runs {
+            for one in run.members.iter().filter(|one| one.gone.is_none()) {
+                let identity = &one.member.identity;
+                let earlier =
+                    self.signalled_before.iter().filter(|(other, _)| other.is_same_process(identity));
+                all.extend(earlier.cloned());
+                let is_sent = matches!(one.sent, Sent::Perhaps | Sent::Yes);
+                let is_its = |signal: &&i32| is_sent && (one.member.is_root || **signal == libc::SIGKILL);
+                all.extend(run.signals.iter().filter(is_its).map(|signal| (identity.clone(), *signal)));
+            }
+        }
+        all
     }
 
     /// A service none of whose processes may be signalled is left alone.

@@ -274,6 +274,16 @@ impl Service {
     pub(crate) const fn has_prestop(&self) -> bool {
         self.prestop.is_some() || self.ready.is_some()
     }
+
+    /// And what.
+    #[must_use]
+    pub(crate) const fn awaited(&self) -> &'static str {
+        match (&self.prestop, &self.ready) {
+            (None, Some(_)) => "ready",
+            (Some(_), Some(_)) => "prestop with ready",
+            _ => "prestop",
+        }
+    }
 }
 
 #[cfg(test)]
