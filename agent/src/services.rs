@@ -22,8 +22,8 @@ use tokio::{
 use crate::{
     document::SCHEMA,
     drain::{
-        Asked, Command, Document, Listed, Name, OnDeadline, Plan, Preflight, Process, Refusal, Registration,
-        Service, Signal, Stop, Target, View,
+        Asked, Command, Document, Grants, Listed, Name, OnDeadline, Plan, Preflight, Process, Refusal,
+        Registration, Service, Signal, Stop, Target, View,
     },
     peer::{Peer, refusal},
 };
@@ -392,7 +392,7 @@ fn asked(peer: &Peer, wish: Result<Json<DrainWish>, JsonRejection>) -> Result<(A
 }
 
 fn planned(plan: &Plan) -> PlanDocument {
-    let service = |(name, waits): &(Name, Vec<Name>), stage: Duration| {
+    let service = |(name, waits): &(Name, Vec<Name>), (time, shortened): &(Duration, Option<String>)| {
         let (service, preflight) = plan.services.iter().find(|(service, _)| service.name == *name)?;
         let (pids, refused, notes) = match preflight {
             Preflight::Found(found) => {
@@ -401,33 +401,27 @@ fn planned(plan: &Plan) -> PlanDocument {
             Preflight::NotRunning => (Vec::new(), None, vec!["it does not run".to_owned()]),
             Preflight::Refused(why) => (Vec::new(), Some(why.clone()), Vec::new()),
         };
-        let own = service.deadline.map_or(stage, |own| own.min(stage));
         Some(PlannedService {
             name: name.to_string(),
             target: service.target.words(),
             waits_for: waits.iter().map(Name::to_string).collect(),
             signal: signal(service),
-            seconds: own.as_secs_f64(),
+            seconds: time.as_secs_f64(),
             on_deadline: service.on_deadline,
             pids,
             refused,
-            notes: notes.into_iter().chain(shortened(service, stage)).collect(),
+            notes: notes.into_iter().chain(shortened.clone()).collect(),
         })
     };
-    let stage = |(stage, grant): (&Vec<(Name, Vec<Name>)>, &Duration)| StageDocument {
-        seconds: grant.as_secs_f64(),
-        services: stage.iter().filter_map(|one| service(one, *grant)).collect(),
+    let stage = |(stage, grant): (&Vec<(Name, Vec<Name>)>, &Grants)| StageDocument {
+        seconds: grant.time.as_secs_f64(),
+        services: stage.iter().zip(&grant.services).filter_map(|(one, time)| service(one, time)).collect(),
     };
     PlanDocument {
         schema: SCHEMA.to_owned(),
         deadline_seconds: plan.deadline.as_secs_f64(),
         stages: plan.stages.iter().zip(&plan.grants).map(stage).collect(),
     }
-}
-
-fn shortened(service: &Service, stage: Duration) -> Option<String> {
-    let own = service.deadline.filter(|own| *own > stage)?;
-    Some(format!("shortened from {:.1}s to {:.1}s", own.as_secs_f64(), stage.as_secs_f64()))
 }
 
 async fn cancel(

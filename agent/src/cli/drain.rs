@@ -33,7 +33,7 @@ Examples:
     plumb drain --last
 
 Exit code: 0 when all ended well, 124 when a deadline passed, else 1. Interrupting this command does not end the drain: \
-`plumb drain --cancel` does, before its next stage.";
+`plumb drain --cancel` does, before its next stage, and at once if the administrator says so of a user's.";
 
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
@@ -54,7 +54,7 @@ pub(super) struct Arguments {
     /// Say what would happen, and do nothing
     #[arg(long, conflicts_with_all = ["cancel", "last"])]
     dry_run: bool,
-    /// Begin no other stage of the drain under way
+    /// Begin no other stage of the drain under way; if a user has begun it, give that up for the administrator
     #[arg(long)]
     cancel: bool,
     /// The report of the drain under way or the last one
@@ -66,7 +66,10 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let Arguments { agent, names, .. } = arguments;
     if arguments.cancel {
         agent.ask(Method::DELETE, "/v1/drain", String::new())?;
-        output::message("plumb: no other stage begins; `plumb drain --last` tells what came of it");
+        let progress: Progress = agent.document(Method::GET, "/v1/drain", String::new())?;
+        let is_given_up = progress.drain.is_some_and(|drain| drain.given_up.is_some());
+        let what = if is_given_up { "it is given up" } else { "no other stage begins" };
+        output::message(&format!("plumb: {what}; `plumb drain --last` tells what came of it"));
         return Ok(Exit::Ok);
     }
     if arguments.last {
@@ -173,8 +176,7 @@ fn report_text(drain: &Document) -> String {
     for one in services {
         let verdict = one.verdict.map_or("under way", Verdict::word);
         let time = one.seconds.map_or_else(String::new, |seconds| format!(" in {seconds:.1} s"));
-        let slack =
-            one.slack_seconds.map_or_else(String::new, |slack| format!(", {slack:.1} s before its deadline"));
+        let slack = one.slack_seconds.map_or_else(String::new, slack);
         lines.push(String::new());
         lines.push(format!(
             "  {:<20} {verdict}: {}",
@@ -212,6 +214,12 @@ fn report_text(drain: &Document) -> String {
     lines.join("\n") + "\n"
 }
 
+/// `, 2.0 s before its deadline`
+fn slack(seconds: f64) -> String {
+    let (time, side) = (seconds.abs(), if seconds < 0.0 { "after" } else { "before" });
+    if time < 0.05 { ", at its deadline".to_owned() } else { format!(", {time:.1} s {side} its deadline") }
+}
+
 fn plan_text(plan: &PlanDocument) -> String {
     let mut lines = vec![format!("{} stages within {:.1} s", plan.stages.len(), plan.deadline_seconds)];
     for (number, stage) in (1..).zip(&plan.stages) {
@@ -229,4 +237,21 @@ fn plan_text(plan: &PlanDocument) -> String {
         }
     }
     lines.join("\n") + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_before_or_after() {
+        for (seconds, said) in [
+            (2.0, ", 2.0 s before its deadline"),
+            (-0.5, ", 0.5 s after its deadline"),
+            (-0.01, ", at its deadline"),
+            (0.04, ", at its deadline"),
+        ] {
+            assert_eq!(slack(seconds), said);
+        }
+    }
 }

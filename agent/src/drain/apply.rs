@@ -13,6 +13,7 @@ impl Machine {
         let mut tell = |at: u64, service: usize, words: String| self.runs[service].timeline.push((at, words));
         match entry {
             Entry::Begun(_) => {}
+            Entry::Before { signalled } => self.signalled_before.clone_from(signalled),
             Entry::Resumed { at } => self.resumed.push(*at),
             Entry::Cancelled { at } => {
                 self.cancelled = Some(*at);
@@ -20,6 +21,11 @@ impl Machine {
                     run.phase = Phase::Settled;
                     run.refused = Some("cancelled before its stage".to_owned());
                 }
+            }
+            Entry::GivenUp { at, why } => {
+                self.cancelled.get_or_insert(*at);
+                self.given_up = Some(why.clone());
+                self.runs.iter_mut().for_each(|run| give_up(run, *at, why));
             }
             Entry::Stage { at, stage, grants } => {
                 self.stage = Some(*stage);
@@ -55,14 +61,15 @@ impl Machine {
                 run.notes.push("no time was left: it was not asked to stop".to_owned());
             }
             Entry::Prestop { at, service } => {
-                tell(*at, *service, "prestop".to_owned());
+                tell(*at, *service, self.begun.services[*service].awaited().to_owned());
                 self.runs[*service].phase = Phase::Prestop;
             }
             Entry::PrestopEnded { at, service, why } => {
-                tell(*at, *service, "prestop has ended".to_owned());
+                let what = self.begun.services[*service].awaited();
+                tell(*at, *service, format!("{what} has ended"));
                 let run = &mut self.runs[*service];
                 (run.phase, run.prestopped) = (Phase::Checking, true);
-                run.notes.extend(why.as_ref().map(|why| format!("prestop {why}")));
+                run.notes.extend(why.as_ref().map(|why| format!("{what} {why}")));
             }
             Entry::Found { service, found, .. } => {
                 let run = &mut self.runs[*service];
@@ -75,8 +82,13 @@ impl Machine {
                 run.found = Found { members: Vec::new(), ..(**found).clone() };
             }
             Entry::Signalling { at, service, members, signal } => {
-                tell(*at, *service, format!("gets {}", signal_name(*signal)));
-                let run = &mut self.runs[*service];
+                let (name, run) = (signal_name(*signal), &mut self.runs[*service]);
+                if members.is_empty() {
+                    run.timeline.push((*at, format!("has got {name}")));
+                    run.notes.push(format!("{name} was sent by the drain before, and is not sent again"));
+                } else {
+                    run.timeline.push((*at, format!("gets {name}")));
+                }
                 run.signalled.get_or_insert(*at);
                 run.signals.push(*signal);
                 members.iter().for_each(|member| run.members[*member].sent = Sent::Perhaps);
@@ -153,6 +165,22 @@ impl Machine {
             Entry::Finished { at } => self.finished = Some(*at),
         }
     }
+}
+
+/// A service is not waited for any longer, nor asked to stop.
+fn give_up(run: &mut Run, at: u64, why: &str) {
+    match run.phase {
+        Phase::Gone | Phase::Late | Phase::Settled => return,
+        Phase::Stopping | Phase::Confirming | Phase::Killing if run.signalled.is_some() => {
+            (run.phase, run.is_late, run.given_up) = (Phase::Late, true, Some(why.to_owned()));
+            run.notes.push(format!("given up: {why}"));
+        }
+        _ => {
+            run.phase = Phase::Settled;
+            run.refused = Some(format!("cancelled before it was asked to stop: {why}"));
+        }
+    }
+    run.timeline.push((at, format!("is given up: {why}")));
 }
 
 /// What the kernel said of a service.

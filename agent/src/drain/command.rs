@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 
 use super::{
     course::Found,
+    grants,
     order::Stage,
     process::Process,
     registry::{Caller, Refusal},
@@ -67,7 +68,7 @@ pub(crate) struct Plan {
     pub stages: Vec<Stage>,
     pub services: Vec<(Service, Preflight)>,
     /// Time of each stage if the ones before it use all of theirs.
-    pub grants: Vec<Duration>,
+    pub grants: Vec<grants::Stage>,
 }
 
 /// What was found of a service.

@@ -129,11 +129,20 @@ pub(crate) enum NotSent {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Entry {
     Begun(Box<Begun>),
+    /// Who has got which signal by a drain that was given up for this one, and does not get it again.
+    Before {
+        signalled: Vec<(Identity, i32)>,
+    },
     Resumed {
         at: u64,
     },
     Cancelled {
         at: u64,
+    },
+    /// Nothing is waited for any longer, and why.
+    GivenUp {
+        at: u64,
+        why: String,
     },
     /// With the time of each of its services, and the words for it where that is less than it asked for.
     Stage {
@@ -169,7 +178,7 @@ pub(crate) enum Entry {
         service: usize,
         found: Box<Found>,
     },
-    /// A signal is about to be sent to these members.
+    /// A signal is about to be sent to these members; to none if all have it from the drain before.
     Signalling {
         at: u64,
         service: usize,
@@ -243,7 +252,10 @@ pub(crate) enum Entry {
 #[derive(Clone, Debug)]
 pub(crate) enum Input {
     Resume,
+    /// No other stage begins.
     Cancel,
+    /// And those that have begun are waited for no longer; why.
+    GiveUp(String),
     /// It is as late as `next` said.
     Time,
     /// Answers to `Find`.
@@ -337,6 +349,8 @@ pub(crate) struct Run {
     pub gone: Option<u64>,
     pub refused: Option<String>,
     pub is_late: bool,
+    /// Why it was not waited for until its deadline.
+    pub given_up: Option<String>,
     /// When it got KILL from plumb.
     pub killed: Option<u64>,
     /// systemd is through with its unit, or cannot say.
@@ -391,6 +405,7 @@ impl Run {
             gone: None,
             refused: None,
             is_late: false,
+            given_up: None,
             killed: None,
             unit_stopped: false,
             unit_result: None,

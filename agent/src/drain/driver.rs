@@ -17,7 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     active::{Active, by_place, gone, listed, look},
     command::{Asked, Command, Plan, Registration, Settings, View},
-    course::{Begun, Fact, Input, UnitEnd},
+    course::{Begun, Fact, Input, UnitEnd, nanos},
     family::Claims,
     grants,
     identity::Identity,
@@ -283,16 +283,10 @@ impl Driver {
         let stages = order::stages(self.registry.list(), &selected);
         let all: Vec<&Service> =
             self.registry.list().iter().filter(|one| selected.contains(&one.name)).collect();
-        let wish = |name: &Name| self.registry.get(name).and_then(|service| service.deadline);
+        let wish = |(name, _): &(Name, Vec<Name>)| self.registry.get(name).map(Service::wish);
         let wishes: Vec<Vec<_>> =
-            stages.iter().map(|stage| stage.iter().map(|(name, _)| wish(name)).collect()).collect();
-        let mut left = deadline;
-        let grant = |at: usize| {
-            let grant = grants::of_stage(&wishes[at..], left);
-            left -= grant.min(left);
-            grant
-        };
-        let grants = (0..stages.len()).map(grant).collect();
+            stages.iter().map(|stage| stage.iter().filter_map(wish).collect()).collect();
+        let grants = grants::of_all(&wishes, deadline);
         let services: Vec<Service> = all.into_iter().cloned().collect();
         let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
         let claims = Claims::of(&services, |at| held(&services[at]));
@@ -306,19 +300,21 @@ impl Driver {
     fn drain(&mut self, asked: &Asked) -> Result<String, Refusal> {
         self.possible()?;
         let selected = self.registry.select(asked.names.as_deref(), asked.caller)?;
+        let (deadline, mut signalled) = (asked.deadline.unwrap_or(self.settings.deadline), Vec::new());
         if let Some(active) = self.active.as_ref().filter(|active| active.machine.ended.is_none()) {
             let under_way = &active.machine.begun;
             let covers = selected.iter().all(|name| under_way.services.iter().any(|one| one.name == *name));
-            return if covers {
-                Ok(under_way.id.clone())
-            } else {
-                Err(Refusal::UnderWay(under_way.id.clone()))
-            };
+            // An hour of a user's is not what the administrator has asked for.
+            let is_in_time = under_way.deadline <= clock::boottime().saturating_add(nanos(deadline));
+            if !self.is_below(asked.caller) || covers && is_in_time {
+                let id = under_way.id.clone();
+                return if covers { Ok(id) } else { Err(Refusal::UnderWay(id)) };
+            }
+            signalled = self.give_up("the administrator drains");
         }
         // One that only watches whether something comes back makes room.
         self.settle();
         let began = clock::boottime();
-        let deadline = asked.deadline.unwrap_or(self.settings.deadline);
         let services: Vec<Service> =
             self.registry.list().iter().filter(|one| selected.contains(&one.name)).cloned().collect();
         let place = |name: &Name| services.iter().position(|service| service.name == *name);
@@ -332,7 +328,7 @@ impl Driver {
             trigger: asked.trigger.clone(),
             uid: asked.caller.uid,
             began,
-            deadline: began.saturating_add(u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX)),
+            deadline: began.saturating_add(nanos(deadline)),
             stages,
             services,
         };
@@ -347,7 +343,7 @@ impl Driver {
         let journal = Journal::create(&self.settings.run_dir).map_err(|error| error.to_string());
         let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
         let registered = by_place(&begun.services, held);
-        let (machine, actions) = Machine::begin(begun);
+        let (machine, actions) = Machine::begin_after(signalled, begun);
         let sockets = Sockets::begin(&self.ask, machine.runs.len());
         self.active = Some(Active::new(machine, journal, registered, Some(sockets)));
         self.perform(actions);
@@ -384,7 +380,11 @@ impl Driver {
         if let Some(other) = active.machine.begun.services.iter().find(|service| !caller.owns(service.uid)) {
             return Err(Refusal::NotYours(other.name.clone()));
         }
-        self.step(Input::Cancel);
+        if self.is_below(caller) {
+            self.give_up("the administrator has cancelled it");
+        } else {
+            self.step(Input::Cancel);
+        }
         Ok(())
     }
 

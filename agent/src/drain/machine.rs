@@ -4,6 +4,7 @@
 //! drain     running --- all stages are past ---> ended --- each is settled ---> finished
 //!              |                                   ^
 //!              +-- cancelled: no other stage begins -+
+//!              +-- given up: what stops is late -----+
 //!
 //! service   waiting
 //!              | its stage begins
@@ -32,7 +33,8 @@ use super::{
         Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, UnitEnd,
         nanos,
     },
-    grants,
+    grants::{self, Wish},
+    identity::Identity,
     service::{Name, OnDeadline, Signal},
 };
 
@@ -52,27 +54,50 @@ const TOO_LATE: Duration = Duration::from_millis(10);
 pub(crate) struct Machine {
     pub begun: Begun,
     pub runs: Vec<Run>,
+    /// By the drain before.
+    pub signalled_before: Vec<(Identity, i32)>,
     /// The last one that has begun.
     pub stage: Option<usize>,
     pub resumed: Vec<u64>,
     pub cancelled: Option<u64>,
+    /// Why nothing was waited for any longer.
+    pub given_up: Option<String>,
     pub ended: Option<u64>,
     pub finished: Option<u64>,
 }
 
 impl Machine {
     /// Begins a drain.
+    #[cfg(test)]
     pub(crate) fn begin(begun: Begun) -> (Self, Vec<Action>) {
+        Self::begin_after(Vec::new(), begun)
+    }
+
+    /// Begins a drain; these have got these signals by the one before, which was given up for it.
+    pub(crate) fn begin_after(signalled: Vec<(Identity, i32)>, begun: Begun) -> (Self, Vec<Action>) {
         let now = begun.began;
         let mut actions = vec![Action::Journal(Entry::Begun(Box::new(begun.clone())))];
         let mut machine = Self::new(begun);
+        if !signalled.is_empty() {
+            machine.record(&mut actions, Entry::Before { signalled });
+        }
         machine.advance(now, &mut actions);
         (machine, actions)
     }
 
     fn new(begun: Begun) -> Self {
         let runs = begun.services.iter().map(|_| Run::new()).collect();
-        Self { begun, runs, stage: None, resumed: Vec::new(), cancelled: None, ended: None, finished: None }
+        Self {
+            begun,
+            runs,
+            signalled_before: Vec::new(),
+            stage: None,
+            resumed: Vec::new(),
+            cancelled: None,
+            given_up: None,
+            ended: None,
+            finished: None,
+        }
     }
 
     /// Where an agent had come to that wrote these; `None` if it had not begun, or wrote what cannot be.
@@ -112,6 +137,8 @@ impl Machine {
             | Entry::Seen { service, fact: Fact::Exit { member, .. }, .. } => members(*service, &[*member]),
             Entry::Resumed { .. }
             | Entry::Cancelled { .. }
+            | Entry::Before { .. }
+            | Entry::GivenUp { .. }
             | Entry::Ended { .. }
             | Entry::Finished { .. } => true,
             Entry::Refused { service, .. }
@@ -184,6 +211,14 @@ impl Machine {
                     self.record(&mut out, Entry::Cancelled { at: now });
                 }
             }
+            Input::GiveUp(why) => {
+                if self.ended.is_none() {
+                    let phases = self.runs.iter().map(|run| run.phase).enumerate();
+                    let prestops: Vec<_> = phases.filter(|(_, phase)| *phase == Phase::Prestop).collect();
+                    self.record(&mut out, Entry::GivenUp { at: now, why });
+                    out.extend(prestops.into_iter().map(|(service, _)| Action::EndPrestop(service)));
+                }
+            }
             Input::Time => (0..self.runs.len()).for_each(|service| self.time(now, service, &mut out)),
             Input::Found(service, found) => self.found(now, service, found, &mut out),
             Input::NotRunning(service) if self.runs[service].phase == Phase::Checking => {
@@ -248,11 +283,7 @@ impl Machine {
                 break;
             }
             let left = Duration::from_nanos(self.begun.deadline.saturating_sub(now));
-            let wish = |service: &usize| self.begun.services[*service].deadline;
-            let wishes: Vec<Vec<_>> =
-                self.begun.stages[next..].iter().map(|stage| stage.iter().map(wish).collect()).collect();
-            let whole = grants::of_stage(&wishes, left);
-            let grants = wishes[0].iter().map(|wish| grants::of_service(*wish, whole)).collect();
+            let grants = grants::of_stage(&self.wishes(next), left, self.of_users(now)).services;
             self.record(out, Entry::Stage { at: now, stage: next, grants });
             for service in self.begun.stages[next].clone() {
                 if left < TOO_LATE {
@@ -265,6 +296,26 @@ impl Machine {
         if self.ended.is_some() && self.finished.is_none() && self.runs.iter().all(Run::is_settled) {
             self.record(out, Entry::Finished { at: now });
         }
+    }
+
+    /// What the services ask for, from a stage on.
+    fn wishes(&self, first: usize) -> Vec<Vec<Wish>> {
+        let wish = |service: &usize| self.begun.services[*service].wish();
+        self.begun.stages[first..].iter().map(|stage| stage.iter().map(wish).collect()).collect()
+    }
+
+    /// What the stages of users have not taken yet of their half of the whole time.
+    fn of_users(&self, now: u64) -> Duration {
+        let half = self.begun.deadline.saturating_sub(self.begun.began) / 2;
+        let past = self.stage.map_or(0, |stage| stage + 1);
+        let began = |stage: usize| match self.begun.stages.get(stage).and_then(|stage| stage.first()) {
+            Some(service) if stage < past => self.runs[*service].began,
+            _ => now,
+        };
+        let wishes = self.wishes(0);
+        let theirs = (0..past).filter(|stage| !grants::is_admins(&wishes[*stage]));
+        let taken: u64 = theirs.map(|stage| began(stage + 1).saturating_sub(began(stage))).sum();
+        Duration::from_nanos(half.saturating_sub(taken))
     }
 
     fn stage_is_past(&self) -> bool {
@@ -303,11 +354,36 @@ impl Machine {
 
     fn signal(&mut self, now: u64, service: usize, signal: i32, out: &mut Vec<Action>) {
         let run = &self.runs[service];
-        let members = if signal == libc::SIGKILL { run.killable() } else { run.left(true) };
+        let left = if signal == libc::SIGKILL { run.killable() } else { run.left(true) };
+        if left.is_empty() {
+            return;
+        }
+        let has_it = |member: &usize| {
+            let identity = &self.runs[service].members[*member].member.identity;
+            self.signalled_before.iter().any(|(one, got)| *got == signal && one.is_same_process(identity))
+        };
+        let members: Vec<usize> = left.into_iter().filter(|member| !has_it(member)).collect();
+        self.record(out, Entry::Signalling { at: now, service, members: members.clone(), signal });
         if !members.is_empty() {
-            self.record(out, Entry::Signalling { at: now, service, members: members.clone(), signal });
             out.push(Action::Send { service, members, signal });
         }
+    }
+
+    /// Processes that are there and have got a signal, or may have, and which.
+    pub(crate) fn signalled(&self) -> Vec<(Identity, i32)> {
+        let mut all = Vec::new();
+        for run in &self.runs {
+            for one in run.members.iter().filter(|one| one.gone.is_none()) {
+                let identity = &one.member.identity;
+                let earlier =
+                    self.signalled_before.iter().filter(|(other, _)| other.is_same_process(identity));
+                all.extend(earlier.cloned());
+                let is_sent = matches!(one.sent, Sent::Perhaps | Sent::Yes);
+                let is_its = |signal: &&i32| is_sent && (one.member.is_root || **signal == libc::SIGKILL);
+                all.extend(run.signals.iter().filter(is_its).map(|signal| (identity.clone(), *signal)));
+            }
+        }
+        all
     }
 
     /// A service none of whose processes may be signalled is left alone.

@@ -11,6 +11,9 @@ use super::{
     *,
 };
 
+#[path = "machine_cases.rs"]
+mod cases;
+
 const MS: u64 = 1_000_000;
 
 /// What a service does when it is asked to stop.
@@ -29,6 +32,8 @@ struct Behaviour {
     again: bool,
     /// systemd stops it, and is through with its unit so long after its last process.
     unit: Option<u64>,
+    /// A user has registered it.
+    is_users: bool,
 }
 
 fn behaviour() -> impl Strategy<Value = Behaviour> {
@@ -42,11 +47,30 @@ fn behaviour() -> impl Strategy<Value = Behaviour> {
             proptest::option::weighted(0.1, 0..500_u64),
             proptest::bool::weighted(0.1),
             proptest::option::weighted(0.3, 0..3_000_u64),
+            any::<bool>(),
         ),
     )
         .prop_map(
-            |(stops, (prestop, kill, late), deadline, (refused, absent), (straggler, again, unit))| {
-                Behaviour { stops, prestop, kill, late, deadline, refused, absent, straggler, again, unit }
+            |(
+                stops,
+                (prestop, kill, late),
+                deadline,
+                (refused, absent),
+                (straggler, again, unit, is_users),
+            )| {
+                Behaviour {
+                    stops,
+                    prestop,
+                    kill,
+                    late,
+                    deadline,
+                    refused,
+                    absent,
+                    straggler,
+                    again,
+                    unit,
+                    is_users,
+                }
             },
         )
 }
@@ -75,6 +99,8 @@ struct World {
     looked: BTreeSet<usize>,
     /// When systemd was asked to stop the unit of a service.
     asked: BTreeMap<usize, u64>,
+    /// When the administrator wants something else.
+    gives_up: Option<u64>,
 }
 
 /// After so many things the agent is killed, and the next one is there after so many ms.
@@ -99,6 +125,7 @@ impl World {
             deadline: behaviour.deadline.map(Duration::from_millis),
             on_deadline: if behaviour.kill { OnDeadline::Kill } else { OnDeadline::Report },
             prestop: behaviour.prestop.map(|_| "true".to_owned()),
+            uid: if behaviour.is_users { 1000 } else { 0 },
             ..Service::example(&format!("s{at}"))
         };
         let began = 1000 * MS;
@@ -125,6 +152,7 @@ impl World {
             crashes: crashes.into(),
             looked: BTreeSet::new(),
             asked: BTreeMap::new(),
+            gives_up: None,
         };
         world.perform(actions);
         world
@@ -226,6 +254,7 @@ impl World {
                 None
             }
             Action::Send { service, members, signal } => {
+                assert!(self.machine.given_up.is_none(), "a signal in a drain that was given up");
                 self.check_order(service);
                 let mut failed = Vec::new();
                 for at in members {
@@ -324,10 +353,15 @@ impl World {
         let limit = self.machine.begun.deadline + 60_000 * MS;
         while self.machine.finished.is_none() {
             let due = self.due.first().map(|(time, _)| *time);
-            let next = [due, self.machine.next()].into_iter().flatten().min();
+            let next = [due, self.machine.next(), self.gives_up].into_iter().flatten().min();
             let next = next.unwrap_or_else(|| panic!("nothing will happen: {:#?}", self.machine.runs));
             self.now = self.now.max(next);
             assert!(self.now < limit, "it does not end: {:#?}", self.machine.runs);
+            if self.gives_up.take_if(|time| *time <= self.now).is_some() {
+                let actions = self.machine.step(self.now, Input::GiveUp("test".to_owned()));
+                self.perform(actions);
+                continue;
+            }
             let input = match due.filter(|due| *due <= self.now) {
                 Some(_) => {
                     let (time, due) = self.due.pop_first().expect("it is due");
@@ -394,20 +428,23 @@ fn staged(count: usize, cuts: &[bool]) -> Vec<Vec<usize>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever services do and whenever the agent is killed: it ends, in order and in time, and no process gets a
-    /// signal twice, nor KILL unless that was asked for.
+    /// Whatever services do, whenever the agent is killed and the drain is given up: it ends, in order and in time, and no
+    /// process gets a signal twice, nor KILL unless that was asked for.
     #[test]
     fn a_drain_ends_in_order_and_signals_once(
         behaviours in proptest::collection::vec(behaviour(), 1..6),
         cuts in proptest::collection::vec(any::<bool>(), 6),
         deadline in 100..20_000_u64,
         crashes in proptest::collection::vec((0..40_usize, 0..10_000_u64), 0..4),
+        gives_up in proptest::option::weighted(0.3, 0..10_000_u64),
     ) {
         let stages = staged(behaviours.len(), &cuts);
         let kills: Vec<bool> = behaviours.iter().map(|behaviour| behaviour.kill).collect();
         let is_killed = !crashes.is_empty();
         let mut world = World::begin(behaviours, stages, deadline, crashes);
+        world.gives_up = gives_up.map(|time| world.machine.begun.began + time * MS);
         world.run();
+        let is_given_up = world.machine.given_up.is_some();
         for ((service, member, signal), times) in &world.got {
             prop_assert!(*times == 1, "process {} of {} got {} {} times", member, service, signal, times);
             prop_assert!(*signal != libc::SIGKILL || kills[*service]);
@@ -415,13 +452,14 @@ proptest! {
         let ended = world.machine.ended.expect("it is finished");
         let kill_grace = nanos(KILL_GRACE) * world.machine.begun.stages.len() as u64;
         prop_assert!(is_killed || ended <= world.machine.begun.deadline + kill_grace, "ended late");
+        prop_assert!(is_killed || !is_given_up || Some(ended) == world.machine.cancelled, "not at once");
         // What is told is what happened.
         for (service, run) in world.machine.runs.iter().enumerate() {
             let found = verdict(run);
             prop_assert!(found.is_some(), "{:?}", run);
             // What KILL has ended did not just take too long, however late the agent was.
             let got_kill = |number: &usize| world.got.contains_key(&(service, *number, libc::SIGKILL));
-            if (0..world.behaviours[service].stops.len()).all(|number| got_kill(&number)) {
+            if !is_given_up && (0..world.behaviours[service].stops.len()).all(|number| got_kill(&number)) {
                 prop_assert!(!matches!(found, Some((Verdict::Timeout, _))), "killed, and called late: {:?}", run);
             }
             let is_asked = run.signalled.is_some() || run.refused.is_some();
@@ -452,6 +490,7 @@ fn simple(stop: Option<u64>) -> Behaviour {
         straggler: None,
         again: false,
         unit: None,
+        is_users: false,
     }
 }
 

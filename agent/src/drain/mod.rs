@@ -39,6 +39,7 @@ pub(crate) use self::{
     course::{NotSent, signal_name},
     driver::{Driver, Told},
     facts::{Facts, Listener, Supervisor, Tcp, of as facts_of, ports},
+    grants::Stage as Grants,
     identity::ticks,
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},

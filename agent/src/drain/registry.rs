@@ -30,6 +30,12 @@ impl Caller {
     }
 }
 
+/// Whether what a user has registered or begun is the administrator's. Who comes through the open socket is never root.
+#[must_use]
+pub(crate) const fn is_admin(uid: u32) -> bool {
+    uid == Caller::AGENT.uid
+}
+
 /// Why a registration, or a drain of one, is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {

@@ -74,6 +74,9 @@ pub(crate) struct Document {
     /// Between its end and the deadline; negative when that had passed.
     pub slack_seconds: Option<f64>,
     pub cancelled: bool,
+    /// Why nothing was waited for any longer.
+    #[serde(default)]
+    pub given_up: Option<String>,
     /// How often an agent took it up from one that was killed.
     pub resumed: usize,
     /// `kept`, or why not: then no other agent takes it up.
@@ -186,6 +189,9 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
         return Some((Verdict::Restarted, what.clone()));
     }
     if run.is_late {
+        if let Some(why) = &run.given_up {
+            return Some((Verdict::Timeout, format!("it still ran when it was given up: {why}")));
+        }
         let left = run.members.iter().filter(|one| one.gone.is_none()).count();
         let why = match (run.signalled, left) {
             (None, _) => "no time was left to ask it to stop".to_owned(),
@@ -307,6 +313,7 @@ impl Document {
             seconds: between(begun.began, end),
             slack_seconds: machine.ended.map(|end| between(end, begun.deadline)),
             cancelled: machine.cancelled.is_some(),
+            given_up: machine.given_up.clone(),
             resumed: machine.resumed.len(),
             journal: journal.to_owned(),
             stages: words(machine.stage_names()),
@@ -331,18 +338,35 @@ impl Document {
         self.services.iter().any(late)
     }
 
-    /// One line of what came of it.
+    /// One line of how far it is, or what came of it.
     #[must_use]
     pub(crate) fn headline(&self) -> String {
+        let Self { id, seconds, services, .. } = self;
+        if self.state == State::Running {
+            let is_past = |one: &&ServiceDocument| matches!(one.phase.as_str(), "gone" | "late" | "settled");
+            let (done, all) = (services.iter().filter(is_past).count(), services.len());
+            let cancelled = if self.cancelled { ", no other stage begins" } else { "" };
+            return format!("drain {id} under way for {seconds:.1} s: {done} of {all} done{cancelled}");
+        }
         let count = |verdict| self.services.iter().filter(|service| service.verdict == Some(verdict)).count();
-        let counts: Vec<String> = Verdict::ALL
+        let mut counts: Vec<String> = Verdict::ALL
             .into_iter()
             .filter(|verdict| count(*verdict) > 0)
             .map(|verdict| format!("{} {}", count(verdict), verdict.word()))
             .collect();
+        // Those that are gone have no verdict yet.
+        match services.iter().filter(|service| service.verdict.is_none()).count() {
+            0 => {}
+            1 => counts.push("1 is gone, and watched for a restart".to_owned()),
+            many => counts.push(format!("{many} are gone, and watched for a restart")),
+        }
         let what = if counts.is_empty() { "nothing to drain".to_owned() } else { counts.join(", ") };
-        let end = if self.cancelled { "cancelled after" } else { "over after" };
-        format!("drain {} {end} {:.1} s: {what}", self.id, self.seconds)
+        let end = match (&self.given_up, self.cancelled) {
+            (Some(_), _) => "given up after",
+            (None, true) => "cancelled after",
+            (None, false) => "over after",
+        };
+        format!("drain {id} {end} {seconds:.1} s: {what}")
     }
 }
 
@@ -421,7 +445,7 @@ impl ServiceDocument {
         match self.phase.as_str() {
             "waiting" => "waits".to_owned(),
             "checking" => "is looked at".to_owned(),
-            "prestop" => "prestop runs".to_owned(),
+            "prestop" => "prestop or ready runs".to_owned(),
             "stopping" | "confirming" => format!(
                 "{}; {}, {} at most",
                 match (&self.unit, self.signals.last()) {
@@ -454,8 +478,9 @@ mod tests {
     use super::{
         super::{
             apply::saw,
-            course::{Member, of_member},
+            course::{Begun, Member, of_member},
             identity::Identity,
+            service::Service,
         },
         *,
     };
@@ -477,6 +502,42 @@ mod tests {
             saw(&mut run, &Fact::Unseen { why: "its ports could not be read".to_owned() });
             assert_eq!(verdict(&run).unwrap().0, expected);
         }
+    }
+
+    #[test]
+    fn the_headline_says_how_far_it_is_and_counts_everybody() {
+        let of = |phase: Phase| Run { phase, refused: None, ..Run::new() };
+        let services = ["a", "b", "c", "d", "e"].map(Service::example).to_vec();
+        let stages = vec![vec![0, 1, 2, 3, 4]];
+        let begun = Begun {
+            id: "d".to_owned(),
+            boot_id: "b".to_owned(),
+            trigger: "test".to_owned(),
+            uid: 0,
+            began: 0,
+            deadline: 30_000_000_000,
+            stages,
+            services,
+        };
+        let (mut machine, _) = Machine::begin(begun);
+        let line =
+            |machine: &Machine| Document::new(machine, "kept", Calendar::now(), 3_300_000_000).headline();
+        machine.runs[0] = of(Phase::Gone);
+        assert_eq!(line(&machine), "drain d under way for 3.3 s: 1 of 5 done");
+        machine.cancelled = Some(1);
+        assert_eq!(line(&machine), "drain d under way for 3.3 s: 1 of 5 done, no other stage begins");
+        (machine.cancelled, machine.ended) = (None, Some(3_000_000_000));
+        machine.runs[1..3].fill(of(Phase::Gone));
+        machine.runs[3..].fill(of(Phase::Settled));
+        machine.runs[4].refused = Some("no".to_owned());
+        assert_eq!(
+            line(&machine),
+            "drain d over after 3.0 s: 1 clean, 1 refused, 3 are gone, and watched for a restart"
+        );
+        machine.runs.fill(of(Phase::Settled));
+        assert_eq!(line(&machine), "drain d over after 3.0 s: 5 clean");
+        machine.given_up = Some("why".to_owned());
+        assert_eq!(line(&machine), "drain d given up after 3.0 s: 5 clean");
     }
 
     /// A service with a listener that got TERM, ended in time, and is not expected back.

@@ -1,20 +1,27 @@
-//! The reports of the last drains, kept in the state folder.
+//! The reports of the last drains, kept in the state folder: no user crowds out those of the administrator.
 
 use std::{fs, io, path::Path};
 
-use super::report::Document;
+use super::{registry::is_admin, report::Document};
 use crate::state;
 
-/// Reports that are kept.
+/// Reports that are kept of the administrator's drains, and of those of users.
 const KEPT: usize = 32;
+/// A report of a user's drain is called so at its end, any other only `.json`.
+const OF_USER: &str = ".user.json";
 
-/// Keeps a report, and the last ones before it.
+/// Keeps a report, and the last ones before it. There is none of a drain of nothing.
 pub(super) fn keep(folder: &Path, document: &Document) -> io::Result<()> {
-    let folder = folder.join("drains");
+    if document.services.is_empty() {
+        return Ok(());
+    }
+    let (folder, is_users) = (folder.join("drains"), !is_admin(document.uid));
     fs::create_dir_all(&folder)?;
-    state::replace(&folder, &format!("{}.json", document.id), &serde_json::to_vec(document)?)?;
+    let end = if is_users { OF_USER } else { ".json" };
+    state::replace(&folder, &format!("{}{end}", document.id), &serde_json::to_vec(document)?)?;
     let mut all: Vec<_> = fs::read_dir(&folder)?
         .filter_map(Result::ok)
+        .filter(|entry| entry.file_name().to_string_lossy().ends_with(OF_USER) == is_users)
         .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
         .collect();
     all.sort();
@@ -31,4 +38,48 @@ pub(super) fn last(folder: &Path) -> Option<Document> {
         .filter(|entry| entry.path().extension().is_some_and(|end| end == "json"))
         .max_by_key(|entry| entry.metadata().and_then(|about| about.modified()).ok())?;
     serde_json::from_slice(&fs::read(newest.path()).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{course::Begun, machine::Machine, service::Service},
+        *,
+    };
+    use crate::clock::Calendar;
+
+    fn document(id: &str, uid: u32, services: Vec<Service>) -> Document {
+        let stages = services.iter().enumerate().map(|(at, _)| vec![at]).collect();
+        let (boot_id, trigger) = ("b".to_owned(), "test".to_owned());
+        let id = id.to_owned();
+        let begun = Begun { id, boot_id, trigger, uid, began: 0, deadline: 1, stages, services };
+        Document::new(&Machine::begin(begun).0, "kept", Calendar::now(), 1)
+    }
+
+    #[test]
+    fn no_user_crowds_out_the_reports_of_the_administrator() {
+        let folder = std::env::temp_dir().join(format!("plumb-reports-{}", std::process::id()));
+        let web = || vec![Service::example("web")];
+        keep(&folder, &document("mine", 0, web())).unwrap();
+        for number in 0..2 * KEPT {
+            keep(&folder, &document(&format!("theirs-{number:02}"), 1000, web())).unwrap();
+            keep(&folder, &document(&format!("nothing-{number:02}"), 1000, Vec::new())).unwrap();
+        }
+        let names = || -> Vec<String> {
+            let entries = fs::read_dir(folder.join("drains")).unwrap();
+            let mut names: Vec<_> =
+                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names().len(), KEPT + 1);
+        assert_eq!(names()[..2], ["mine.json", "theirs-32.user.json"]);
+        assert_eq!(last(&folder).unwrap().id, "theirs-63");
+        for number in 0..KEPT {
+            keep(&folder, &document(&format!("own-{number:02}"), 0, web())).unwrap();
+        }
+        assert_eq!(names().len(), 2 * KEPT);
+        assert_eq!(names()[..2], ["own-00.json", "own-01.json"]);
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }

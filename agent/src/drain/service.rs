@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
-use super::identity::Identity;
+use super::{grants::Wish, identity::Identity, registry::is_admin};
 
 /// Name of a service: 1 to 64 letters, digits, `_`, `-`, `.` and `@`, of which the first is a letter or a digit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -263,10 +263,26 @@ pub(crate) struct Service {
 }
 
 impl Service {
+    /// What it asks for of the time of a drain.
+    #[must_use]
+    pub(crate) const fn wish(&self) -> Wish {
+        Wish { own: self.deadline, is_admin: is_admin(self.uid) }
+    }
+
     /// Whether something is to be awaited before its signal.
     #[must_use]
     pub(crate) const fn has_prestop(&self) -> bool {
         self.prestop.is_some() || self.ready.is_some()
+    }
+
+    /// And what.
+    #[must_use]
+    pub(crate) const fn awaited(&self) -> &'static str {
+        match (&self.prestop, &self.ready) {
+            (None, Some(_)) => "ready",
+            (Some(_), Some(_)) => "prestop with ready",
+            _ => "prestop",
+        }
     }
 }
 

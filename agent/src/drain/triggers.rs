@@ -63,7 +63,7 @@ async fn ask(
 }
 
 /// Drains all, and waits until that has ended and its report is kept. One of some services, which is under way, begins
-/// no other stage and is waited for.
+/// no other stage and is waited for; the driver gives one up that a user has begun.
 pub(crate) async fn all(
     drain: &mpsc::Sender<Command>,
     mut views: watch::Receiver<View>,

@@ -1,11 +1,20 @@
 //! The course of a drain beyond the order: side by side, with too little time, cancelled, joined, with a prestop command,
 //! below a supervisor.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    process::{Command, Stdio},
+};
 
 use serde_json::{Value, json};
 
-use super::{Host, client::Client, pid, support::Running};
+use super::{
+    Host,
+    client::Client,
+    pid,
+    support::{Running, plumb},
+};
 
 impl Host {
     fn admin(&self) -> Client {
@@ -80,7 +89,7 @@ fn too_little_time_in_all_shortens_everybody_and_is_said() {
     assert_eq!(output.status.code(), Some(124));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let note = |name: &str| service(&report, name)["notes"].to_string();
-    assert!(note("first").contains("shortened from 24s to 3s"), "{report:#}");
+    assert!(note("first").contains("shortened from 24s to 2s"), "{report:#}");
     // The first has left it most of its time.
     assert!(note("second").contains("shortened from 8s to "), "{report:#}");
     assert_eq!(service(&report, "second")["verdict"], "timeout", "{report:#}");
@@ -113,6 +122,72 @@ fn a_drain_that_is_cancelled_begins_no_other_stage_and_another_one_joins_it_befo
     assert_eq!(service(&report, "second")["verdict"], "refused", "{report:#}");
     assert!(service(&report, "second")["why"].to_string().contains("cancelled"), "{report:#}");
     assert_eq!(host.events(), ["first TERM", "first gone"]);
+}
+
+/// A shell of a user who is not the administrator.
+fn as_nobody(host: &Host, script: &str) -> Running {
+    let program = host.dir.join("plumb");
+    if !fs::exists(&program).unwrap() {
+        fs::copy(plumb().get_program(), &program).unwrap();
+    }
+    let script = script.replace("plumb ", &format!("{program} "));
+    let mut shell = Command::new("setpriv");
+    shell.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "/bin/sh", "-c", &script]);
+    shell.env("PLUMB_RUN_DIR", host.run_dir()).current_dir("/");
+    Running(shell.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
+}
+
+#[test]
+fn a_user_does_not_hold_up_the_administrator() {
+    let host = Host::new("");
+    let events = host.dir.join("events");
+    fs::write(&events, "").unwrap();
+    fs::set_permissions(&events, fs::Permissions::from_mode(0o666)).unwrap();
+    let script = format!(
+        "trap 'echo hog TERM >> {events}' TERM; plumb services add hog --signal TERM --deadline 1h; \
+         while :; do sleep 0.05; done"
+    );
+    let _hog = as_nobody(&host, &script);
+    let listed = || String::from_utf8_lossy(&host.plumb(&["services", "list"]).stdout).into_owned();
+    host.until("it is registered", || listed().contains("hog"));
+    let web = host.server("web", "0.1");
+    host.register("web", web.pid());
+    let asked = || host.events().iter().filter(|event| *event == "hog TERM").count();
+    let drains = |times: usize| {
+        let drain = as_nobody(&host, "plumb drain hog --deadline 1h");
+        host.until("it is asked to stop", || asked() == times);
+        drain
+    };
+
+    let _first = drains(1);
+    let report = host.json(&["drain", "web", "--deadline", "20s"]);
+    assert_eq!(service(&report, "web")["verdict"], "clean", "{report:#}");
+    let kept = || -> Vec<Value> {
+        let files = fs::read_dir(host.dir.0.join("state/drains")).unwrap();
+        let users = files.map(|file| file.unwrap().path());
+        let users = users.filter(|path| path.to_string_lossy().ends_with(".user.json"));
+        users.map(|path| serde_json::from_slice(&fs::read(path).unwrap()).unwrap()).collect()
+    };
+    let [given_up] = &kept()[..] else { panic!("{:#?}", kept()) };
+    assert_eq!(given_up["given_up"], "the administrator drains", "{given_up:#}");
+    let hog = service(given_up, "hog");
+    assert_eq!((&hog["verdict"], &hog["phase"]), (&json!("timeout"), &json!("late")), "{given_up:#}");
+    assert!(hog["notes"].to_string().contains("given up: the administrator drains"), "{given_up:#}");
+
+    let _second = drains(2);
+    let said = host.plumb(&["drain", "--cancel"]);
+    assert!(String::from_utf8_lossy(&said.stderr).contains("it is given up"), "{said:?}");
+    assert_eq!(kept().len(), 2);
+
+    // One of the same service that would take an hour; nobody gets its signal twice.
+    let _third = drains(3);
+    let output = host.plumb(&["drain", "--all", "--deadline", "2s", "-o", "json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let hog = service(&report, "hog");
+    assert_eq!((&hog["verdict"], &hog["signals"]), (&json!("timeout"), &json!(["TERM"])), "{report:#}");
+    assert!(hog["notes"].to_string().contains("TERM was sent by the drain before"), "{report:#}");
+    assert!(hog["notes"].to_string().contains("shortened from 3600s to 2s"), "{report:#}");
+    assert_eq!(asked(), 3);
 }
 
 #[test]

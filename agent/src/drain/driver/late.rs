@@ -8,7 +8,10 @@ use super::{
     super::{
         active::Active,
         course::{Fact, Input, Phase},
-        leaving, sockets,
+        identity::Identity,
+        leaving,
+        registry::{Caller, is_admin},
+        sockets,
     },
     Driver, Waited,
 };
@@ -34,6 +37,25 @@ impl Driver {
             left.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
         }
         self.step(Input::Time);
+    }
+
+    /// Whether the administrator asks while a drain is under way that a user has begun.
+    pub(super) fn is_below(&self, caller: Caller) -> bool {
+        let is_users =
+            |active: &Active| active.machine.ended.is_none() && !is_admin(active.machine.begun.uid);
+        caller.is_admin && self.active.as_ref().is_some_and(is_users)
+    }
+
+    /// Waits for nothing of the drain under way any longer, and says who has got which signal by it.
+    pub(super) fn give_up(&mut self, why: &str) -> Vec<(Identity, i32)> {
+        let Some(active) = &mut self.active else { return Vec::new() };
+        let signalled = active.machine.signalled();
+        let counted: Vec<Input> =
+            active.machine.unseen().into_iter().filter_map(|service| active.counted(service)).collect();
+        tracing::warn!(drain = active.machine.begun.id, "a drain is given up: {why}");
+        counted.into_iter().for_each(|input| self.step(input));
+        self.step(Input::GiveUp(why.to_owned()));
+        signalled
     }
 
     fn follow_what_they_begin(&mut self) {

@@ -1,0 +1,97 @@
+//! Drains that are given up, and those of which users have a part.
+
+use super::*;
+
+#[test]
+fn a_drain_that_is_given_up_ends_at_once_and_the_next_one_sends_no_signal_again() {
+    let slow = Behaviour { late: true, kill: true, deadline: Some(9_000), ..simple(None) };
+    let awaits = Behaviour { prestop: Some(5_000), ..simple(Some(100)) };
+    let behaviours = vec![slow, awaits, simple(Some(200)), simple(Some(100))];
+    let mut world = World::begin(behaviours, vec![vec![3], vec![0, 1], vec![2]], 30_000, Vec::new());
+    world.gives_up = Some(world.machine.begun.began + 1_000 * MS);
+    world.run();
+    let (machine, now) = (&world.machine, world.now);
+    assert_eq!((machine.ended, machine.ended), (machine.cancelled, Some(machine.begun.began + 1_000 * MS)));
+    let found: Vec<_> = machine.runs.iter().map(|run| verdict(run).unwrap()).collect();
+    assert_eq!(found[0], (Verdict::Timeout, "it still ran when it was given up: test".to_owned()));
+    assert_eq!(machine.runs[0].notes, ["given up: test"]);
+    for at in [1, 2] {
+        assert_eq!(found[at], (Verdict::Refused, "cancelled before it was asked to stop: test".to_owned()));
+    }
+    assert_eq!(found[3].0, Verdict::Clean, "it was gone");
+    assert_eq!(world.got.len(), 2, "{:?}", world.got);
+
+    // What the next one finds has its signal.
+    let signalled = machine.signalled();
+    assert_eq!(signalled, [(Identity::example(0), libc::SIGTERM)]);
+    let begun =
+        Begun { began: now, deadline: now + 30_000 * MS, stages: vec![vec![0]], ..machine.begun.clone() };
+    let (machine, actions) = Machine::begin_after(signalled, begun);
+    (world.machine, world.journal, world.got) = (machine, Vec::new(), BTreeMap::new());
+    world.perform(actions);
+    let run = |world: &mut World| {
+        while world.machine.runs[0].phase != Phase::Settled {
+            world.now = [world.due.first().map(|(time, _)| *time), world.machine.next()]
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap();
+            let input = match world.due.pop_first() {
+                Some((time, Due::Dies(service, number))) if time <= world.now => {
+                    world.dead.insert((service, number), time);
+                    Input::Gone(service, 0)
+                }
+                other => {
+                    world.due.extend(other);
+                    Input::Time
+                }
+            };
+            let actions = world.machine.step(world.now, input);
+            world.perform(actions);
+        }
+    };
+    run(&mut world);
+    let got: Vec<_> = world.got.keys().map(|(_, _, signal)| *signal).collect();
+    assert_eq!(got, [libc::SIGINT, libc::SIGKILL], "TERM was sent before");
+    assert_eq!(world.machine.runs[0].signals, [libc::SIGTERM, libc::SIGINT, libc::SIGKILL]);
+    assert!(world.machine.runs[0].notes[0].contains("TERM was sent by the drain before"));
+    assert_eq!(Machine::replay(world.journal).unwrap().runs[0].signals, world.machine.runs[0].signals);
+}
+
+/// The time of users is half of the whole drain's, not of what is left at each stage; a dry run says the same.
+#[test]
+fn what_users_have_registered_does_not_take_the_time_of_the_administrators() {
+    let greedy = Behaviour { is_users: true, deadline: Some(3_600_000), ..simple(None) };
+    let mut behaviours = vec![greedy; 8];
+    behaviours.extend([Behaviour { deadline: Some(5_000), ..simple(None) }, simple(None)]);
+    let stages = (0..behaviours.len()).map(|at| vec![at]).collect();
+    let mut world = World::begin(behaviours, stages, 30_000, Vec::new());
+    world.run();
+    let machine = &world.machine;
+    let planned = grants::of_all(&machine.wishes(0), Duration::from_secs(30));
+    let granted: Vec<_> = machine.runs.iter().map(|run| run.grant).collect();
+    let close = |(stage, grant): (&grants::Stage, &Duration)| stage.time.abs_diff(*grant).as_micros() == 0;
+    assert!(planned.iter().zip(&granted).all(close), "{planned:?}, {granted:?}");
+    assert!(granted[..8].iter().sum::<Duration>() <= Duration::from_secs(15), "{granted:?}");
+    assert!(granted[8] == Duration::from_secs(5) && granted[9] >= Duration::from_secs(10), "{granted:?}");
+    assert!(machine.runs[0].notes[0].starts_with("shortened from 3600s to"), "{:?}", machine.runs[0].notes);
+}
+
+#[test]
+fn a_wait_that_is_given_up_is_called_what_it_is() {
+    for (ready, called) in [(false, "prestop ended after 15s"), (true, "ready was given up after 15s")] {
+        let mut world = World::begin(
+            vec![Behaviour { prestop: Some(90_000), ..simple(Some(0)) }],
+            vec![vec![0]],
+            30_000,
+            Vec::new(),
+        );
+        let service = &mut world.machine.begun.services[0];
+        if ready {
+            service.ready = service.prestop.take();
+        }
+        let actions = world.machine.step(world.machine.next().unwrap(), Input::Time);
+        assert_eq!(actions[0], Action::EndPrestop(0));
+        assert!(world.machine.runs[0].notes[0].starts_with(called), "{:?}", world.machine.runs[0].notes);
+    }
+}
