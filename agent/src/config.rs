@@ -9,11 +9,12 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
+use toml::Spanned;
 
 use crate::{
     admission::DEFAULT_PROCESSES,
     detect::{Detect, Ignore, Settings},
-    drain::{Drain, Service, WrittenService},
+    drain::{self, Drain, Driver, Refusal, Service, Target, WrittenService},
     failure::{Exit, Failure},
     follow::FdEvents,
 };
@@ -75,7 +76,7 @@ struct Written {
     detect: Detect,
     ignore: Vec<Ignore>,
     drain: Drain,
-    service: Vec<WrittenService>,
+    service: Vec<Spanned<WrittenService>>,
 }
 
 /// The settings as meant.
@@ -119,7 +120,7 @@ impl Config {
             settings: Settings { detect: written.detect, ignore: written.ignore },
             drain_on_sigterm: written.drain_on_sigterm,
             drain: written.drain,
-            services: written.service.into_iter().map(|WrittenService(service)| service).collect(),
+            services: written.service.into_iter().map(|service| service.into_inner().0).collect(),
         })
     }
 }
@@ -149,15 +150,41 @@ fn read(path: &Path) -> Result<Written, Failure> {
         };
         Failure::new(Exit::Error, format!("cannot read settings from {}: {error}", path.display()), remedy)
     })?;
-    toml::from_str(&text).map_err(|error| {
-        let line = error.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
+    let line_of = |at: usize| 1 + text[..at].matches('\n').count();
+    let written: Written = toml::from_str(&text).map_err(|error| {
+        let line = error.span().map_or(1, |span| line_of(span.start));
         let message = error.message().replace('\n', " ");
         let remedy = if message.starts_with("unknown field") {
             UNKNOWN
+        } else if message.contains("one of unit, cgroup") {
+            "give exactly one of them; docs/drain.md has examples"
         } else {
-            "correct that line; README.md has examples"
+            "correct that line; README.md and docs/drain.md have examples"
         };
         Failure::new(Exit::Error, format!("{}:{line}: {message}", path.display()), remedy)
+    })?;
+    if let Some(service) = written.service.iter().find(|one| one.get_ref().0.target == Target::Port(0)) {
+        let (line, name) = (line_of(service.span().start), &service.get_ref().0.name);
+        let cause = format!("{}:{line}: service {name} has port 0, on which nobody listens", path.display());
+        return Err(Failure::new(Exit::Error, cause, "name a port from 1 to 65535"));
+    }
+    let services = written.service.iter().map(|service| service.get_ref().0.clone()).collect();
+    check(services).map_err(|why| {
+        let (cause, remedy) = why.of_settings();
+        Failure::new(Exit::Error, format!("{}: {cause}", path.display()), remedy)
+    })?;
+    Ok(written)
+}
+
+/// Whether services can be registered together.
+fn check(services: Vec<Service>) -> Result<(), Refusal> {
+    Driver::check(&drain::Settings {
+        services,
+        deadline: Drain::default().deadline,
+        run_dir: PathBuf::new(),
+        state_dir: None,
+        boot_id: String::new(),
+        refused: None,
     })
 }
 
@@ -204,6 +231,36 @@ mod tests {
         let detect = resolved(text, Given::default()).unwrap().settings.detect;
         assert_eq!((detect.of("a.service").growth, detect.of("a.service").seconds), (50, 200));
         assert_eq!((detect.of("b.service").growth, detect.of("b.service").seconds), (50, 105));
+    }
+
+    #[test]
+    fn what_is_wrong_with_services_is_said_with_words_for_a_file() {
+        let service =
+            |name: &str, more: &str| format!("[[service]]\nname = '{name}'\nsignal = 'TERM'\n{more}\n");
+        let (a, after_a) = (service("a", "port = 1"), service("b", "port = 2\nafter = ['a']"));
+        for (text, cause, remedy) in [
+            (
+                service("a", "port = 1\ncgroup = '/a'"),
+                "one of unit, cgroup",
+                "exactly one of them; docs/drain.md",
+            ),
+            (service("a", "port = 1\npreset = 'nginx'"), "give one of the two", "docs/drain.md have"),
+            (a.clone() + &service("b", "port = 0"), ":5: service b has port 0", "from 1 to 65535"),
+            (a.clone() + &a, "two services have the name a", "a name of its own"),
+            (after_a.clone(), "b has to wait for a, which is no service of this file", "add a [[service]]"),
+            (
+                after_a + &service("a", "port = 1\nafter = ['b']"),
+                "they would wait for each other",
+                "take one of them out of `after`",
+            ),
+        ] {
+            let failure = resolved(&text, Given::default()).unwrap_err();
+            assert!(
+                failure.cause.contains(cause) && failure.cause.contains("plumb-config"),
+                "{text}: {failure}"
+            );
+            assert!(failure.remedy.contains(remedy), "{text}: {failure}");
+        }
     }
 
     #[test]

@@ -204,11 +204,16 @@ fn name(text: &str) -> Result<Name, Refusal> {
     Name::new(text).ok_or_else(|| Refusal::BadName(text.chars().take(80).collect()))
 }
 
-fn seconds(text: &str) -> Result<Duration, Refusal> {
+/// Of a drain or of a service.
+pub(crate) fn deadline(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(time) if !time.is_zero() && time <= Duration::from_hours(1) => Ok(time),
-        _ => Err(Refusal::BadRequest(format!("{text:?} is no deadline: such as 30s, between 1ms and 1h"))),
+        Ok(time) if (Duration::from_millis(1)..=Duration::from_hours(1)).contains(&time) => Ok(time),
+        _ => Err(format!("{text:?} is no deadline: such as 30s, between 1ms and 1h")),
     }
+}
+
+fn seconds(text: &str) -> Result<Duration, Refusal> {
+    deadline(text).map_err(Refusal::BadRequest)
 }
 
 impl Services {
@@ -384,6 +389,9 @@ fn asked(peer: &Peer, wish: Result<Json<DrainWish>, JsonRejection>) -> Result<(A
         (Some(names), false) if !names.is_empty() => {
             Some(names.iter().map(|text| name(text)).collect::<Result<_, _>>()?)
         }
+        (Some(_), true) => {
+            return Err(Refusal::BadRequest("name services or say all, not both".to_owned()));
+        }
         _ => return Err(Refusal::BadRequest("which services? name some, or say all".to_owned())),
     };
     let deadline = wish.deadline.as_deref().map(seconds).transpose()?;
@@ -410,7 +418,7 @@ fn planned(plan: &Plan) -> PlanDocument {
             on_deadline: service.on_deadline,
             pids,
             refused,
-            notes: notes.into_iter().chain(shortened.clone()).collect(),
+            notes: distinct(notes.into_iter().chain(shortened.clone())),
         })
     };
     let stage = |(stage, grant): (&Vec<(Name, Vec<Name>)>, &Grants)| StageDocument {
@@ -422,6 +430,12 @@ fn planned(plan: &Plan) -> PlanDocument {
         deadline_seconds: plan.deadline.as_secs_f64(),
         stages: plan.stages.iter().zip(&plan.grants).map(stage).collect(),
     }
+}
+
+/// Each once: two processes may listen on one port.
+pub(crate) fn distinct(notes: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    notes.into_iter().filter(|note| seen.insert(note.clone())).collect()
 }
 
 async fn cancel(
@@ -472,6 +486,12 @@ mod tests {
     }
 
     #[test]
+    fn a_note_is_told_once() {
+        let notes = ["listens on 127.0.0.1:80", "1 connection", "listens on 127.0.0.1:80"].map(str::to_owned);
+        assert_eq!(distinct(notes), ["listens on 127.0.0.1:80", "1 connection"]);
+    }
+
+    #[test]
     fn a_bare_pid_is_known_and_refused() {
         let wish: Wish = serde_json::from_str(r#"{"pid": 42}"#).unwrap();
         assert!(wish.pid.is_some());
@@ -480,6 +500,7 @@ mod tests {
         assert!(
             seconds("0s").is_err()
                 && seconds("2h").is_err()
+                && seconds("5").is_err()
                 && seconds("30s").is_ok()
                 && seconds("soon").is_err()
         );

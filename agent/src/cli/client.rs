@@ -19,6 +19,7 @@ use rustix::{
 };
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
@@ -52,8 +53,19 @@ impl Agent {
 
     /// Asks about services and drains; a refusal is a failure with its remedy.
     pub(super) fn ask(&self, method: Method, path: &str, body: String) -> Result<Bytes, Failure> {
+        self.ask_unless(&CancellationToken::new(), method, path, body)
+    }
+
+    fn ask_unless(
+        &self,
+        stop: &CancellationToken,
+        method: Method,
+        path: &str,
+        body: String,
+    ) -> Result<Bytes, Failure> {
         let socket = self.socket();
-        let (status, body) = exchange_within(&socket, method, path, body, LONG_DEADLINE)?;
+        let answer = exchange_within(&socket, method, path, body, (LONG_DEADLINE, stop));
+        let (status, body) = answer?;
         if status.is_success() {
             return Ok(body);
         }
@@ -76,12 +88,24 @@ impl Agent {
         path: &str,
         body: String,
     ) -> Result<T, Failure> {
-        let answer = self.ask(method, path, body)?;
-        serde_json::from_slice(&answer).map_err(|error| {
-            let cause = format!("the answer of the agent is not understood: {error}");
-            Failure::new(Exit::Error, cause, "is the agent of the same version?")
-        })
+        understood(&self.ask(method, path, body)?)
     }
+
+    /// A document, unless the wait for it is ended.
+    pub(super) fn document_unless<T: DeserializeOwned>(
+        &self,
+        stop: &CancellationToken,
+        path: &str,
+    ) -> Result<T, Failure> {
+        understood(&self.ask_unless(stop, Method::GET, path, String::new())?)
+    }
+}
+
+fn understood<T: DeserializeOwned>(answer: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(answer).map_err(|error| {
+        let cause = format!("the answer of the agent is not understood: {error}");
+        Failure::new(Exit::Error, cause, "is the agent of the same version?")
+    })
 }
 
 /// Asks the agent, and waits for its answer.
@@ -91,7 +115,7 @@ pub(super) fn exchange(
     path: &str,
     body: String,
 ) -> Result<(StatusCode, Bytes), Failure> {
-    exchange_within(socket, method, path, body, DEADLINE)
+    exchange_within(socket, method, path, body, (DEADLINE, &CancellationToken::new()))
 }
 
 fn exchange_within(
@@ -99,15 +123,16 @@ fn exchange_within(
     method: Method,
     path: &str,
     body: String,
-    within: Duration,
+    (within, stop): (Duration, &CancellationToken),
 ) -> Result<(StatusCode, Bytes), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(async {
-        tokio::time::timeout(within, ask(socket, method, path, body))
-            .await
-            .unwrap_or_else(|_| Err(anyhow!("no answer in time")))
+        stop.run_until_cancelled(tokio::time::timeout(within, ask(socket, method, path, body))).await
     });
-    answer.map_err(|error| unreachable(socket, &error))
+    let Some(answer) = answer else {
+        return Err(Failure::new(Exit::Interrupted, "interrupted", "nothing is known of the answer"));
+    };
+    answer.unwrap_or_else(|_| Err(anyhow!("no answer in time"))).map_err(|error| unreachable(socket, &error))
 }
 
 async fn ask(socket: &Path, method: Method, path: &str, body: String) -> anyhow::Result<(StatusCode, Bytes)> {

@@ -1,24 +1,25 @@
 //! `plumb drain`: asks the agent to stop services in order, and shows how that goes.
 
-use std::{
-    io::{self, IsTerminal, Write},
-    time::Duration,
-};
+mod live;
+
+use std::time::Duration;
 
 use clap::Args;
 use hyper::Method;
 
+use self::live::Shown;
 use super::{
     Outcome,
     client::Agent,
     output::{self, Format, Output},
     services::pids,
+    watch::interrupted,
 };
 use crate::{
-    drain::{Document, OnDeadline, ServiceDocument, State, Verdict},
+    drain::{Document, OnDeadline, State, Verdict},
     failure::{Exit, Failure},
     left::Left,
-    services::{DrainWish, PlanDocument, PlannedService, Progress},
+    services::{self, DrainWish, PlanDocument, PlannedService, Progress},
 };
 
 const EXAMPLES: &str = "\
@@ -49,7 +50,7 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with_all = ["cancel", "last"])]
     all: bool,
     /// Of the whole drain [default: that of the settings, 30s]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = services::deadline)]
     deadline: Option<Duration>,
     /// Say what would happen, and do nothing
     #[arg(long, conflicts_with_all = ["cancel", "last"])]
@@ -104,9 +105,20 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
 
 /// Waits for the end of a drain, and shows on a terminal how far it is.
 fn follow(agent: &Agent, id: &str) -> Result<Document, Failure> {
-    let mut progress: Progress = agent.document(Method::GET, "/v1/drain", String::new())?;
+    let stop = interrupted()?;
     let mut shown = Shown::default();
+    let (mut path, mut journal) = ("/v1/drain".to_owned(), "kept".to_owned());
     loop {
+        let progress: Progress = agent.document_unless(&stop, &path).map_err(|failure| match failure.exit {
+            Exit::AgentUnreachable => gone(id, &journal, &failure),
+            Exit::Interrupted => Failure::new(
+                Exit::Interrupted,
+                format!("interrupted; the drain {id} goes on"),
+                "`plumb drain --cancel` begins no other stage of it, `plumb drain --last` tells how far it is",
+            ),
+            _ => failure,
+        })?;
+        path = format!("/v1/drain?since={}", progress.generation);
         match progress.drain {
             Some(drain) if drain.id == id => {
                 if drain.state == State::Finished {
@@ -114,49 +126,27 @@ fn follow(agent: &Agent, id: &str) -> Result<Document, Failure> {
                     return Ok(drain);
                 }
                 shown.show(&drain);
+                journal = drain.journal;
             }
             _ => {
                 let cause = format!("the agent knows nothing of the drain {id} any more");
                 return Err(Failure::new(Exit::Error, cause, "look at its log"));
             }
         }
-        let path = format!("/v1/drain?since={}", progress.generation);
-        progress = agent.document(Method::GET, &path, String::new())?;
     }
 }
 
-/// Lines on the terminal that are written over.
-#[derive(Default)]
-struct Shown(usize);
-
-impl Shown {
-    fn show(&mut self, drain: &Document) {
-        let mut stderr = io::stderr().lock();
-        if !stderr.is_terminal() {
-            return;
-        }
-        let stages = drain.stages.len();
-        let mut lines = vec![format!(
-            "plumb: drain {}, {:.0} s of {:.0}",
-            drain.id, drain.seconds, drain.deadline_seconds
-        )];
-        let line =
-            |one: &ServiceDocument| format!("  {}/{stages}  {:<20}  {}", one.stage, one.name, one.progress());
-        let mut services: Vec<_> = drain.services.iter().collect();
-        services.sort_by_key(|one| one.stage);
-        lines.extend(services.into_iter().map(line));
-        // Up to the first of the lines before, and all below it cleared.
-        let up = if self.0 > 0 { format!("\x1b[{}A\r\x1b[J", self.0) } else { String::new() };
-        self.0 = lines.len();
-        // Nobody is left to be told.
-        let _ = writeln!(stderr, "{up}{}", lines.join("\n"));
-    }
-
-    fn clear(&mut self) {
-        if self.0 > 0 {
-            let _ = write!(io::stderr().lock(), "\x1b[{}A\r\x1b[J", self.0);
-        }
-    }
+/// The agent has ended before the drain.
+fn gone(id: &str, journal: &str, failure: &Failure) -> Failure {
+    let cause = format!("the agent has gone in the middle of the drain {id} ({})", failure.cause);
+    let remedy = if journal == "kept" {
+        "the drain is in the journal, and the next agent goes on with it: start one with `plumb agent`; then \
+         `plumb drain --last` tells what comes of it"
+            .to_owned()
+    } else {
+        format!("there is no journal ({journal}), so no agent goes on with it")
+    };
+    Failure::new(Exit::AgentUnreachable, cause, remedy)
 }
 
 fn report(drain: &Document, format: Format) -> Outcome {
@@ -175,7 +165,8 @@ fn report_text(drain: &Document) -> String {
     services.sort_by_key(|one| one.stage);
     for one in services {
         let verdict = one.verdict.map_or("under way", Verdict::word);
-        let time = one.seconds.map_or_else(String::new, |seconds| format!(" in {seconds:.1} s"));
+        let time =
+            one.seconds.map_or_else(String::new, |seconds| format!(" in {}", output::seconds(seconds)));
         let slack = one.slack_seconds.map_or_else(String::new, slack);
         lines.push(String::new());
         lines.push(format!(
@@ -189,7 +180,8 @@ fn report_text(drain: &Document) -> String {
             one.target,
             pids(&one.pids)
         ));
-        lines.extend(one.notes.iter().map(|note| format!("      {note}")));
+        lines
+            .extend(services::distinct(one.notes.iter().cloned()).iter().map(|note| format!("      {note}")));
         lines.extend(
             one.timeline.iter().map(|moment| format!("      {:>8.3} s  {}", moment.seconds, moment.what)),
         );
@@ -217,17 +209,26 @@ fn report_text(drain: &Document) -> String {
 /// `, 2.0 s before its deadline`
 fn slack(seconds: f64) -> String {
     let (time, side) = (seconds.abs(), if seconds < 0.0 { "after" } else { "before" });
-    if time < 0.05 { ", at its deadline".to_owned() } else { format!(", {time:.1} s {side} its deadline") }
+    if time < 0.05 {
+        ", at its deadline".to_owned()
+    } else {
+        format!(", {} {side} its deadline", output::seconds(time))
+    }
 }
 
 fn plan_text(plan: &PlanDocument) -> String {
-    let mut lines = vec![format!("{} stages within {:.1} s", plan.stages.len(), plan.deadline_seconds)];
+    let mut lines = vec![format!(
+        "{} within {}",
+        output::count(plan.stages.len(), "stage", "stages"),
+        output::seconds(plan.deadline_seconds)
+    )];
     for (number, stage) in (1..).zip(&plan.stages) {
-        lines.push(format!("stage {number}, {:.1} s at most", stage.seconds));
+        lines.push(format!("stage {number}, {} at most", output::seconds(stage.seconds)));
         for one in &stage.services {
             let PlannedService { name, target, signal, seconds, .. } = one;
             let end = if one.on_deadline == OnDeadline::Kill { "then KILL" } else { "then it goes on" };
-            lines.push(format!("  {name:<20} {signal} to {target}; {seconds:.1} s, {end}"));
+            let seconds = output::seconds(*seconds);
+            lines.push(format!("  {name:<20} {signal} to {target}; {seconds}, {end}"));
             lines.push(format!("      pids {}", pids(&one.pids)));
             if !one.waits_for.is_empty() {
                 lines.push(format!("      waits for {}", one.waits_for.join(", ")));

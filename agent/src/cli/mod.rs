@@ -15,7 +15,7 @@ mod services;
 mod threads;
 mod watch;
 
-use std::{fs, io, process::ExitCode};
+use std::{fs, io, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 
@@ -121,6 +121,15 @@ type Outcome = Result<Exit, Failure>;
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::new(Exit::Error, error.to_string(), "`plumb doctor` may know why")
+    }
+}
+
+/// How long something is done.
+fn some_time(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("that is no time; such as 10s".to_owned()),
+        Ok(time) => Ok(time),
+        Err(error) => Err(format!("{error}; such as 10s")),
     }
 }
 

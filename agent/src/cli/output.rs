@@ -163,6 +163,20 @@ fn table(columns: &[Column], rows: Vec<Vec<String>>, arrangement: ContentArrange
     table.lines().map(|line| line.trim_end().to_owned()).collect()
 }
 
+/// `1 stage`, `2 stages`.
+pub(super) fn count(many: usize, one: &str, more: &str) -> String {
+    format!("{many} {}", if many == 1 { one } else { more })
+}
+
+/// `9.5 s`, or `20 ms` of what would be none.
+pub(super) fn seconds(seconds: f64) -> String {
+    if seconds != 0.0 && seconds.abs() < 0.1 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else {
+        format!("{seconds:.1} s")
+    }
+}
+
 /// Bytes with a binary unit, three figures: `12.3M`.
 pub(super) fn bytes(value: u64) -> String {
     const UNITS: [&str; 6] = ["B", "K", "M", "G", "T", "P"];
@@ -189,6 +203,15 @@ mod tests {
         let (columns, notes) = ([("ID", false), ("LIVE", true)], ["MOSTLY", "FROM"]);
         assert_eq!(in_pipe(&columns, &notes, rows()), "ID    LIVE  MOSTLY  FROM\nfd-1     7  pipe    -\n");
         assert_eq!(on_terminal(&columns, &notes, rows()), "ID    LIVE\nfd-1     7\n    mostly  pipe\n");
+    }
+
+    #[test]
+    fn short_times_are_not_none() {
+        assert_eq!(
+            [0.0, 0.02, -0.003, 0.1, 9.96].map(seconds),
+            ["0.0 s", "20 ms", "-3 ms", "0.1 s", "10.0 s"]
+        );
+        assert_eq!([1, 2].map(|many| count(many, "child", "children")), ["1 child", "2 children"]);
     }
 
     #[test]

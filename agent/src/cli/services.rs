@@ -13,7 +13,7 @@ use super::{
 use crate::{
     drain::{OnDeadline, PRESETS, Signal, start_ticks},
     failure::{Exit, Failure},
-    services::{ServiceList, ServiceRow, Which, Wish},
+    services::{self, ServiceList, ServiceRow, Which, Wish},
 };
 
 #[derive(Args)]
@@ -26,12 +26,17 @@ pub(super) struct Arguments {
 fn presets() -> String {
     let mut text = "\
 Examples:
-  in the script that starts a server, which goes on as the server's parent
-    plumb services add web --preset nginx
+  in the script that starts a server
+    gunicorn app:app & plumb services add web --preset gunicorn --pid $!
+  a server that says it of itself, in python, with no shell in between (docs/drain.md: over the socket)
+    subprocess.run(['plumb', 'services', 'add', 'web', '--signal', 'TERM'])
   a server that runs
     plumb services add db --pid 4711 --preset postgresql --after web --deadline 20s
   what is registered, and whether it runs
     plumb services list
+
+Without --pid it is the process that runs this command. In a script that is its shell, and not the server that it starts; \
+and what then runs `exec` is not registered any more, as it runs another program.
 
 Presets:
 "
@@ -67,7 +72,7 @@ struct Add {
     #[command(flatten)]
     agent: Agent,
     name: String,
-    /// The process [default: the one that runs this command]
+    /// The process [default: the one that runs this command, in a script its shell]
     #[arg(long)]
     pid: Option<u32>,
     /// The signal that asks it to finish its work and end: TERM, INT, QUIT, HUP, USR1, USR2 or WINCH
@@ -83,7 +88,7 @@ struct Add {
     #[arg(long, conflicts_with = "after")]
     first: bool,
     /// Time that it has to stop, such as 30s [default: its share of the drain's]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = services::deadline)]
     deadline: Option<Duration>,
     /// Kill it at its deadline; else it goes on, and the report says so
     #[arg(long)]
@@ -159,6 +164,7 @@ fn list(agent: &Agent, output: &Output) -> Outcome {
         ("SIGNAL", false),
         ("AFTER", false),
         ("DEADLINE", true),
+        ("ON_DEADLINE", false),
         ("UID", true),
     ];
     let notes = ["PROBLEM"];
@@ -170,6 +176,7 @@ fn list(agent: &Agent, output: &Output) -> Outcome {
             row.signal.clone(),
             row.after.as_ref().map_or_else(|| "later ones".to_owned(), |after| after.join(", ")),
             row.deadline_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds}s")),
+            if row.on_deadline == OnDeadline::Kill { "kill" } else { "report" }.to_owned(),
             row.uid.to_string(),
             row.problem.clone().unwrap_or_else(|| "-".to_owned()),
         ]

@@ -357,7 +357,7 @@ pub(super) fn look(
         0 => {}
         1 => sum.notes.push("1 process that it has started is waited for, and gets no signal".to_owned()),
         many => {
-            sum.notes.push(format!("{many} processes that it has started are waited for, and get no signal"))
+            sum.notes.push(format!("{many} processes that it has started are waited for, and get no signal"));
         }
     }
     sum.members = found.iter().map(member).collect();

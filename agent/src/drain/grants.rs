@@ -164,9 +164,12 @@ fn count(many: usize) -> u32 {
     u32::try_from(many).unwrap_or(u32::MAX).max(1)
 }
 
-/// `12.5s`
+/// `12.5s`, or `20ms` where that would be nothing.
 #[must_use]
 pub(crate) fn seconds(time: Duration) -> String {
+    if let milliseconds @ 1..100 = time.as_millis() {
+        return format!("{milliseconds}ms");
+    }
     let tenths = (time.as_secs_f64() * 10.0).round() / 10.0;
     format!("{tenths}s")
 }

@@ -114,8 +114,12 @@ impl Refusal {
             Self::Duplicate(..) => "take another name, or remove that one first",
             Self::Cycle(_) => "take one of them out of `after`",
             Self::TooManyOfUser(_) | Self::TooMany => "remove some that are not needed",
-            Self::NotYours(_) => "ask its owner or the administrator",
-            Self::NotYourProcess(..) => "have it register itself, or ask the administrator",
+            Self::NotYours(_) => {
+                "ask its owner, or the administrator: root is that through plumb.sock, and nobody through services.sock"
+            }
+            Self::NotYourProcess(..) => {
+                "have it register itself, or ask the administrator: root is that through plumb.sock, and nobody through services.sock"
+            }
             Self::NoSuchProcess(_) => "look at it again, and send what it is now",
             Self::UnknownPeer(_) => {
                 "register from a process of this host's pid namespace that goes on running"
@@ -123,6 +127,24 @@ impl Refusal {
             Self::Needed(..) => "remove that one first",
             Self::UnderWay(_) => "wait for its end, or `plumb drain --cancel`",
             Self::NotUnderWay => "`plumb drain --last` shows the last one",
+        }
+    }
+}
+
+impl Refusal {
+    /// What is wrong, and what to do about it, when the settings name these services.
+    #[must_use]
+    pub(crate) fn of_settings(&self) -> (String, &'static str) {
+        match self {
+            Self::Duplicate(name, other) => (
+                format!("two services have the name {name}, of which one is {other}"),
+                "give each a name of its own",
+            ),
+            Self::UnknownAfter(name, other) => (
+                format!("{name} has to wait for {other}, which is no service of this file"),
+                "add a [[service]] of that name, or take it out of `after`",
+            ),
+            _ => (self.to_string(), self.remedy()),
         }
     }
 }

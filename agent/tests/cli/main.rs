@@ -193,6 +193,13 @@ fn wrong_usage_is_exit_code_2() {
         &["nonsense"],
         &["ps", "-o", "yaml"],
         &["watch", "--comm", "sixteen-bytes-xx"],
+        &["watch", "--sockets", "--comm", "sh"],
+        &["watch", "--origins", "--comm", "sh"],
+        &["audit", "--pid", "2", "--send", "TERM", "--for", "0s"],
+        &["drain", "--all", "--deadline", "5"],
+        &["drain", "--all", "--deadline", "0s"],
+        &["drain", "--all", "--deadline", "2h"],
+        &["services", "add", "a", "--signal", "TERM", "--deadline", "2h"],
         &["leaks", "ack"],
         &["leaks", "silence", "fd-1-2"],
         &["leaks", "silence", "fd-1-2", "--for", "soon"],
@@ -203,6 +210,22 @@ fn wrong_usage_is_exit_code_2() {
         &["leaks", "silence", "fd-1-2", "--for", "1h", "--until", "2030-01-31T12:00:00Z"],
     ] {
         assert_eq!(plumb().args(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn no_signal_is_sent_to_an_agent_whoever_has_started_it() {
+    let agent = Agent::start(&[]);
+    let pid = agent.child.0.id().to_string();
+    let another = TempDir::new();
+    let copy = another.join("plumb");
+    fs::copy(plumb().get_program(), &copy).unwrap();
+    for program in [plumb().get_program().to_owned(), copy.into()] {
+        let output = Command::new(program).args(["audit", "--send", "TERM", "--pid", &pid]).output().unwrap();
+        let line = format!(
+            "plumb: process {pid} is plumb, which plumb signals for nobody; leave out --send to look at it"
+        );
+        assert_failure(&output, 1, &line);
     }
 }
 

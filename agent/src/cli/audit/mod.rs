@@ -2,7 +2,7 @@
 
 mod send;
 
-use std::{fs, time::Duration};
+use std::{ffi::OsStr, fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use clap::Args;
 use plumb_common::task::{ProcKey, TaskRecord};
@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{
     Outcome, no_such_process,
     output::{self, Format, Output},
+    some_time,
 };
 use crate::{
     audit::{Fate, supervision},
@@ -52,7 +53,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "SIGNAL", value_parser = Signal::parse, conflicts_with = "signal")]
     send: Option<Signal>,
     /// With --send: how long to follow it
-    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "10s", requires = "send")]
+    #[arg(long = "for", value_name = "DURATION", value_parser = some_time, default_value = "10s", requires = "send")]
     duration: Duration,
     #[command(flatten)]
     output: Output,
@@ -104,6 +105,10 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     let signal = arguments.send.unwrap_or(arguments.signal);
     let open = if arguments.send.is_some() { Process::open } else { Process::look_at };
     let process = open(pid).map_err(|why| refused(pid, &why))?;
+    if arguments.send.is_some() && is_plumb(&process) {
+        let cause = format!("process {pid} is plumb, which plumb signals for nobody");
+        return Err(Failure::new(Exit::Error, cause, "leave out --send to look at it"));
+    }
     let plan = if arguments.send.is_some() { Plan::STOP } else { Plan::pass(&["processes", "threads"]) };
     let mut kernel = Kernel::load_required(plan)?;
     let mut names = Names::default();
@@ -130,6 +135,32 @@ fn refused(pid: u32, why: &NoProcess) -> Failure {
             "take another one: it is ending, or plumb may not read its files in /proc (run it with sudo)",
         ),
     }
+}
+
+/// Whether a process runs this program, or is an agent of another version.
+fn is_plumb(process: &Process) -> bool {
+    let own = fs::metadata("/proc/self/exe").map(|own| (own.dev(), own.ino()));
+    own.is_ok_and(|own| own == process.identity.exe) || holds_run_folder(process)
+}
+
+/// Whether a process has the lock of an agent's run folder.
+fn holds_run_folder(process: &Process) -> bool {
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let fds = fs::read_dir(process.folder().join("fd")).into_iter().flatten().filter_map(Result::ok);
+    let is_held = |fd: &Path| {
+        fs::read_link(fd).is_ok_and(|path| {
+            path.file_name() == Some(OsStr::new("agent.lock")) && path.with_file_name("plumb.sock").exists()
+        }) && fs::metadata(fd)
+            .is_ok_and(|file| locks.lines().any(|line| is_lock(line, (process.identity.pid, file.ino()))))
+    };
+    fds.map(|fd| fd.path()).any(|fd| is_held(&fd))
+}
+
+/// A line of /proc/locks: a lock of this process on this inode.
+fn is_lock(line: &str, (pid, inode): (u32, u64)) -> bool {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [_, "FLOCK", _, "WRITE", holder, file, ..] = words[..] else { return false };
+    holder.parse() == Ok(pid) && file.rsplit(':').next().and_then(|ino| ino.parse().ok()) == Some(inode)
 }
 
 impl Audit {
@@ -218,7 +249,11 @@ impl Audit {
             let named = self.children.iter().map(|child| format!("{} ({})", child.pid, child.comm));
             let more = if self.children_count > self.children.len() { ", ..." } else { "" };
             let named = named.collect::<Vec<_>>().join(", ");
-            tell(format!("{} children, which get no signal by this: {named}{more}", self.children_count));
+            let children = match self.children_count {
+                1 => "1 child, which gets".to_owned(),
+                many => format!("{many} children, which get"),
+            };
+            tell(format!("{children} no signal by this: {named}{more}"));
         }
         for what in &self.unknown {
             tell(format!("unknown: {what}"));
@@ -262,6 +297,17 @@ fn look(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_that_of_its_process_and_file() {
+        let line = "7: FLOCK  ADVISORY  WRITE 4711 00:1a:93 0 EOF";
+        assert!(is_lock(line, (4711, 93)));
+        assert!(!is_lock(line, (4711, 9)) && !is_lock(line, (47, 93)));
+        assert!(!is_lock("7: -> FLOCK  ADVISORY  WRITE 4711 00:1a:93 0 EOF", (4711, 93)), "it waits for it");
+        assert!(
+            !is_lock("8: POSIX  ADVISORY  WRITE 4711 00:1a:93 0 EOF", (4711, 93)) && !is_lock("", (1, 1))
+        );
+    }
 
     #[test]
     fn other_handlers_are_those_of_signals_that_ask_to_stop() {

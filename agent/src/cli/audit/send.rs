@@ -352,14 +352,14 @@ fn outcome(course: &Course, code: Option<u32>) -> String {
     };
     if !course.is_there {
         let how = code.map_or_else(|| "nobody saw how".to_owned(), status);
-        return format!("it ended after {:.1} s, {how}; {lost}", course.seconds);
+        return format!("it ended after {}, {how}; {lost}", output::seconds(course.seconds));
     }
     let how = match course.ignored_the_stop {
         Some(true) => "it ignored the stop",
         Some(false) => "it has begun nothing new of late",
         None => "whether it went on is unknown",
     };
-    format!("it is there after {:.1} s: {how}; {lost}", course.seconds)
+    format!("it is there after {}: {how}; {lost}", output::seconds(course.seconds))
 }
 
 impl Course {

@@ -53,11 +53,11 @@ pub(super) struct Arguments {
     count: bool,
     /// Say of each new fd and thread of the process which line of code made it, and at the end where those that
     /// are left came from
-    #[arg(long, requires = "pid")]
+    #[arg(long, requires = "pid", conflicts_with = "comm")]
     origins: bool,
     /// Instead, say what becomes of the process's connections, listeners and signals, and those of its descendants: which
     /// requests are lost, and who kills it
-    #[arg(long, requires = "pid", conflicts_with_all = ["origins", "via", "count"])]
+    #[arg(long, requires = "pid", conflicts_with_all = ["comm", "origins", "via", "count"])]
     sockets: bool,
     /// Attach the fd programs this way and no other [default: functions, or else sys_exit]
     #[arg(long, value_enum, value_name = "WAY")]

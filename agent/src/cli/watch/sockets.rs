@@ -60,7 +60,7 @@ pub(super) fn run(arguments: &Arguments, target: &Target, stop: &CancellationTok
     let (calendar, is_table) = (Calendar::now(), arguments.output.format == Format::Table);
     output::message(&format!(
         "plumb: watching {} and port {}; ctrl-c ends it",
-        count(followed.processes.len(), "process", "processes"),
+        output::count(followed.processes.len(), "process", "processes"),
         followed.port_words()
     ));
     if is_table {
@@ -113,10 +113,6 @@ pub(super) fn run(arguments: &Arguments, target: &Target, stop: &CancellationTok
 
 fn is_there(pid: u32) -> bool {
     drain::start_ticks(pid).is_some()
-}
-
-fn count(many: usize, one: &str, more: &str) -> String {
-    format!("{many} {}", if many == 1 { one } else { more })
 }
 
 impl Sums {
