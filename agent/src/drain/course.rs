@@ -452,13 +452,31 @@ pub(super) fn of_member(member: Member) -> MemberRun {
 /// As people write it.
 #[must_use]
 pub(crate) fn signal_name(signal: i32) -> String {
-    const OTHERS: [(i32, &str); 6] = [
+    const OTHERS: [(i32, &str); 24] = [
         (libc::SIGKILL, "KILL"),
         (libc::SIGSEGV, "SEGV"),
         (libc::SIGABRT, "ABRT"),
         (libc::SIGBUS, "BUS"),
         (libc::SIGPIPE, "PIPE"),
         (libc::SIGILL, "ILL"),
+        (libc::SIGTRAP, "TRAP"),
+        (libc::SIGFPE, "FPE"),
+        (libc::SIGALRM, "ALRM"),
+        (libc::SIGSTKFLT, "STKFLT"),
+        (libc::SIGCHLD, "CHLD"),
+        (libc::SIGCONT, "CONT"),
+        (libc::SIGSTOP, "STOP"),
+        (libc::SIGTSTP, "TSTP"),
+        (libc::SIGTTIN, "TTIN"),
+        (libc::SIGTTOU, "TTOU"),
+        (libc::SIGURG, "URG"),
+        (libc::SIGXCPU, "XCPU"),
+        (libc::SIGXFSZ, "XFSZ"),
+        (libc::SIGVTALRM, "VTALRM"),
+        (libc::SIGPROF, "PROF"),
+        (libc::SIGIO, "IO"),
+        (libc::SIGPWR, "PWR"),
+        (libc::SIGSYS, "SYS"),
     ];
     let other = || OTHERS.iter().find(|(number, _)| *number == signal).map(|(_, name)| *name);
     Signal::by_number(signal)

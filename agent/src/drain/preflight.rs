@@ -66,8 +66,10 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
         1 => note("1 connection".to_owned()),
         many => note(format!("{many} connections")),
     }
-    if facts.tcp.busy > 0 {
-        note(format!("{} of them have data under way: requests may be in flight", facts.tcp.busy));
+    match facts.tcp.busy {
+        0 => {}
+        1 => note("1 of them has data under way: a request may be in flight".to_owned()),
+        many => note(format!("{many} of them have data under way: requests may be in flight")),
     }
     Judgement { refused, is_unhandled: !is_handled && !facts.blocked && !facts.ignored, ..judgement }
 }

@@ -81,7 +81,7 @@ impl TryFrom<Fields> for WrittenService {
         ];
         let mut targets = targets.into_iter().flatten();
         let (Some(target), None) = (targets.next(), targets.next()) else {
-            return Err(format!("service {name} needs one of unit, cgroup, pidfile, exe and port"));
+            return Err(format!("service {name} needs exactly one of unit, cgroup, pidfile, exe and port"));
         };
         if has_arguments && !is_exe {
             return Err(format!("service {name} has args without exe"));
@@ -154,8 +154,8 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said() {
         for (text, why) in [
-            ("name = 'a'\nsignal = 'TERM'\n", "needs one of"),
-            ("name = 'a'\nport = 1\nunit = 'a.service'\n", "needs one of"),
+            ("name = 'a'\nsignal = 'TERM'\n", "needs exactly one of"),
+            ("name = 'a'\nport = 1\nunit = 'a.service'\n", "needs exactly one of"),
             ("name = 'a'\nport = 1\n", "does not guess"),
             ("name = 'a'\nport = 1\nsignal = 'KILL'\n", "on_deadline"),
             ("name = 'a'\nport = 1\nargs = ['x']\nsignal = 'TERM'\n", "without exe"),
