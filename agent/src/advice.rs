@@ -18,9 +18,8 @@ pub(crate) fn advise(leak: &Leak) -> Vec<String> {
             advice.push("the process is gone; the next one of this program will leak again".to_owned());
         }
         Some(Why::Settled) if is_most(leak) => {
-            let by_use = Rule::Utilisation.word();
             return vec![format!(
-                "it may have stopped for want of room: look at `plumb leaks {}-{by_use}`",
+                "it may have stopped for want of room: look at `plumb leaks {}-use`",
                 leak.id
             )];
         }
@@ -61,15 +60,44 @@ pub(crate) fn advise(leak: &Leak) -> Vec<String> {
                 ));
             }
         }
-        (None, _) if leak.rule == Rule::Trend => advice.push(format!(
-            "where they come from is known of what is made from now on; `plumb watch --origins --pid {}` shows it live",
-            leak.pid
-        )),
+        (None, _) if leak.rule == Rule::Trend && leak.resolved.is_none() => advice.extend(without_origin(leak)),
         (None, _) => {}
     }
     advice.extend(leak.origins.first().and_then(|origin| interpreted(leak, origin)).map(str::to_owned));
     if leak.state == State::Suspect {
         advice.extend(of_rule(leak));
+    }
+    advice
+}
+
+/// What to do while nothing of it has been seen to be made.
+fn without_origin(leak: &Leak) -> Vec<String> {
+    let mut advice = Vec::new();
+    if let Some(earlier) = &leak.origin_before_restart {
+        advice.push(match leak.resource {
+            Resource::Fd => format!(
+                "follow the fd from {} to the end of its use, as seen before the agent was restarted: on the way that is \
+                 taken there nobody closes it",
+                earlier.words
+            ),
+            Resource::Thread => {
+                format!("threads that {} starts do not end, as seen before the agent was restarted", earlier.words)
+            }
+        });
+    }
+    match (leak.is_full(), &leak.origin_before_restart) {
+        (true, Some(_)) => {
+            advice.push("when that is mended, restart it: only that gives back what it has".to_owned());
+        }
+        (true, None) => advice.push(
+            "where they come from is seen when new ones are made, and what is full makes none: raise its limit or \
+             restart it, and this page will say it"
+                .to_owned(),
+        ),
+        (false, _) => advice.push(format!(
+            "where they come from is known of what is made from now on; `plumb watch --origins --pid {}` shows it live",
+            leak.pid
+        )),
     }
     advice
 }
@@ -207,6 +235,19 @@ mod tests {
         assert!(advise(&full)[0].contains("near: `prlimit"), "it rests at 88 %: {:?}", advise(&full));
         full.live = 100;
         assert!(!advise(&full)[0].contains("prlimit"), "{:?}", advise(&full));
+    }
+
+    #[test]
+    fn what_is_full_is_not_told_to_watch_for_new_ones() {
+        let mut full = leak(&[]);
+        assert!(advise(&full).join("\n").contains("watch --origins"));
+        full.seconds_to_exhaustion = Some(0.0);
+        let advice = advise(&full).join("\n");
+        assert!(advice.contains("raise its limit or restart it") && !advice.contains("watch"), "{advice}");
+        let earlier = serde_json::json!({"words": "leak (a.c:3)", "live": 497, "newest": ""});
+        full.origin_before_restart = serde_json::from_value(earlier).unwrap();
+        let advice = advise(&full).join("\n");
+        assert!(advice.contains("from leak (a.c:3)") && !advice.contains("watch"), "{advice}");
     }
 
     #[test]

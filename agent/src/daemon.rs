@@ -2,15 +2,15 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use axum::Extension;
-use rustix::{fs::FlockOperation, net::sockopt::set_socket_passcred};
+use rustix::net::sockopt::set_socket_passcred;
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{
@@ -31,6 +31,7 @@ use crate::{
     failure::{Exit, Failure},
     host::Host,
     kernel::{self, Kernel, Plan},
+    lock::{self, Lock},
     observe::{self, Input},
     peer::Peer,
     report,
@@ -51,7 +52,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(5);
 pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
     let usr1 = drain::usr1()?;
     kernel::require_capabilities()?;
-    let lock = lock(&config.run_dir)?;
+    let lock = lock(&config.run_dir).await?;
     let tcp = listen(&config).await?;
     // As bound: port 0 has become a real one.
     let address = tcp.local_addr().unwrap_or(config.listen);
@@ -68,6 +69,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         );
     }
 
+    let (state, state_lock) = state_dir(&config.state_dir).await?.unzip();
     let own =
         Own::new().map_err(|error| Failure::new(Exit::Error, error.to_string(), "this is a bug of plumb"))?;
     let (views, view) = watch::channel(Arc::new(HostView::default()));
@@ -133,7 +135,6 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
 
     let observed = Arc::new(AsyncMutex::new(observed));
     let settings = config.settings.clone();
-    let state = state_dir(&config.state_dir);
     let kept_in = state.as_ref().map(|_| config.state_dir.clone());
     let keeper = state.clone().map(state::keeper);
     let findings = keeper.as_ref().map(|(newest, _)| newest.clone());
@@ -231,7 +232,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         }
     }
     drop((socket, open_socket));
-    drop(lock);
+    drop((lock, state_lock));
     if late.is_empty() {
         return Ok(());
     }
@@ -239,17 +240,28 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     Err(Failure::new(Exit::Error, cause, "the process ends all the same, and its probes with it"))
 }
 
-/// Without a state folder findings begin anew with each agent.
-fn state_dir(folder: &Path) -> Option<StateDir> {
-    StateDir::open(folder, boot_id())
-        .map_err(|error| {
-            tracing::warn!(
-                "findings are not kept over a restart: the folder {} cannot be used: {error:#}; name another with \
-                 --state-dir",
-                folder.display()
-            );
-        })
-        .ok()
+/// Without a state folder findings begin anew with each agent; one that another agent uses is refused.
+async fn state_dir(folder: &Path) -> Result<Option<(StateDir, File)>, Failure> {
+    let error = match StateDir::open(folder, boot_id()) {
+        Ok(state) => match lock::take(folder).await {
+            Ok(Lock::Taken(lock)) => return Ok(Some((state, lock))),
+            Ok(Lock::Held(pid)) => {
+                let cause = format!("another agent (pid {pid}) keeps its findings in {}", folder.display());
+                return Err(Failure::new(
+                    Exit::Error,
+                    cause,
+                    "name another folder with --state-dir, or stop it first",
+                ));
+            }
+            Err(error) => error.into(),
+        },
+        Err(error) => error,
+    };
+    tracing::warn!(
+        "findings are not kept over a restart: the folder {} cannot be used: {error:#}; name another with --state-dir",
+        folder.display()
+    );
+    Ok(None)
 }
 
 /// Takes up what an agent before this one has found.
@@ -268,7 +280,7 @@ fn restore(detector: &mut Detector, state: &StateDir) {
 }
 
 /// Takes the lock that makes this agent the only one with this run folder.
-fn lock(run_dir: &Path) -> Result<File, Failure> {
+async fn lock(run_dir: &Path) -> Result<File, Failure> {
     let failure = |error: io::Error| {
         let cause = format!("cannot use the run folder {}: {error}", run_dir.display());
         Failure::new(Exit::Error, cause, "name a writable folder with --run-dir")
@@ -283,18 +295,13 @@ fn lock(run_dir: &Path) -> Result<File, Failure> {
             "take that away with chmod, or name another with --run-dir",
         ));
     }
-    let path = run_dir.join("agent.lock");
-    let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
-    let mut file = options.open(path).map_err(failure)?;
-    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let mut pid = String::new();
-        let _ = (&file).take(16).read_to_string(&mut pid);
-        let cause = format!("another agent is running (pid {})", pid.trim());
-        return Err(Failure::new(Exit::Error, cause, "use that one, or stop it first"));
+    match lock::take(run_dir).await.map_err(failure)? {
+        Lock::Taken(lock) => Ok(lock),
+        Lock::Held(pid) => {
+            let cause = format!("another agent is running (pid {pid})");
+            Err(Failure::new(Exit::Error, cause, "use that one, or stop it first"))
+        }
     }
-    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failure)?;
-    Ok(file)
 }
 
 async fn listen(config: &Config) -> Result<TcpListener, Failure> {

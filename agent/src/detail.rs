@@ -7,9 +7,9 @@ use plumb_common::task::ProcKey;
 
 use crate::{
     census::{self, MAX_BLOCKED},
-    detect::{Finding, Resource, State},
+    detect::{Earlier, Finding, Resource, State},
     history::History,
-    origins::{ByOrigin, Origins},
+    origins::{ByOrigin, Group, Origins},
 };
 
 /// The threads of a leak are looked at again after this time, in nanoseconds; of so many leaks.
@@ -74,6 +74,13 @@ impl Details {
         if let Some((detail, _)) = self.known.get_mut(&(process, Resource::Thread)) {
             detail.threads = Some(Arc::new(threads));
         }
+    }
+
+    /// Where most of it came from, for the next agent.
+    #[must_use]
+    pub(crate) fn origin(&self, process: ProcKey, resource: Resource) -> Option<Earlier> {
+        let (detail, _) = self.known.get(&(process, resource))?;
+        detail.origins.groups.iter().find_map(Group::earlier)
     }
 
     /// Puts to a finding what belongs to it.

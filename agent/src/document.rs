@@ -10,7 +10,7 @@ use crate::{
     history::History,
     kernel::Status,
     origins::Group,
-    stacks::{Function, Stack},
+    stacks::{self, Function, Stack},
     table::Row,
     text,
 };
@@ -186,6 +186,12 @@ pub(crate) struct Leak {
     /// The examples are of so many of the newest; `null` when they are of all.
     #[serde(default)]
     pub examples_of_newest: Option<u32>,
+    /// How many had come since the baseline and were there when they were listed, and when that was; `null` when they were
+    /// not.
+    #[serde(default)]
+    pub examples_of: Option<u32>,
+    #[serde(default)]
+    pub examples_listed: Option<String>,
     /// Path of the program; `null` when it is not known.
     pub exe: Option<String>,
     /// The course of the count since it is suspect.
@@ -205,6 +211,19 @@ pub(crate) struct Leak {
     pub places: u32,
     /// Where what has been made since and is still there came from, the most frequent first.
     pub origins: Vec<Origin>,
+    /// Where most of it came from as an agent before this one saw it; `null` when none did.
+    #[serde(default)]
+    pub origin_before_restart: Option<EarlierOrigin>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct EarlierOrigin {
+    /// Function and caller.
+    pub words: String,
+    /// How many came from there.
+    pub live: u32,
+    /// When the newest of them was made.
+    pub newest: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -260,10 +279,9 @@ impl Origin {
     /// `db_connect (pool.c:118), called by retry (pool.c:90)`; the call where no stack could be had.
     #[must_use]
     pub(crate) fn words(&self) -> String {
-        match (&self.function, &self.caller) {
-            (Some(function), Some(caller)) => format!("{}, called by {}", function.words(), caller.words()),
-            (Some(function), None) => function.words(),
-            _ => format!("{} (no stack)", self.syscall),
+        match &self.function {
+            Some(function) => stacks::called(function, self.caller.as_ref()),
+            None => format!("{} (no stack)", self.syscall),
         }
     }
 }
@@ -374,6 +392,27 @@ impl Leak {
         self.seconds_to_exhaustion == Some(0.0)
     }
 
+    /// Where most of it came from, as far as that is known.
+    #[must_use]
+    pub(crate) fn from(&self) -> Option<String> {
+        let first = self.origins.first();
+        let named = first.filter(|origin| origin.function.is_some()).map(Origin::words);
+        let earlier = || Some(format!("{} (before the restart)", self.origin_before_restart.as_ref()?.words));
+        named.or_else(earlier).or_else(|| first.map(Origin::words))
+    }
+
+    /// What the examples are of: ` of 263 listed at 01:36:16Z`, or of the newest; empty when that is not known.
+    #[must_use]
+    pub(crate) fn listed(&self) -> String {
+        let of = match (self.examples_of_newest, self.examples_of) {
+            (Some(newest), _) => format!(" of the newest {newest}"),
+            (None, Some(of)) => format!(" of {of}"),
+            (None, None) => return String::new(),
+        };
+        let time = |at: &String| format!(" listed at {}", at.split('T').next_back().unwrap_or(at));
+        of + &self.examples_listed.as_ref().map(time).unwrap_or_default()
+    }
+
     #[must_use]
     pub(crate) fn new(finding: &Finding, calendar: Calendar) -> Self {
         let rounded = |value: f64| (value * 10.0).round() / 10.0;
@@ -399,9 +438,13 @@ impl Leak {
                 reason: known.reason.clone(),
                 live: known.live,
             }),
-            silenced_until: finding.mark.silenced_until.map(|until| calendar.format(until)),
+            // Whole seconds are asked for; the clocks are read one after the other.
+            silenced_until: (finding.mark.silenced_until)
+                .map(|until| calendar.format(until.saturating_add(500_000_000))),
             examples: finding.examples.clone(),
-            examples_of_newest: finding.sampled,
+            examples_of_newest: finding.listed.and_then(|listed| listed.newest),
+            examples_of: finding.listed.map(|listed| listed.of),
+            examples_listed: finding.listed.map(|listed| calendar.format(listed.at)),
             exe: finding.info.exe.as_deref().map(str::to_owned),
             history: Course::new(&finding.detail.history, calendar),
             threads: finding.detail.threads.as_deref().map(|threads| LeakThreads::new(threads, calendar)),
@@ -412,6 +455,11 @@ impl Leak {
             origins: (finding.detail.origins.groups.iter().take(MAX_ORIGINS))
                 .map(|group| Origin::new(group, calendar))
                 .collect(),
+            origin_before_restart: finding.earlier.as_ref().map(|earlier| EarlierOrigin {
+                words: earlier.words.clone(),
+                live: earlier.live,
+                newest: calendar.format(earlier.newest),
+            }),
         }
     }
 }

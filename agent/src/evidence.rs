@@ -16,6 +16,7 @@ use crate::{
     files::OpenFile,
     kernel::Kernel,
     pids, text,
+    thread_type::thread_type,
 };
 use plumb_common::{
     file::FdRecord,
@@ -73,8 +74,8 @@ impl Evidence {
             Resource::Thread => pids::room(Path::new("/proc"), Path::new("/sys/fs/cgroup"), key.tgid),
             Resource::Fd => None,
         };
-        let (examples, sampled) = held.examples(baseline);
-        Ok(Confirmation { holdings, examples, sampled, room, functions: Vec::new() })
+        let (examples, of, sampled) = held.examples(baseline);
+        Ok(Confirmation { holdings, examples, of, sampled, room, functions: Vec::new() })
     }
 }
 
@@ -131,12 +132,13 @@ impl Held {
         }
     }
 
-    /// What has come since the baseline, and of how many of the newest that is if it is not of all.
-    fn examples(&self, baseline: u32) -> (Vec<Example>, Option<u32>) {
+    /// What has come since the baseline, how many that are, and of how many of the newest the examples are if not of all.
+    fn examples(&self, baseline: u32) -> (Vec<Example>, u32, Option<u32>) {
         let grown = self.wanted.saturating_sub(baseline as usize).max(1);
         let known = self.newest.len();
         let sampled = (grown > known && known > 0).then_some(known as u32);
-        (summarise(self.newest.iter().take(grown).map(Holding::words)), sampled)
+        let of = grown.min(self.wanted) as u32;
+        (summarise(self.newest.iter().take(grown).map(Holding::words)), of, sampled)
     }
 }
 
@@ -160,12 +162,20 @@ fn list(
     Ok(held)
 }
 
-/// Counts equal ones, the most frequent first.
+/// Counts equal ones, the most frequent first. Threads whose names differ by a number are of one type.
 fn summarise(described: impl Iterator<Item = (String, String)>) -> Vec<Example> {
     let mut examples: Vec<Example> = Vec::new();
     for (kind, what) in described {
-        match examples.iter_mut().find(|example| example.kind == kind && example.what == what) {
-            Some(example) => example.count += 1,
+        let is_of_type = |name: &str| kind == "thread" && thread_type(name) == thread_type(&what);
+        let is_same =
+            |of: &&mut Example| of.kind == kind && (of.what == what || is_of_type(of.what.as_str()));
+        match examples.iter_mut().find(is_same) {
+            Some(example) => {
+                if example.what != what {
+                    thread_type(&what).clone_into(&mut example.what);
+                }
+                example.count += 1;
+            }
             None => examples.push(Example { what, kind, count: 1 }),
         }
     }
@@ -204,7 +214,7 @@ mod tests {
         let now = held(workers.chain(leaked).chain([thread(22, 40, b"passing")]), Some(&cohorts));
         assert_eq!(look(&mut cohorts, &now).kept, 6.0, "thread 22 is another one than before");
         let expected = Example { what: "leaky".to_owned(), kind: "thread".to_owned(), count: 2 };
-        assert_eq!(now.examples(4), (vec![expected], None));
+        assert_eq!(now.examples(4), (vec![expected], 2, None));
     }
 
     #[test]
@@ -216,9 +226,22 @@ mod tests {
     fn what_is_more_than_is_looked_at_says_of_how_many_it_is() {
         let many = held((1..=300).map(|tid| thread(tid, u64::from(tid), b"leaky")), None);
         let of = |baseline| {
-            let (examples, sampled) = many.examples(baseline);
-            (examples[0].count, sampled)
+            let (examples, of, sampled) = many.examples(baseline);
+            (examples[0].count, of, sampled)
         };
-        assert_eq!((of(4), of(44), of(100)), ((256, Some(256)), (256, None), (200, None)));
+        assert_eq!((of(4), of(44), of(100)), ((256, 296, Some(256)), (256, 256, None), (200, 200, None)));
+    }
+
+    #[test]
+    fn threads_that_differ_by_a_number_are_of_one_type() {
+        let named = |names: &[&str]| {
+            let threads = names.iter().enumerate();
+            let threads = threads.map(|(tid, name)| thread(tid as u32, tid as u64, name.as_bytes()));
+            let examples = held(threads, None).examples(0).0.into_iter();
+            examples.map(|example| (example.what, example.count)).collect::<Vec<_>>()
+        };
+        let of = |what: &str, count| (what.to_owned(), count);
+        assert_eq!(named(&["ship-1", "main", "ship-2", "ship-3"]), [of("ship", 3), of("main", 1)]);
+        assert_eq!(named(&["w-1", "w-1"]), [of("w-1", 2)]);
     }
 }

@@ -84,15 +84,19 @@ impl Host {
         }
         // Before the first pass there is nothing to keep but what is there.
         if self.passes > 0 {
-            (self.keep)(self.detector.save());
+            (self.keep)(self.saved());
         }
+    }
+
+    fn saved(&self) -> Vec<Saved> {
+        self.detector.save(|key, resource| self.details.origin(key, resource))
     }
 
     /// Keeps what has changed, every now and then.
     fn keep(&mut self) {
         if self.time.saturating_sub(self.kept.1) >= KEEP_EVERY {
             self.kept.1 = self.time;
-            let saved = self.detector.save();
+            let saved = self.saved();
             if saved != self.kept.0 {
                 self.kept.0.clone_from(&saved);
                 (self.keep)(saved);

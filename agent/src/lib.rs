@@ -35,6 +35,7 @@ mod host;
 pub mod kernel;
 mod left;
 mod line;
+mod lock;
 pub mod losses;
 mod observe;
 mod origins;

@@ -6,7 +6,8 @@ use crate::{
     clock::Calendar,
     config::LogFormat,
     detect::{Example, Finding, News, Resource, Rule, What},
-    document::{Leak, Origin},
+    document::Leak,
+    text,
 };
 
 /// Logs what is new, once.
@@ -21,7 +22,10 @@ pub(crate) fn log(news: &News, format: LogFormat) {
 
 fn object(news: &News, calendar: Calendar) {
     let leak = Leak::new(&news.finding, calendar);
-    let examples: Vec<_> = leak.examples.iter().map(|example| example.what.as_str()).collect();
+    let example = |example: &Example| format!("{} ({}x)", example.what, example.count);
+    // A field is no array.
+    let examples = leak.examples.iter().map(example).collect::<Vec<_>>().join(", ");
+    let examples = Some(examples).filter(|examples| !examples.is_empty());
     // The level of an event is a constant.
     macro_rules! event {
         ($log:ident, $message:literal) => {
@@ -39,8 +43,8 @@ fn object(news: &News, calendar: Calendar) {
                 seconds_to_exhaustion = leak.seconds_to_exhaustion,
                 first_seen = leak.first_seen,
                 why = leak.resolved.as_ref().map(|end| end.why.words()),
-                examples = ?examples,
-                from = leak.origins.first().map(Origin::words),
+                examples,
+                from = leak.from(),
                 $message
             )
         };
@@ -61,7 +65,7 @@ fn sentence(news: &News, calendar: Calendar) -> String {
         Resource::Thread => "threads",
     };
     let who = format!("{} (pid {}, group {})", finding.info.comm, finding.key.tgid, finding.info.group);
-    let examples = list(&finding.examples, finding.sampled);
+    let examples = list(&finding.examples, &Leak::new(finding, calendar).listed(), usize::MAX);
     let limit = finding.limit.map_or_else(|| "no limit".to_owned(), |limit| format!("limit {limit}"));
     match (news.what, finding.rule) {
         (What::Leak, _) => {
@@ -105,26 +109,39 @@ fn sentence(news: &News, calendar: Calendar) -> String {
 /// Where most of it came from, as far as that is known.
 fn from(finding: &Finding, calendar: Calendar) -> String {
     let leak = Leak::new(finding, calendar);
-    let known = leak.origins.first().filter(|origin| origin.function.is_some());
-    known.map_or_else(String::new, |origin| format!("; from {}", origin.words()))
+    let is_known = finding.earlier.is_some() || leak.origins.first().is_some_and(|of| of.function.is_some());
+    leak.from().filter(|_| is_known).map_or_else(String::new, |from| format!("; from {from}"))
 }
 
-/// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (30x)`, and of how many of the newest they are if not of
-/// all. What is rare beside the first is left to the JSON.
+/// Examples in a few words: `/var/log/a (50x), tcp 10.0.0.1:80 (30x)`, and then what they are of, within so many letters.
+/// What is rare beside the first is left to the JSON.
 #[must_use]
-pub(crate) fn list(examples: &[Example], sampled: Option<u32>) -> String {
+pub(crate) fn list(examples: &[Example], of: &str, room: usize) -> String {
     if examples.is_empty() {
         return "unknown".to_owned();
     }
     let most = examples.iter().map(|example| example.count).max().unwrap_or(0);
     let frequent = examples.iter().filter(|example| example.count >= most.div_ceil(10));
+    let room = room.saturating_sub(of.chars().count());
+    let count =
+        |example: &Example| if example.count > 1 { format!(" ({}x)", example.count) } else { String::new() };
     let words = frequent.take(3).map(|example| {
-        let quoted =
-            if example.kind == "thread" { format!("thread {}", example.what) } else { example.what.clone() };
-        if example.count > 1 { format!("{quoted} ({}x)", example.count) } else { quoted }
+        let kind = if example.kind == "thread" { "thread " } else { "" };
+        let count = count(example);
+        let room = room.saturating_sub(kind.len() + count.len()).max(1);
+        format!("{kind}{}{count}", text::shortened(&example.what, room))
     });
-    let of = sampled.map_or_else(String::new, |sampled| format!(" of the newest {sampled}"));
-    words.collect::<Vec<_>>().join(", ") + &of
+    let mut list = String::new();
+    for words in words {
+        if list.is_empty() {
+            list = words;
+        } else if list.chars().count() + 2 + words.chars().count() <= room {
+            list = format!("{list}, {words}");
+        } else {
+            break;
+        }
+    }
+    list + of
 }
 
 /// A duration in its two largest units: `16m 40s`, `3days 2h`.
@@ -162,7 +179,7 @@ mod tests {
         assert_eq!(full, "app (pid 42, group app.service) is at its limit of fds: 1017, limit 1024");
         let high = said(What::Warning, &Finding { live: 840, ..finding.clone() });
         assert!(high.ends_with("uses 82 % of its limit of fds: 840, limit 1024"), "{high}");
-        let leak = Finding { rule: Rule::Trend, baseline: 5, sampled: Some(256), ..finding };
+        let leak = Finding { rule: Rule::Trend, baseline: 5, listed: None, ..finding };
         let leaks = said(What::Leak, &leak);
         for part in ["leaks fds: 1017 now, up from 5 since 2", "limit 1024, which is reached; mostly unknown"]
         {
@@ -178,11 +195,14 @@ mod tests {
     }
 
     #[test]
-    fn examples_say_of_how_many_they_are_when_not_of_all() {
+    fn examples_are_as_many_as_there_is_room_for_with_what_they_are_of() {
         let example = |what: &str| Example { what: what.to_owned(), kind: "file".to_owned(), count: 128 };
         let examples = [example("/etc/passwd"), example("/etc/group")];
-        assert_eq!(list(&examples, None), "/etc/passwd (128x), /etc/group (128x)");
-        assert_eq!(list(&examples, Some(256)), "/etc/passwd (128x), /etc/group (128x) of the newest 256");
+        let all = "/etc/passwd (128x), /etc/group (128x) of 256";
+        assert_eq!(list(&examples, "", usize::MAX), "/etc/passwd (128x), /etc/group (128x)");
+        assert_eq!((list(&examples, " of 256", all.len()).as_str(), all.len()), (all, 44));
+        assert_eq!(list(&examples, " of 256", 43), "/etc/passwd (128x) of 256");
+        assert_eq!(list(&examples, " of 256", 20), "/etc/… (128x) of 256");
     }
 
     #[test]

@@ -34,6 +34,24 @@ pub(crate) fn terminated(bytes: &[u8]) -> String {
     printable(bytes.split(|byte| *byte == 0).next().unwrap_or_default())
 }
 
+/// At most so many letters; what is cut off leaves a `…`.
+#[must_use]
+pub(crate) fn shortened(text: &str, letters: usize) -> String {
+    match text.char_indices().nth(letters) {
+        None => text.to_owned(),
+        Some(_) => text.chars().take(letters.saturating_sub(1)).chain(['…']).collect(),
+    }
+}
+
+/// As `shortened`, but not within a word, if that leaves half of the room or more.
+#[must_use]
+pub(crate) fn shortened_at_word(text: &str, letters: usize) -> String {
+    let short = shortened(text, letters);
+    let at =
+        short.rfind(' ').filter(|at| short.len() < text.len() && short[..*at].chars().count() * 2 >= letters);
+    at.map_or(short.clone(), |at| format!("{}…", short[..at].trim_end_matches([' ', ','])))
+}
+
 /// Control characters, and those that reorder or hide the text around them.
 pub(crate) fn is_harmful(char: char) -> bool {
     char.is_control()
@@ -57,6 +75,15 @@ mod tests {
         assert_eq!(printable("caf\u{e9} 1".as_bytes()), "caf\u{e9} 1");
         assert_eq!(printable(b"a\nb\x1b[2J\xff"), "a\\x0ab\\x1b[2J\\xff");
         assert_eq!(printable("\u{202e}gnp".as_bytes()), "\\xe2\\x80\\xaegnp");
+    }
+
+    #[test]
+    fn what_is_too_long_is_cut_at_a_word() {
+        assert_eq!((shortened("héllo", 5).as_str(), shortened("héllo!", 5).as_str()), ("héllo", "héll…"));
+        let text = "leak (a.c:3), called by main";
+        assert_eq!(shortened_at_word(text, text.len()), text);
+        assert_eq!(shortened_at_word(text, 18), "leak (a.c:3)…");
+        assert_eq!(shortened_at_word("very_long_name x", 10), "very_long…");
     }
 
     proptest! {

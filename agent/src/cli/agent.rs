@@ -1,6 +1,6 @@
 //! `plumb agent`: the daemon, in the foreground.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
@@ -54,10 +54,25 @@ pub(super) fn run(arguments: Arguments) -> Outcome {
     outcome
 }
 
+/// Standard error, which loses what cannot be written: its reader may have gone, and the log is told of no error, for it
+/// would panic.
+struct Lossy;
+
+impl Write for Lossy {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fn log(format: LogFormat) {
     let filter = EnvFilter::try_from_env("PLUMB_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Lossy);
+    let builder = builder.log_internal_errors(false).with_target(false);
     match format {
         LogFormat::Json => builder.json().flatten_event(true).init(),
         LogFormat::Text => {

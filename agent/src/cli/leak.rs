@@ -23,8 +23,9 @@ pub(super) fn page(leak: &Leak) -> String {
         section(&mut lines, &format!("The last {}", lately(seconds)), chart(&history.live));
     }
     section(&mut lines, "Where they came from", origins(leak));
-    let newest = leak.examples_of_newest.map(|newest| format!(" (the newest {newest})"));
-    section(&mut lines, &format!("What they are{}", newest.unwrap_or_default()), examples(leak));
+    let listed = Some(leak.listed()).filter(|listed| !listed.is_empty());
+    let listed = listed.map_or_else(String::new, |listed| format!(" ({})", listed.trim_start()));
+    section(&mut lines, &format!("What they are{listed}"), examples(leak));
     if let Some(threads) = &leak.threads {
         section(&mut lines, "Threads by type", types(threads));
         section(&mut lines, "Where they are now", blocked(threads));
@@ -144,6 +145,10 @@ fn origins(leak: &Leak) -> Vec<String> {
         counts += &format!("; {} of the last seconds are looked up just now", leak.naming);
     }
     let mut lines = vec![counts];
+    if let Some(earlier) = &leak.origin_before_restart {
+        lines.push(format!("{:>6}  before the restart of the agent  {}", earlier.live, earlier.words));
+        lines.push(format!("        newest {}", earlier.newest));
+    }
     for origin in leak.origins.iter().take(MAX_ORIGINS) {
         let examples: Vec<String> = origin.examples.iter().map(u32::to_string).collect();
         lines.push(format!("{:>6}  {}  {}", origin.live, origin.syscall, origin.words()));
@@ -181,10 +186,12 @@ fn examples(leak: &Leak) -> Vec<String> {
 
 fn types(threads: &LeakThreads) -> Vec<String> {
     let kind = |kind: &crate::document::ThreadType| {
-        format!(
-            "{:>6}  {}, started from {} to {}, half of them before {}",
-            kind.count, kind.name, kind.oldest, kind.newest, kind.median
-        )
+        let started = if kind.oldest == kind.newest {
+            format!("at {}", kind.oldest)
+        } else {
+            format!("from {} to {}, half of them before {}", kind.oldest, kind.newest, kind.median)
+        };
+        format!("{:>6}  {}, started {started}", kind.count, kind.name)
     };
     threads.types.iter().map(kind).collect()
 }
@@ -236,8 +243,24 @@ mod tests {
         has(serde_json::json!({"silenced_until": "T4"}), "silenced until T4");
         has(
             serde_json::json!({"examples_of_newest": 256, "examples": [{"what": "a", "kind": "file", "count": 256}]}),
-            "What they are (the newest 256)",
+            "What they are (of the newest 256)",
         );
+        has(
+            serde_json::json!({"examples_of": 263, "examples_listed": "2026-11-29T01:36:16Z",
+                "examples": [{"what": "anon_inode:[eventfd]", "kind": "eventfd", "count": 151}]}),
+            "What they are (of 263 listed at 01:36:16Z)",
+        );
+        let earlier = serde_json::json!({"words": "leak (a.c:3)", "live": 497, "newest": "T5"});
+        has(
+            serde_json::json!({"origin_before_restart": earlier}),
+            "497  before the restart of the agent  leak (a.c:3)",
+        );
+        let of = |newest: &str| {
+            let kind = serde_json::json!({"name": "main", "count": 1, "oldest": "T6", "median": "T6", "newest": newest});
+            serde_json::json!({"threads": {"types": [kind], "blocked": []}})
+        };
+        has(of("T6"), "1  main, started at T6");
+        has(of("T7"), "1  main, started from T6 to T7, half of them before T6");
     }
 
     #[test]

@@ -15,14 +15,19 @@ use super::{
 };
 use crate::{
     config,
-    detect::Rule,
-    document::{Leak, Leaks, Origin},
+    document::{Leak, Leaks},
     failure::{Exit, Failure},
     report,
 };
 
+const COLUMNS: &str = "\
+LIVE is how many there are, LIMIT how many there may be, PER MIN how fast they grow, FULL IN when the limit is hit.
+STATE is suspect (looks like a leak, never alerts), leaking (reported), resolved (none any more, gone after 10 min), acked,
+  silenced, or ignored by the settings. An ID that ends with -use, -more or -old is a warning of high use, of more threads
+  than at first, or of old threads; `plumb leaks ID` has the rest.";
+
 #[derive(Args)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, after_help = COLUMNS)]
 pub(super) struct Arguments {
     #[command(flatten)]
     agent: Agent,
@@ -86,7 +91,8 @@ impl End {
 const MAX_LENGTH: Duration = Duration::from_hours(365 * 24);
 
 fn length(text: &str) -> Result<Duration, String> {
-    let length = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let length =
+        humantime::parse_duration(text).map_err(|error| format!("{error}; such as 30m, 2h or 7days"))?;
     match length {
         _ if length < Duration::from_secs(1) => Err("that is no time at all: 30m, 2h, 7days".to_owned()),
         _ if length > MAX_LENGTH => {
@@ -97,7 +103,8 @@ fn length(text: &str) -> Result<Duration, String> {
 }
 
 fn until(text: &str) -> Result<SystemTime, String> {
-    let until = humantime::parse_rfc3339_weak(text).map_err(|error| error.to_string())?;
+    let until = humantime::parse_rfc3339_weak(text)
+        .map_err(|error| format!("{error}; such as 2030-01-31T12:00:00Z"))?;
     let now = SystemTime::now();
     if until <= now {
         let now = humantime::format_rfc3339_seconds(now);
@@ -197,16 +204,18 @@ fn list(arguments: &Arguments) -> Outcome {
             if leak.examples.is_empty() {
                 "-".to_owned()
             } else {
-                report::list(&leak.examples, leak.examples_of_newest)
+                report::list(&leak.examples, &leak.listed(), output::room_for_note())
             },
-            leak.origins.first().map_or_else(|| "-".to_owned(), Origin::words),
+            leak.from().unwrap_or_else(|| "-".to_owned()),
         ]
     })?;
     Ok(Exit::Ok)
 }
 
 fn one(document: &Leaks, id: &str, format: Format) -> Outcome {
-    let Some(leak) = document.findings.iter().find(|leak| leak.id == id) else {
+    let find = |id: &str| document.findings.iter().find(|leak| leak.id == id);
+    // High use beside a leak is in the leak's.
+    let Some(leak) = find(id).or_else(|| find(id.strip_suffix("-use")?)) else {
         let remedy = "`plumb leaks` lists the ids; what is resolved goes after ten minutes";
         return Err(Failure::new(Exit::Error, format!("there is no finding {id}"), remedy));
     };
@@ -215,16 +224,26 @@ fn one(document: &Leaks, id: &str, format: Format) -> Outcome {
     Ok(Exit::Ok)
 }
 
-/// The state in words, with what qualifies it.
+/// The state in a word or two; the page of the finding has the rest.
 fn state(leak: &Leak) -> String {
-    let state = leak.state.word();
     match (&leak.resolved, &leak.ignored, &leak.acknowledged, &leak.silenced_until) {
-        (Some(end), ..) => format!("resolved: {}", end.why.words()),
-        (_, Some(reason), ..) => format!("ignored: {reason}"),
-        (_, _, Some(_), _) => format!("{state}, acknowledged"),
-        (.., Some(until)) => format!("{state}, silenced until {until}"),
-        _ if leak.rule == Rule::Trend => state.to_owned(),
-        _ => format!("{state}: {}", leak.rule.word()),
+        (None, Some(_), ..) => "ignored".to_owned(),
+        (None, None, Some(_), _) => "acked".to_owned(),
+        (None, None, None, Some(until)) => {
+            let until = humantime::parse_rfc3339_weak(until).unwrap_or(SystemTime::UNIX_EPOCH);
+            format!("silenced {}", about(until.duration_since(SystemTime::now()).unwrap_or_default()))
+        }
+        _ => leak.state.word().to_owned(),
+    }
+}
+
+/// In its largest unit.
+fn about(left: Duration) -> String {
+    let minutes = left.as_secs_f64() / 60.0;
+    match minutes {
+        ..90.0 => format!("{minutes:.0}m"),
+        ..2_880.0 => format!("{:.0}h", minutes / 60.0),
+        _ => format!("{:.0}d", minutes / 1_440.0),
     }
 }
 
@@ -241,5 +260,12 @@ mod tests {
         assert!(until("2001-01-31T12:00:00Z").unwrap_err().contains("in the past"));
         assert!(until("9999-12-31T23:59:59Z").is_ok() && until("tomorrow").is_err());
         assert!(reason("\t").is_err() && reason("known").is_ok());
+        assert!(length("banana").unwrap_err().contains("such as 30m, 2h or 7days"));
+    }
+
+    #[test]
+    fn what_is_left_of_a_silence_is_short() {
+        let about = |seconds| about(Duration::from_secs(seconds));
+        assert_eq!([30, 1_800, 7_199, 172_800, 31_536_000].map(about), ["0m", "30m", "2h", "2d", "365d"]);
     }
 }

@@ -4,12 +4,16 @@ use std::io::{self, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    termios::tcgetwinsize,
+};
 use serde::Serialize;
 
 use crate::{
     document::SCHEMA,
     failure::{Exit, Failure},
+    text::{shortened, shortened_at_word},
 };
 
 /// Form of the data on stdout.
@@ -76,10 +80,9 @@ impl Output {
             }
             Format::Table => {
                 let rows = items.iter().map(row).collect();
-                if io::stdout().is_terminal() {
-                    on_terminal(columns, notes, rows)
-                } else {
-                    in_pipe(columns, notes, rows)
+                match width() {
+                    Some(width) => on_terminal(columns, notes, rows, width),
+                    None => in_pipe(columns, notes, rows),
                 }
             }
         };
@@ -120,26 +123,63 @@ pub(super) fn message(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
+/// Columns of the terminal that stdout is; `None` where it is none.
+fn width() -> Option<usize> {
+    let stdout = io::stdout();
+    let size = || tcgetwinsize(&stdout).ok().map(|size| usize::from(size.ws_col)).filter(|width| *width > 0);
+    stdout.is_terminal().then(|| size().unwrap_or(usize::MAX))
+}
+
+/// Letters for a note below a row.
+pub(super) fn room_for_note() -> usize {
+    width().map_or(usize::MAX, |width| width.saturating_sub(NOTE))
+}
+
+/// Before a note come so many letters.
+const NOTE: usize = 12;
+/// What is left of the last column at least.
+const LAST: usize = 8;
+
 /// Every row is one line.
 fn in_pipe(columns: &[Column], notes: &[&'static str], rows: Vec<Vec<String>>) -> String {
     let columns = [columns, &notes.iter().map(|heading| (*heading, false)).collect::<Vec<_>>()].concat();
     text(table(&columns, rows, ContentArrangement::Disabled))
 }
 
-/// Wrapped to the width of the terminal, or with notes below.
-fn on_terminal(columns: &[Column], notes: &[&'static str], mut rows: Vec<Vec<String>>) -> String {
+/// Wrapped to the width of the terminal; or with notes below, and then cut to it.
+fn on_terminal(
+    columns: &[Column],
+    notes: &[&'static str],
+    mut rows: Vec<Vec<String>>,
+    width: usize,
+) -> String {
     if notes.is_empty() {
         return text(table(columns, rows, ContentArrangement::Dynamic));
     }
     let below: Vec<Vec<String>> = rows.iter_mut().map(|row| row.split_off(columns.len())).collect();
+    cut_last(columns, &mut rows, width);
     let mut lines = table(columns, rows, ContentArrangement::Disabled).into_iter();
     let mut all: Vec<String> = lines.next().into_iter().collect();
     for (line, below) in lines.zip(below) {
         all.push(line);
-        let note = |(heading, note): (&&str, String)| format!("    {:<8}{note}", heading.to_lowercase());
+        let note = |(heading, note): (&&str, String)| {
+            let note = shortened_at_word(&note, width.saturating_sub(NOTE));
+            format!("    {:<8}{note}", heading.to_lowercase())
+        };
         all.extend(notes.iter().zip(below).filter(|(_, note)| note != "-").map(note));
     }
     text(all)
+}
+
+/// Gives the last column what the others leave of the width.
+fn cut_last(columns: &[Column], rows: &mut [Vec<String>], width: usize) {
+    let Some(last) = columns.len().checked_sub(1) else { return };
+    let longest = |at: usize| {
+        let cells = rows.iter().map(|row| row[at].chars().count());
+        cells.chain([columns[at].0.len()]).max().unwrap_or(0) + 2
+    };
+    let left = width.saturating_sub((0..last).map(longest).sum()).max(LAST);
+    rows.iter_mut().for_each(|row| row[last] = shortened(&row[last], left));
 }
 
 fn text(lines: Vec<String>) -> String {
@@ -202,7 +242,24 @@ mod tests {
         let rows = || vec![["fd-1", "7", "pipe", "-"].map(str::to_owned).to_vec()];
         let (columns, notes) = ([("ID", false), ("LIVE", true)], ["MOSTLY", "FROM"]);
         assert_eq!(in_pipe(&columns, &notes, rows()), "ID    LIVE  MOSTLY  FROM\nfd-1     7  pipe    -\n");
-        assert_eq!(on_terminal(&columns, &notes, rows()), "ID    LIVE\nfd-1     7\n    mostly  pipe\n");
+        assert_eq!(on_terminal(&columns, &notes, rows(), 80), "ID    LIVE\nfd-1     7\n    mostly  pipe\n");
+    }
+
+    #[test]
+    fn a_table_with_notes_fits_the_terminal() {
+        let row = ["fd-1048576-ffffff-use", "silenced 2h", "payments-worker@17.service"];
+        let notes =
+            ["/etc/hostname (2x)", "do_redirections (redir.c:1180), called by execute (execute_cmd.c:42)"];
+        let row = row.iter().chain(&notes).map(|cell| (*cell).to_owned()).collect();
+        let columns = [("ID", false), ("STATE", false), ("GROUP", false)];
+        let shown = on_terminal(&columns, &["MOSTLY", "FROM"], vec![row], 56);
+        let expected = "\
+ID                     STATE        GROUP
+fd-1048576-ffffff-use  silenced 2h  payments-worker@17.…
+    mostly  /etc/hostname (2x)
+    from    do_redirections (redir.c:1180), called by…
+";
+        assert_eq!(shown, expected);
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub(super) const SECOND: u64 = 1_000_000_000;
 const LOOK: u64 = 15 * SECOND;
 const LOOK_PART: u64 = 8;
 const LOOK_AT_LAST: u64 = 300 * SECOND;
-/// What is leaking is looked at for its examples only.
+/// What is leaking is looked at for its examples only, earlier when there are half as many more.
 const LOOK_LEAKING: u64 = 60 * SECOND;
 /// A verdict is not built on a look that is older than this.
 const FRESH: u64 = 10 * SECOND;
@@ -51,6 +51,8 @@ pub(super) struct Case {
     /// The last look, and when it was.
     holdings: Option<Holdings>,
     looked: u64,
+    /// How many there were then; 0 before the first.
+    looked_live: u32,
     /// Since when it has not risen, as a leak.
     settled: u64,
     /// What this count has given back before; as of suspicion.
@@ -89,6 +91,7 @@ impl Case {
             asked: now,
             holdings: None,
             looked: 0,
+            looked_live: 0,
             settled: 0,
             told: false,
             silenced: false,
@@ -155,7 +158,8 @@ impl Case {
             }
         }
         if self.is_leaking() {
-            return (self.leak_goes_on(demand, now), self.ask(now, LOOK_LEAKING));
+            let every = if self.has_outgrown() { LOOK } else { LOOK_LEAKING };
+            return (self.leak_goes_on(demand, now), self.ask(now, every));
         }
         let (mut looks_like_one, mut ended) = (false, None);
         self.growths.retain_mut(|(scale, growth)| {
@@ -183,6 +187,7 @@ impl Case {
         }
         let every = LOOK.max((now.saturating_sub(self.suspected) / LOOK_PART).min(LOOK_AT_LAST));
         let every = if looks_like_one { every.min(FRESH) } else { every };
+        let every = if self.has_outgrown() { every.min(LOOK_LEAKING) } else { every };
         (Step::Stays, self.ask(now, every))
     }
 
@@ -214,6 +219,11 @@ impl Case {
         }
     }
 
+    /// Whether the last look is of so few that it says little: there are half as many more.
+    fn has_outgrown(&self) -> bool {
+        u64::from(self.finding.live) * 2 >= u64::from(self.looked_live) * 3
+    }
+
     fn ask(&mut self, now: u64, every: u64) -> Option<Change> {
         let waiting = self.looked < self.asked && now.saturating_sub(self.asked) < ANSWER;
         if waiting || now.saturating_sub(self.looked.max(self.suspected)) < every {
@@ -225,7 +235,7 @@ impl Case {
 
     /// Takes the answer, which may make it a leak.
     pub(super) fn look(&mut self, holdings: Option<Holdings>, demand: Demand, now: u64) {
-        self.looked = now.max(self.asked);
+        (self.looked, self.looked_live) = (now.max(self.asked), self.finding.live);
         self.holdings = holdings;
         if self.is_leaking() {
             return;

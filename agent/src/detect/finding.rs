@@ -78,6 +78,16 @@ impl Rule {
             Self::ThreadAge => "thread-age",
         }
     }
+
+    /// What tells its findings from those of the trend, in ids.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Trend => "",
+            Self::Utilisation => "-use",
+            Self::ThreadsOverBaseline => "-more",
+            Self::ThreadAge => "-old",
+        }
+    }
 }
 
 /// Why something is no leak any more.
@@ -169,6 +179,30 @@ pub(crate) struct Example {
     pub(crate) count: u32,
 }
 
+/// When examples were listed, and of how many they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Listed {
+    /// Nanoseconds since boot.
+    pub at: u64,
+    /// What had come since the baseline and was still held.
+    pub of: u32,
+    /// Of these only so many of the newest were looked at; `None` when all were.
+    pub newest: Option<u32>,
+}
+
+/// Where most of it came from, as an agent before this one saw it: what is full makes nothing new that could be seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Earlier {
+    /// Function and caller.
+    pub words: String,
+    /// How many came from there.
+    pub live: u32,
+    /// When the newest of them was made, nanoseconds since boot.
+    pub newest: u64,
+}
+
 /// A count that uses all but one part in so many of its limit is full; one that still rises if no more than so many
 /// are left as well, for the rest of a large limit may last for hours.
 const FULL_PART: u64 = 50;
@@ -187,7 +221,9 @@ pub(crate) struct Confirmation {
     pub(crate) holdings: Option<Holdings>,
     /// What the newest survivors are, the most frequent first.
     pub(crate) examples: Vec<Example>,
-    /// They are of so many of the newest; `None` when they are of all.
+    /// They are of so many.
+    pub(crate) of: u32,
+    /// Of these only so many of the newest were looked at; `None` when all were.
     pub(crate) sampled: Option<u32>,
     /// How many more threads the cgroups of the process allow; `None` without a limit.
     pub(crate) room: Option<u64>,
@@ -230,8 +266,9 @@ pub(crate) struct Finding {
     pub mark: Mark,
     /// What leaks: paths, addresses, names. Empty until they have been looked up.
     pub examples: Vec<Example>,
-    /// The examples are of so many of the newest; `None` when they are of all.
-    pub sampled: Option<u32>,
+    /// When that was, and of how many they are.
+    pub listed: Option<Listed>,
+    pub earlier: Option<Arc<Earlier>>,
     /// What the rest of the agent knows of it.
     pub detail: Detail,
 }
@@ -262,7 +299,8 @@ impl Finding {
             ignored: None,
             mark: Mark::default(),
             examples: Vec::new(),
-            sampled: None,
+            listed: None,
+            earlier: None,
             detail: Detail::default(),
         }
     }
@@ -272,11 +310,7 @@ impl Finding {
     pub(crate) fn id(&self) -> String {
         // The start in units of 10 ms tells one use of a pid from the next.
         let start = (self.key.start_boottime / 10_000_000) & 0xff_ffff;
-        let resource = self.resource.word();
-        match self.rule {
-            Rule::Trend => format!("{resource}-{}-{start:x}", self.key.tgid),
-            rule => format!("{resource}-{}-{start:x}-{}", self.key.tgid, rule.word()),
-        }
+        format!("{}-{}-{start:x}{}", self.resource.word(), self.key.tgid, self.rule.suffix())
     }
 
     /// Whether it is at its limit, as far as whoever needs another one is concerned.

@@ -18,7 +18,10 @@ impl Detector {
     /// Somebody knows of it: it is told again only when it has grown to twice its size.
     pub(crate) fn ack(&mut self, id: &str, reason: Option<String>, now: u64) -> Result<(), Refused> {
         let finding = self.by_id(id)?;
-        self.mark(&finding).acknowledged = Some(Acknowledged { at: now, reason, live: finding.live });
+        let mark = self.mark(&finding);
+        // Said again without a reason, it has that of before.
+        let reason = reason.or_else(|| mark.acknowledged.take()?.reason);
+        mark.acknowledged = Some(Acknowledged { at: now, reason, live: finding.live });
         Ok(())
     }
 
@@ -40,7 +43,7 @@ impl Detector {
     }
 
     fn by_id(&self, id: &str) -> Result<Finding, Refused> {
-        self.findings().into_iter().find(|finding| finding.id() == id).ok_or(Refused::NoSuchFinding)
+        self.all().into_iter().find(|finding| finding.id() == id).ok_or(Refused::NoSuchFinding)
     }
 
     fn mark(&mut self, finding: &Finding) -> &mut Mark {

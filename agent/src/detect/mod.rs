@@ -39,7 +39,7 @@ mod snapshot;
 #[cfg(test)]
 use std::sync::Arc;
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 use plumb_common::task::ProcKey;
 
 use self::{
@@ -50,7 +50,10 @@ use self::{
     settings::Thresholds,
 };
 pub(crate) use self::{
-    finding::{Confirmation, Example, Finding, HostLimits, Mark, Resolution, Resource, Rule, State, Why},
+    finding::{
+        Confirmation, Earlier, Example, Finding, HostLimits, Listed, Mark, Resolution, Resource, Rule, State,
+        Why,
+    },
     marks::Refused,
     news::{News, What},
     settings::{Detect, Ignore, Settings},
@@ -253,7 +256,8 @@ impl Detector {
         case.cgroup_limit = found.room.map(|room| u64::from(case.finding.live).saturating_add(room));
         if !found.examples.is_empty() {
             case.finding.ignored = self.settings.ignored(&case.finding, &found.examples, &found.functions);
-            (case.finding.examples, case.finding.sampled) = (found.examples, found.sampled);
+            case.finding.listed = Some(Listed { at: now, of: found.of, newest: found.sampled });
+            case.finding.examples = found.examples;
             case.finding.examples.truncate(MAX_EXAMPLES);
         }
         let thresholds = self.settings.detect.of(&case.finding.info.group);
@@ -264,9 +268,20 @@ impl Detector {
         }
     }
 
-    /// The verdicts that are not quiet: the surest first, then the fastest.
+    /// The verdicts that are not quiet: the surest first, then the fastest. Whoever is shown a trend is not shown high use
+    /// of the same beside it.
     #[must_use]
     pub(crate) fn findings(&self) -> Vec<Finding> {
+        let mut findings = self.all();
+        let is_rising =
+            |of: &&Finding| of.rule == Rule::Trend && of.state != State::Resolved && of.ignored.is_none();
+        let rising: HashSet<_> = findings.iter().filter(is_rising).map(|of| (of.key, of.resource)).collect();
+        findings.retain(|of| of.rule != Rule::Utilisation || !rising.contains(&(of.key, of.resource)));
+        findings
+    }
+
+    /// The same, with what is not shown.
+    fn all(&self) -> Vec<Finding> {
         let is_resolved = |case: &&Case| {
             let is_same = |finding: &Finding| {
                 (finding.key, finding.resource) == (case.finding.key, case.finding.resource)

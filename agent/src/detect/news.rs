@@ -53,6 +53,11 @@ impl Detector {
             if !case.told && !is_quiet {
                 case.told = true;
                 add(What::Leak, &case.finding);
+                let by_use = (key, resource, Rule::Utilisation);
+                if self.plain.contains_key(&by_use) {
+                    // That is in it.
+                    self.warned.insert((key, resource, Topic::Rule(Rule::Utilisation)), now);
+                }
                 if case.finding.is_full() {
                     self.warned.insert(full, now);
                 }
@@ -71,16 +76,25 @@ impl Detector {
             if finding.ignored.is_some() || (by_use && finding.is_sealed()) {
                 continue;
             }
-            let is_full =
-                by_use && finding.is_full() && !self.cases.get(&(key, resource)).is_some_and(is_leak);
+            let mut finding = finding.clone();
+            let rising =
+                self.cases.get(&(key, resource)).filter(|case| by_use && case.finding.ignored.is_none());
+            let mut is_quiet = is_quiet;
+            if let Some(case) = rising {
+                // People see the trend, and speak of it.
+                finding.growth_per_minute = case.finding.growth_per_minute;
+                let mark = self.marks.get(&(key, resource, Rule::Trend));
+                is_quiet |= mark.is_some_and(|mark| mark.is_quiet(finding.live, now));
+            }
+            let is_full = by_use && finding.is_full() && !rising.is_some_and(is_leak);
             let full = (key, resource, Topic::Full);
             if is_new(&mut self.warned, topic, is_quiet, now) {
-                add(What::Warning, finding);
+                add(What::Warning, &finding);
                 if is_full {
                     self.warned.insert(full, now);
                 }
             } else if is_full && is_new(&mut self.warned, full, is_quiet, now) {
-                add(What::Full, finding);
+                add(What::Full, &finding);
             }
         }
         news

@@ -128,8 +128,7 @@ fn a_baseline_is_never_of_a_time_before_the_process_and_that_of_high_use_is_of_i
     assert_eq!((finding.state, finding.baseline, finding.first_seen), (State::Leaking, 7, start));
 
     let play = shell();
-    let by_use = |finding: &Finding| finding.rule == Rule::Utilisation;
-    let finding = play.detector.findings().into_iter().find(by_use).unwrap();
+    let finding = &play.detector.plain[&(row(0, 0).key, Resource::Fd, Rule::Utilisation)];
     let second = (finding.first_seen / SECOND - BEGIN) as u32;
     assert_eq!((finding.live, finding.baseline), (1_017, 7 + second));
 }
@@ -137,7 +136,7 @@ fn a_baseline_is_never_of_a_time_before_the_process_and_that_of_high_use_is_of_i
 #[test]
 fn a_restart_repeats_no_warning() {
     let again = |play: &Play| {
-        let saved = serde_json::to_string(&play.detector.save()).unwrap();
+        let saved = serde_json::to_string(&play.detector.save(|_, _| None)).unwrap();
         let mut next = Play { second: play.second, ..Play::new() };
         assert!(next.detector.restore(serde_json::from_str(&saved).unwrap(), (BEGIN + next.second) * SECOND));
         next
@@ -158,10 +157,43 @@ fn a_rule_that_ignores_a_process_ignores_its_warnings() {
     assert_eq!(play.detector.findings()[0].ignored.as_deref(), Some("known"));
     assert!(play.told.is_empty());
 }
+
+#[test]
+fn high_use_beside_a_trend_is_told_with_its_numbers_and_listed_with_it() {
+    let mut detector = Detector::new(LIMITS, Settings::default());
+    let mut told = Vec::new();
+    for second in 0..900 {
+        let now = (BEGIN + second) * SECOND;
+        for change in detector.observe(&[row(7 + second as u32, 1)], now) {
+            if let Change::Grown(key, resource, _) = change {
+                detector.confirm(key, resource, Confirmation::default(), now);
+            }
+        }
+        told.extend(detector.tell(now).into_iter().filter(|news| news.what == What::Warning));
+    }
+    assert_eq!((told.len(), told[0].finding.rule), (1, Rule::Utilisation));
+    let growth = told[0].finding.growth_per_minute;
+    assert!((50.0..=70.0).contains(&growth), "{growth}");
+    let rules: Vec<_> = detector.findings().iter().map(|finding| finding.rule).collect();
+    assert_eq!(rules, [Rule::Trend]);
+    detector.ack(&told[0].finding.id(), None, 0).unwrap();
+
+    // Told as a leak when it uses more than that already: one line.
+    let play = Play::new().counts((0..150).map(|second| 850 + second));
+    let high = play.told.iter().filter(|told| told.0 >= play.leaking[0]).count();
+    assert_eq!((play.leaking.len(), high), (1, 0), "{:?}", play.told);
+
+    // What nobody wants to hear of the trend covers it.
+    let mut play = Play::new().counts((0..300).map(|second| 7 + second));
+    let id = trend(&play).id();
+    play.detector.silence(&id, u64::MAX).unwrap();
+    assert!(play.counts((300..900).map(|second| 7 + second)).told.is_empty());
+}
+
 #[test]
 fn what_has_stopped_at_its_limit_goes_on_as_a_leak_that_is_full() {
     let play = shell().counts(std::iter::repeat_n(1_017, 1_300));
     assert!(trend(&play).resolved.is_none() && trend(&play).is_full());
-    assert!(play.detector.findings().iter().any(|of| of.rule == Rule::Utilisation && of.is_full()));
+    assert_eq!(play.states(), [State::Leaking], "high use is in it");
     assert_eq!(play.told.iter().filter(|told| told.1 == What::Full).count(), 1, "{:?}", play.told);
 }

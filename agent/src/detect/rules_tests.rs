@@ -28,7 +28,7 @@ fn rules(detector: &Detector) -> Vec<(Rule, State)> {
 fn high_use_is_a_warning_for_as_long_as_it_lasts_and_can_be_turned_off() {
     let play = Play::new().counts(std::iter::repeat_n(900, 60));
     assert_eq!(rules(&play.detector), [(Rule::Utilisation, State::Suspect)]);
-    assert_eq!(play.detector.findings()[0].id(), "fd-42-0-utilisation");
+    assert_eq!(play.detector.findings()[0].id(), "fd-42-0-use");
     assert!(play.leaking.is_empty());
     let play = play.counts(std::iter::repeat_n(100, 20));
     assert!(rules(&play.detector).is_empty());
@@ -151,6 +151,9 @@ fn an_acknowledged_leak_is_told_again_when_it_has_doubled() {
     assert_eq!(play.leaking.len(), 1);
     let id = play.detector.findings()[0].id();
     play.detector.ack(&id, Some("being fixed".into()), 0).unwrap();
+    play.detector.ack(&id, None, 1).unwrap();
+    let known = play.detector.findings()[0].mark.acknowledged.clone().unwrap();
+    assert_eq!((known.at, known.reason.as_deref()), (1, Some("being fixed")));
     let play = play.counts((200..380).map(|second| 5 + second));
     assert_eq!(play.leaking.len(), 1);
     assert!(play.detector.findings()[0].mark.acknowledged.is_some());

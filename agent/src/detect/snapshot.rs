@@ -1,5 +1,7 @@
 //! What of the detector outlives a restart of the agent: leaks, suspects, and what people said of them.
 
+use std::sync::Arc;
+
 use foldhash::{HashMap, HashMapExt};
 use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
@@ -7,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use super::{
     Change, Detector,
     case::{Case, SECOND},
-    finding::{Example, Finding, Mark, Resource, Rule, State},
+    finding::{Earlier, Example, Finding, Listed, Mark, Resource, Rule, State},
     floors::Point,
     growth::{MAX_POINTS, Precedents},
     news::Topic,
     usage,
 };
-use crate::table::Row;
+use crate::{table::Row, text};
 
 /// Entries at most; leaks come first.
 const MAX_SAVED: usize = 1_024;
@@ -40,6 +42,11 @@ pub(crate) struct Saved {
     ignored: Option<String>,
     mark: Mark,
     examples: Vec<Example>,
+    #[serde(default)]
+    listed: Option<Listed>,
+    /// Where most of it came from.
+    #[serde(default)]
+    earlier: Option<Earlier>,
     /// Of the scale at which it was seen, and its floors.
     window: u32,
     points: Vec<Point>,
@@ -63,6 +70,10 @@ impl Saved {
             && (1..=86_400).contains(&self.window)
             && self.examples.len() <= MAX_EXAMPLES
             && self.examples.iter().all(|example| short(&example.what) && short(&example.kind))
+            && self.listed.is_none_or(|listed| listed.at <= now)
+            && self.earlier.as_ref().is_none_or(|earlier| {
+                short(&earlier.words) && !earlier.words.contains(text::is_harmful) && earlier.newest <= now
+            })
             && self.ignored.as_deref().is_none_or(short)
             && self.mark.acknowledged.as_ref().is_none_or(|known| known.reason.as_deref().is_none_or(short))
     }
@@ -84,6 +95,8 @@ impl Saved {
             ignored: None,
             mark: Mark::default(),
             examples: Vec::new(),
+            listed: None,
+            earlier: None,
             window: 5,
             points: vec![(5, 6)],
         }
@@ -95,10 +108,19 @@ fn cut(text: &str) -> String {
 }
 
 impl Detector {
-    /// Everything that matters, bounded.
+    /// Everything that matters, bounded; `origin` knows where most of it came from.
     #[must_use]
-    pub(crate) fn save(&self) -> Vec<Saved> {
-        let cases = self.cases.values().filter_map(|case| self.saved(&case.finding, Some(case)));
+    pub(crate) fn save(&self, origin: impl Fn(ProcKey, Resource) -> Option<Earlier>) -> Vec<Saved> {
+        let cases = self.cases.iter().filter_map(|(&(key, resource), case)| {
+            let mut saved = self.saved(&case.finding, Some(case))?;
+            // A few that came since a restart are less than what came before.
+            let known = origin(key, resource).into_iter().chain(case.finding.earlier.as_deref().cloned());
+            saved.earlier = known.max_by_key(|earlier| earlier.live);
+            if let Some(earlier) = &mut saved.earlier {
+                earlier.words = cut(&earlier.words);
+            }
+            Some(saved)
+        });
         // What the plain rules find is found again; what was said of it and told of it is not.
         let plain = self.plain.values().filter_map(|finding| self.saved(finding, None));
         let plain = plain.filter(|saved| saved.told || saved.told_full || saved.mark != Mark::default());
@@ -114,7 +136,7 @@ impl Detector {
         let at = (finding.key, finding.resource, finding.rule);
         let was_told = |topic| self.warned.contains_key(&(finding.key, finding.resource, topic));
         let (window, points) = case.map_or((1, Vec::new()), Case::floors);
-        let text = |example: &Example| Example {
+        let short = |example: &Example| Example {
             what: cut(&example.what),
             kind: cut(&example.kind),
             count: example.count,
@@ -131,7 +153,9 @@ impl Detector {
             leaking_since: finding.leaking_since,
             ignored: finding.ignored.as_deref().map(cut),
             mark: self.marks.get(&at).cloned().unwrap_or_default(),
-            examples: finding.examples.iter().take(MAX_EXAMPLES).map(text).collect(),
+            examples: finding.examples.iter().take(MAX_EXAMPLES).map(short).collect(),
+            listed: finding.listed,
+            earlier: None,
             window,
             points,
         })
@@ -179,7 +203,8 @@ impl Detector {
         let (live, limit) = usage(row, saved.resource, self.limits);
         let mut finding = Finding::suspect(Rule::Trend, saved.resource, row, (live, limit), now);
         finding.ignored = saved.ignored.map(Into::into);
-        finding.examples = saved.examples;
+        (finding.examples, finding.listed) = (saved.examples, saved.listed);
+        finding.earlier = saved.earlier.map(Arc::new);
         let mut case = Case::new(finding, Precedents::default(), now);
         if saved.state == State::Leaking {
             case.take_up(saved.window, saved.points, saved.leaking_since.unwrap_or(now));

@@ -4,7 +4,7 @@ use super::*;
 
 /// The same process, seen by an agent that starts anew after `away` seconds.
 fn restarted(play: &Play, away: u64) -> Play {
-    let saved = play.detector.save();
+    let saved = play.detector.save(|_, _| None);
     let text = serde_json::to_string(&saved).unwrap();
     let saved = serde_json::from_str(&text).unwrap();
     let mut next = Play { second: play.second + away, ..Play::new() };
@@ -43,14 +43,14 @@ fn what_grew_while_nobody_looked_is_no_leak() {
 
 #[test]
 fn another_image_or_process_is_not_accused_and_what_is_not_taken_up_is_not_lost() {
-    let save = || Play::new().counts(leak()).detector.save();
+    let save = || Play::new().counts(leak()).detector.save(|_, _| None);
     let now = (BEGIN + 300) * SECOND;
     for other in [Row { exec_id: 2, ..row(205, 1) }, Row { key: ProcKey::new(42, 8), ..row(205, 1) }] {
         let mut detector = Detector::new(LIMITS, Settings::default());
         assert!(detector.restore(save(), now));
-        assert_eq!(detector.save(), save(), "before the first pass");
+        assert_eq!(detector.save(|_, _| None), save(), "before the first pass");
         assert_eq!(detector.observe(&[other], now), []);
-        assert!(detector.findings().is_empty() && detector.save().is_empty());
+        assert!(detector.findings().is_empty() && detector.save(|_, _| None).is_empty());
     }
 }
 
@@ -66,9 +66,31 @@ fn what_people_said_stays() {
 }
 
 #[test]
+fn where_it_came_from_is_known_after_a_restart_also_after_another_one() {
+    let play = Play::new().counts(leak());
+    let leak = Earlier { words: "leak (a.c:3), called by main".into(), live: 190, newest: 5 };
+    let saved = play.detector.save(|_, _| Some(leak.clone()));
+    let mut old = serde_json::to_value(&saved).unwrap();
+    let mut next = Play { second: play.second, ..Play::new() };
+    assert!(next.detector.restore(saved, (BEGIN + next.second) * SECOND));
+    let next = next.counts(std::iter::repeat_n(205, 60));
+    assert_eq!(next.detector.findings()[0].earlier.as_deref(), Some(&leak));
+    let few = Earlier { words: "other".into(), live: 3, newest: 6 };
+    let again = serde_json::to_value(next.detector.save(|_, _| Some(few.clone()))).unwrap();
+    assert_eq!(again[0]["earlier"], serde_json::to_value(&leak).unwrap());
+
+    // As an older agent wrote it.
+    for name in ["earlier", "listed"] {
+        old[0].as_object_mut().unwrap().remove(name).unwrap();
+    }
+    let old: Vec<Saved> = serde_json::from_value(old).unwrap();
+    assert!(Detector::new(LIMITS, Settings::default()).restore(old, (BEGIN + 300) * SECOND));
+}
+
+#[test]
 fn what_this_program_did_not_write_is_refused() {
     let now = (BEGIN + 300) * SECOND;
-    let good = serde_json::to_value(Play::new().counts(leak()).detector.save()).unwrap();
+    let good = serde_json::to_value(Play::new().counts(leak()).detector.save(|_, _| None)).unwrap();
     let refused = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut saved = good.clone();
         change(&mut saved[0]);
@@ -86,6 +108,10 @@ fn what_this_program_did_not_write_is_refused() {
     assert!(refused(&|saved| saved["rule"] = "utilisation".into()), "only the trend says leaking");
     assert!(refused(&|saved| saved["ignored"] = "x".repeat(300).into()));
     assert!(refused(&|saved| saved["surprise"] = 1.into()));
+    let earlier = |words: &str| serde_json::json!({"words": words, "live": 1, "newest": 1});
+    assert!(!refused(&|saved| saved["earlier"] = earlier("leak (a.c:3)")));
+    assert!(refused(&|saved| saved["earlier"] = earlier("\u{1b}[2J")));
+    assert!(refused(&|saved| saved["earlier"] = earlier(&"x".repeat(300))));
     assert!(refused(&|saved| saved["leaking_since"] = u64::MAX.into()));
 }
 
@@ -96,7 +122,7 @@ proptest! {
         window in 0u32..100_000,
         live in 0u32..2_000,
     ) {
-        let mut saved = Play::new().counts(leak()).detector.save();
+        let mut saved = Play::new().counts(leak()).detector.save(|_, _| None);
         let mut value = serde_json::to_value(&saved).unwrap();
         value[0]["points"] = serde_json::to_value(points).unwrap();
         value[0]["window"] = window.into();

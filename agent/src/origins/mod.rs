@@ -11,8 +11,8 @@ use plumb_common::task::ProcKey;
 use self::{fds::Fds, threads::Threads};
 use crate::{
     decode::Event,
-    detect::Resource,
-    stacks::{Made, Stack},
+    detect::{Earlier, Resource},
+    stacks::{self, Made, Stack},
 };
 
 /// Origins of fds kept at a time, over all processes, at about 150 bytes each; and of threads.
@@ -69,6 +69,16 @@ pub(crate) struct Group {
     pub newest: u64,
     /// The newest of them, newest first: when it was made, and its number or thread id.
     pub examples: Vec<(u64, u32)>,
+}
+
+impl Group {
+    /// The same for an agent after this one; `None` where no stack could be had.
+    #[must_use]
+    pub(crate) fn earlier(&self) -> Option<Earlier> {
+        let [function, caller] = self.stack.as_deref()?.headline()?;
+        let words = stacks::called(&function?, caller.as_ref());
+        Some(Earlier { words, live: self.live, newest: self.newest })
+    }
 }
 
 /// Examples per group.

@@ -20,7 +20,11 @@ use std::{
 use plumb_common::task::ProcKey;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::{matched::Matched, survivors::Survivors, words::Function};
+pub(crate) use self::{
+    matched::Matched,
+    survivors::Survivors,
+    words::{Function, called},
+};
 use crate::{
     census,
     decode::Sample,

@@ -36,6 +36,15 @@ impl Function {
     }
 }
 
+/// A function and the one that called it: `db_connect (pool.c:118), called by retry (pool.c:90)`.
+#[must_use]
+pub(crate) fn called(function: &Function, caller: Option<&Function>) -> String {
+    match caller {
+        Some(caller) => format!("{}, called by {}", function.words(), caller.words()),
+        None => function.words(),
+    }
+}
+
 fn base(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }

@@ -9,10 +9,13 @@ use std::{
     fs,
     net::TcpListener,
     os::unix::{fs::PermissionsExt, process::CommandExt},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
-use support::{Agent, TempDir, plumb, plumb_ok};
+use rustix::process::Signal;
+use support::{Agent, Running, TempDir, plumb, plumb_ok};
 
 /// Asserts the exit code and that stderr is the one expected line.
 fn assert_failure(output: &Output, code: i32, line: &str) {
@@ -269,6 +272,26 @@ fn every_line_of_jsonl_is_a_document_of_its_own() {
         assert_eq!(document["schema"], "plumb/v1");
         assert!(document["pid"].is_u64() && document["fds"].is_u64(), "{document}");
     }
+}
+
+#[test]
+fn an_agent_whose_log_nobody_reads_goes_on_and_ends_cleanly() {
+    let dir = TempDir::new();
+    let mut agent = Running(agent(&dir, &[]).stderr(Stdio::piped()).spawn().unwrap());
+    drop(agent.0.stderr.take());
+    let run_dir = dir.join("run");
+    let is_there = || plumb().args(["leaks", "--run-dir", &run_dir]).output().unwrap().status.success();
+    let end = Instant::now() + Duration::from_secs(120);
+    while !is_there() {
+        let ended = agent.0.try_wait().unwrap();
+        assert!(ended.is_none() && Instant::now() < end, "{ended:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+    // It tells of its first pass meanwhile.
+    thread::sleep(Duration::from_secs(3));
+    assert!(is_there());
+    agent.signal(Signal::TERM);
+    assert_eq!(agent.0.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -82,6 +82,8 @@ fn a_leak_of_fds_and_one_of_threads_are_found_named_and_exported() {
     let mut expected = [u64::from(files.pid()), u64::from(threads.pid())];
     expected.sort_unstable();
     assert_eq!(told, expected, "{}", agent.log());
+    let counted = |line: &Value| line["examples"].as_str().is_some_and(|text| text.ends_with("x)"));
+    assert!(log.iter().filter(ours).all(counted), "{}", agent.log());
     let page = agent.get("/metrics").unwrap().1;
     for resource in ["fd", "thread"] {
         let series = format!(
@@ -148,6 +150,8 @@ fn a_leak_outlives_the_agent_that_found_it() {
     for same in ["id", "baseline"] {
         assert_eq!(again[same], found[same], "{same}");
     }
+    let earlier = &again["origin_before_restart"]["words"];
+    assert!(earlier.as_str().is_some_and(|words| words.contains("workload")), "{again}");
     let log = fs::read_to_string(dir.join("log")).unwrap();
     assert!(!log.contains("leaks fds"), "it was told already: {log}");
 }
@@ -265,6 +269,24 @@ fn a_second_signal_ends_it_at_once() {
 }
 
 #[test]
+fn a_state_folder_is_of_one_agent() {
+    let agent = Agent::start(&[]);
+    let (dir, state_dir) = (TempDir::new(), agent.dir.join("state"));
+    let arguments =
+        ["agent", "--listen", "127.0.0.1:0", "--run-dir", &dir.join("run"), "--state-dir", &state_dir];
+    let second = plumb().args(arguments).output().unwrap();
+    let expected = format!(
+        "plumb: another agent (pid {}) keeps its findings in {state_dir}; name another folder with --state-dir, or stop \
+         it first\n",
+        agent.child.pid()
+    );
+    let stderr = String::from_utf8(second.stderr).unwrap();
+    assert_eq!((second.status.code(), stderr.ends_with(&expected)), (Some(1), true), "{stderr}");
+    assert!(!fs::exists(dir.join("run/plumb.sock")).unwrap());
+    assert_eq!(agent.get_control("/v1/leaks").unwrap().0, 200);
+}
+
+#[test]
 fn a_second_agent_is_refused_and_the_first_goes_on() {
     let mut agent = Agent::start(&[]);
     let second =
@@ -279,10 +301,10 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
     // One that was killed leaves its lock to the next, which answers in its place.
     let run_dir = agent.run_dir();
     agent.child.signal(Signal::KILL);
-    agent.child.0.wait().unwrap();
     let state_dir = agent.dir.join("state");
     let arguments = ["agent", "--listen", "127.0.0.1:0", "--run-dir", &run_dir, "--state-dir", &state_dir];
     let child = plumb().args(arguments).spawn().unwrap();
+    agent.child.0.wait().unwrap();
     let mut next = Running(child);
     let deadline = Instant::now() + Duration::from_secs(120);
     while agent.get_control("/v1/leaks").is_none_or(|(status, _)| status != 200) {

@@ -39,6 +39,19 @@ impl Watch {
     }
 }
 
+#[test]
+fn origins_of_a_process_that_makes_nothing_have_a_summary() {
+    let dir = TempDir::new();
+    let idle = Workload::start_program(&Workload::copy(&dir, "idle"), &["hold-threads", "1"]).ready();
+    let pid = idle.pid().to_string();
+    let output = plumb().args(["watch", "--origins", "--pid", &pid, "--for", "1s"]).output().unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    for noun in ["fds", "threads"] {
+        let line = format!("0 {noun} are left of what was made while pid {pid} was watched");
+        assert!(stdout.lines().any(|found| found == line), "{stdout}");
+    }
+}
+
 /// An fd event in the words of the workload.
 fn words(event: &Value) -> Option<String> {
     let (name, syscall, fd) = (event["event"].as_str()?, event["syscall"].as_str()?, event["fd"].as_u64()?);

@@ -46,7 +46,7 @@ pub(super) struct Arguments {
     #[arg(long, short, value_parser = comm, conflicts_with = "pid")]
     comm: Option<[u8; COMM_LEN]>,
     /// End after this time, such as 10s or 5m
-    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     duration: Option<Duration>,
     /// Count events instead of printing them; the sums come at the end
     #[arg(long)]
@@ -86,6 +86,10 @@ fn followed() -> String {
          With `-o json`, as with `-o jsonl`, each event is an object on a line of its own.",
         names.join(" ").replace("fcntl fcntl64", "fcntl(F_DUPFD)")
     )
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; such as 10s or 5m"))
 }
 
 fn comm(name: &str) -> Result<[u8; COMM_LEN], String> {

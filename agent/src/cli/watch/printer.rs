@@ -26,6 +26,8 @@ pub(super) struct Printer {
     /// Instead of lines.
     sums: Option<Counted>,
     watching: Option<Watching>,
+    /// The process that is watched.
+    pid: Option<u32>,
 }
 
 /// Where what the process makes comes from.
@@ -44,6 +46,7 @@ impl Printer {
             format: arguments.output.format,
             sums: arguments.count.then(Counted::default),
             watching: arguments.origins.then(Watching::default),
+            pid: arguments.pid,
         }
     }
 
@@ -84,13 +87,13 @@ impl Printer {
             let elsewhere = [("decode", rejected), ("not_run", kernel.not_run())];
             self.print(&EventCounts::new(counted, (&counts, elsewhere), kernel.seam(), took, cpu))?;
         }
-        if let Some(Watching { origins, process: Some(process), .. }) = &self.watching {
+        if let (Some(Watching { origins, process, .. }), Some(pid)) = (&self.watching, self.pid) {
             let made = |resource| {
-                // All stacks have been looked at.
-                let groups = origins.by_origin(*process, resource, u64::MAX).groups;
-                groups.iter().map(|group| Origin::new(group, self.calendar)).collect()
+                // All stacks have been looked at. Without an event nothing was made.
+                let groups = process.map(|process| origins.by_origin(process, resource, u64::MAX).groups);
+                groups.iter().flatten().map(|group| Origin::new(group, self.calendar)).collect()
             };
-            self.print(&WatchedOrigins::new(process.tgid, made(Resource::Fd), made(Resource::Thread)))?;
+            self.print(&WatchedOrigins::new(pid, made(Resource::Fd), made(Resource::Thread)))?;
         }
         Ok(())
     }
