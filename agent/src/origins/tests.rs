@@ -217,3 +217,25 @@ fn threads_have_origins_from_clone_to_exit_and_listings_correct_them() {
     origins.unwatch(PROCESS, Resource::Thread);
     assert_eq!(origins.held(), 0);
 }
+
+#[test]
+fn where_most_came_from_is_told_to_the_next_agent_in_words() {
+    use crate::symbolise::{Frame, How, Line};
+    let line =
+        |function: &str| Line { function: function.to_owned(), file: None, line: None, inlined: false };
+    let frame = |function: &str| Frame {
+        how: How::Tables,
+        module: Some("/srv/app".into()),
+        build_id: None,
+        offset: 0,
+        lines: [line(function)].into(),
+    };
+    let stack = Stack { frames: vec![frame("leak"), frame("main")], origin: Some((0, 0)), complete: true };
+    let (how, live) = ("openat", 5);
+    let mut group =
+        Group { stack: Some(Arc::new(stack)), how, live, oldest: 1, newest: 2, examples: Vec::new() };
+    let words = "leak in app, called by main in app".to_owned();
+    assert_eq!(group.earlier(), Some(Earlier { words, live: 5, newest: 2 }));
+    group.stack = None;
+    assert_eq!(group.earlier(), None);
+}
