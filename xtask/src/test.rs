@@ -65,8 +65,8 @@ const SYSTEMD_KERNEL: &str = "6.1";
 const BOOTED: &str = "booted::";
 /// Those that have many agents or processes at a time, or little time: an emulated machine takes too long for them; and
 /// those whose servers it does not have.
-const DRAIN_LEFT_OUT: [&str; 6] =
-    ["killed::", "storm::", "course::too_little_time", "ledger::", "faults::", "audit::"];
+const DRAIN_LEFT_OUT: [&str; 7] =
+    ["killed::", "storm::", "course::too_little_time", "ledger::", "family::", "faults::", "audit::"];
 /// Where those run that need no systemd: there the kernel says least.
 const DRAIN_OLDEST: &str = "5.10";
 /// What shuts a machine down, by the series on which it does: the last of each machine.
