@@ -99,11 +99,11 @@ fn too_little_time_in_all_shortens_everybody_and_is_said() {
 #[test]
 fn a_drain_that_is_cancelled_begins_no_other_stage_and_another_one_joins_it_before() {
     let host = Host::new("");
-    let (first, second) = (host.server("first", "1.5"), host.server("second", "0"));
+    let (first, second) = (host.server("first", "5"), host.server("second", "0"));
     host.add("second", second.pid(), json!({}));
     host.add("first", first.pid(), json!({}));
     let mut admin = host.admin();
-    let (status, begun) = admin.ask("POST", "/v1/drain", Some(&json!({ "all": true, "deadline": "20s" })));
+    let (status, begun) = admin.ask("POST", "/v1/drain", Some(&json!({ "all": true, "deadline": "60s" })));
     assert_eq!(status, 202, "{begun}");
     // Whoever asks for what is under way is told of that.
     for services in [json!({ "all": true }), json!({ "services": ["second"] })] {

@@ -133,7 +133,14 @@ fn a_leak_outlives_the_agent_that_found_it() {
     let path = dir.join("leaked.log");
     fs::write(&path, "x").unwrap();
     let leaky = Workload::start_program(&Workload::copy(&dir, "long-leak"), &["leak-fds", &path]);
-    let found = agent.wait_leaking(leaky.pid(), "fd", VERDICT);
+    let mut found = agent.wait_leaking(leaky.pid(), "fd", VERDICT);
+    // An emulated machine takes its time to name a stack.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !found["origins"].to_string().contains("leak_fds") {
+        assert!(Instant::now() < deadline, "{found}");
+        thread::sleep(Duration::from_millis(500));
+        found = agent.wait_leaking(leaky.pid(), "fd", VERDICT);
+    }
     agent.child.signal(Signal::TERM);
     assert_eq!(agent.child.0.wait().unwrap().code(), Some(0), "{}", agent.log());
 
