@@ -35,8 +35,9 @@ const STORM: &str = "storm::";
 const EMULATED_STORM: u32 = 600;
 /// Tests that run alone: they start a program per path or play random scripts (preemptible kernels skip a kernel
 /// program that is already running), hold 900,000 fds, count what kernel programs run, or take almost all pids.
-const ALONE: [&str; 8] = [
+const ALONE: [&str; 9] = [
     SOCKETS,
+    AGENT_LEAKS,
     ORIGINS,
     CHECK,
     PATHS,
@@ -52,6 +53,7 @@ const MODEL: &str = "model::";
 /// Beside others an emulated machine is too slow to name a stack in the time that it may take.
 const ORIGINS: &str = "origins::";
 /// Likewise.
+const AGENT_LEAKS: &str = "agent::a_leak";
 const CHECK: &str = "check::";
 /// Another test that forks would hold their sockets open for a moment.
 const SOCKETS: &str = "sockets::";
