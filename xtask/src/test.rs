@@ -4,12 +4,10 @@ use std::{
     iter,
     path::{Path, PathBuf},
     process::Command,
-    sync::{Mutex, PoisonError},
-    thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::Value;
 
@@ -21,7 +19,7 @@ use crate::{
     cargo,
     cmd::{self, run},
     paths, setup, soak,
-    vm::{self, Guest, Kernel},
+    vm::{self, Guest, Kernel, Machine},
     workspace, zoo,
 };
 
@@ -67,8 +65,16 @@ const SYSTEMD_KERNEL: &str = "6.1";
 const BOOTED: &str = "booted::";
 /// Those that have many agents or processes at a time, or little time: an emulated machine takes too long for them; and
 /// those whose servers it does not have.
-const DRAIN_LEFT_OUT: [&str; 7] =
-    ["killed::", "storm::", "course::too_little_time", "ledger::", "family::", "faults::", "audit::"];
+const DRAIN_LEFT_OUT: [&str; 8] = [
+    "killed::",
+    "storm::",
+    "course::too_little_time",
+    "ledger::",
+    "family::",
+    "faults::",
+    "audit::",
+    "unseen::",
+];
 /// Where those run that need no systemd: there the kernel says least.
 const DRAIN_OLDEST: &str = "5.10";
 /// What shuts a machine down, by the series on which it does: the last of each machine.
@@ -108,32 +114,39 @@ impl Arguments {
             setup::for_soak()?;
         }
         let tests = build_kernel_tests()?;
-        if self.kernel.is_empty() && !self.bless {
-            let mut all = cargo("test");
-            if !setup::is_on_path("cargo-nextest") {
-                eprintln!("xtask: cargo-nextest is not there: its recipe is left out");
-                all.env("PLUMB_NO_NEXTEST", "1");
-            }
-            run(all.arg("--release"))?;
-            soak::Arguments::short(&tests, SOAK)?;
-            zoo::all()?;
+        let is_here = self.kernel.is_empty() && !self.bless;
+        if is_here {
+            here(&tests)?;
         }
         if self.no_vm {
-            eprintln!("xtask: the other kernels were left out");
-            return Ok(());
+            eprintln!("xtask: the other kernels are left out");
+            return zoo::all();
         }
-        let below_systemd = if self.bless { Vec::new() } else { below_systemd(&self.kernel)? };
+        let drain = build_drain_tests()?;
+        let below_systemd = if self.bless { Vec::new() } else { below_systemd(&drain, &self.kernel)? };
         let mut guest = guest(&tests);
-        let storm = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
-        guest.files.push((storm, PathBuf::from("/bin/drain-tests")));
+        guest.files.push((drain, PathBuf::from("/bin/drain-tests")));
         guest.env.push(("PLUMB_DRAIN_OPERATIONS".to_owned(), EMULATED_STORM.to_string()));
         guest.commands.push(vec!["/bin/drain-tests".to_owned(), STORM.to_owned()]);
         if self.bless {
             guest.commands = vec![vec!["/bin/tests".to_owned(), PATHS.to_owned()]];
         }
         let listing = cmd::output(Command::new(example(FD_PATHS)).arg("--list"))?;
-        paths::settle(&listing, &beside(below_systemd, &self.kernel, &guest)?, self.bless)
+        let zoo = || if is_here { zoo::all() } else { Ok(()) };
+        paths::settle(&listing, &beside(below_systemd, &self.kernel, &guest, zoo)?, self.bless)
     }
+}
+
+/// Everything that is tested on this kernel but the zoo, whose programs sleep for most of the time: a machine runs beside
+/// them.
+fn here(tests: &Path) -> Result<()> {
+    let mut all = cargo("test");
+    if !setup::is_on_path("cargo-nextest") {
+        eprintln!("xtask: cargo-nextest is not there: its recipe is left out");
+        all.env("PLUMB_NO_NEXTEST", "1");
+    }
+    run(all.arg("--release"))?;
+    soak::Arguments::short(tests, SOAK)
 }
 
 /// Builds the test binary for every kernel and what it needs. The release profile, so that what is tested is
@@ -148,6 +161,15 @@ pub(crate) fn build_kernel_tests() -> Result<PathBuf> {
     build_tests(&["--test", KERNEL_TESTS], KERNEL_TESTS)
 }
 
+/// Builds the tests of drains for other kernels. They drain copies of themselves, and the agent reads the lines of whoever
+/// does not stop in time: of a whole test binary, that is most of what an emulated machine would do.
+fn build_drain_tests() -> Result<PathBuf> {
+    let lean = workspace().join("target/release/drain-tests");
+    let built = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
+    run(Command::new("strip").arg("--strip-debug").arg(built).arg("-o").arg(&lean))?;
+    Ok(lean)
+}
+
 /// Builds the tests of one target of plumb, and returns their executable.
 fn build_tests(selection: &[&str], target: &str) -> Result<PathBuf> {
     let mut cargo = cargo("test");
@@ -156,11 +178,10 @@ fn build_tests(selection: &[&str], target: &str) -> Result<PathBuf> {
 }
 
 /// What needs systemd as the first process, on those of its series that are asked for.
-fn below_systemd(asked: &[String]) -> Result<Vec<Machine>> {
+fn below_systemd(drain: &Path, asked: &[String]) -> Result<Vec<Machine>> {
     let is_asked = |series: &str| asked.is_empty() || asked.iter().any(|one| one == series);
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let mut machines = Vec::new();
-    let built = build_tests(&["--test", DRAIN_TESTS], DRAIN_TESTS)?;
     for (series, shutdown) in DRAIN_SHUTDOWNS.into_iter().filter(|(series, _)| is_asked(series)) {
         let (tests, file) = ("/usr/bin/drain-tests", PathBuf::from("/usr/bin/drain-tests"));
         let plumb = PathBuf::from("/usr/local/bin/plumb");
@@ -175,7 +196,7 @@ fn below_systemd(asked: &[String]) -> Result<Vec<Machine>> {
             commands.insert(0, words(&[&[tests, "--test-threads", "2"][..], &skipped].concat()));
         }
         let guest = Guest {
-            files: vec![(built.clone(), file), (workspace().join("target/release/plumb"), plumb)],
+            files: vec![(drain.to_owned(), file), (workspace().join("target/release/plumb"), plumb)],
             env: vec![("PLUMB_BIN".to_owned(), "/usr/local/bin/plumb".to_owned())],
             commands,
             systemd: true,
@@ -199,65 +220,6 @@ fn below_systemd(asked: &[String]) -> Result<Vec<Machine>> {
 
 fn kernel(series: &str) -> Result<Kernel> {
     vm::select(&[series.to_owned()])?.pop().context("one kernel of each series is pinned")
-}
-
-/// A virtual machine, and what runs in it.
-struct Machine {
-    kernel: Kernel,
-    guest: Guest,
-    /// Whether a command in which no test runs is a failure: a name that nothing has any more is a success for the test
-    /// harness.
-    each_has_tests: bool,
-}
-
-impl Machine {
-    fn run(&self) -> Result<Vec<String>> {
-        let lines = vm::run(&self.kernel, &self.guest)?;
-        let has_tests = lines.iter().filter(|line| {
-            let passed = line.strip_prefix("test result: ok. ").and_then(|rest| rest.split(' ').next());
-            passed.is_some_and(|passed| passed != "0")
-        });
-        let is_complete = !self.each_has_tests || has_tests.count() == self.guest.commands.len();
-        ensure!(is_complete, "a test is not there any more");
-        Ok(lines)
-    }
-}
-
-/// What each machine printed. Two run at a time, as tests mostly wait, and never two of one series; a failure of one keeps
-/// no other from being tried.
-fn run_all(machines: &[Machine]) -> Result<Vec<Vec<String>>> {
-    let (left, running) = ((0..machines.len()).collect::<Vec<_>>(), Vec::<&str>::new());
-    let plan = Mutex::new((left, running));
-    let next = || {
-        let (left, running) = &mut *plan.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_free = |at: &usize| !running.contains(&machines[*at].kernel.series.as_str());
-        // All that are left may be of the series that runs: whoever runs it has them then.
-        let at = left.remove(left.iter().position(is_free)?);
-        running.push(&machines[at].kernel.series);
-        Some(at)
-    };
-    let work = || {
-        let mut done = Vec::new();
-        while let Some(at) = next() {
-            done.push((at, machines[at].run()));
-            let (_, running) = &mut *plan.lock().unwrap_or_else(PoisonError::into_inner);
-            running.retain(|series| *series != machines[at].kernel.series);
-        }
-        done
-    };
-    let mut done = thread::scope(|scope| {
-        let beside = scope.spawn(work);
-        let mut done = work();
-        done.extend(beside.join().map_err(|_| anyhow!("a machine's thread panicked"))?);
-        anyhow::Ok(done)
-    })?;
-    done.sort_by_key(|(at, _)| *at);
-    let (printed, failed): (Vec<_>, Vec<_>) =
-        done.into_iter().map(|(_, result)| result).partition(Result::is_ok);
-    let failed: Vec<String> =
-        failed.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
-    ensure!(failed.is_empty(), "{}", failed.join("\n"));
-    Ok(printed.into_iter().flatten().collect())
 }
 
 /// The path of a program that tests start.
@@ -310,16 +272,22 @@ pub(crate) fn guest(tests: &Path) -> Guest {
 
 /// What was printed on each series.
 pub(crate) fn on_kernels(series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
-    beside(Vec::new(), series, guest)
+    beside(Vec::new(), series, guest, || Ok(()))
 }
 
-/// What was printed by one guest on each series, while other machines run, too: those first, as they take longer.
-fn beside(mut others: Vec<Machine>, series: &[String], guest: &Guest) -> Result<Vec<(String, Vec<String>)>> {
+/// What was printed by one guest on each series, while other machines and this kernel are busy: those machines first, as
+/// they take longer.
+fn beside(
+    mut others: Vec<Machine>,
+    series: &[String],
+    guest: &Guest,
+    here: impl FnOnce() -> Result<()>,
+) -> Result<Vec<(String, Vec<String>)>> {
     let kernels = vm::select(series)?;
     let first = others.len();
     let machine =
         |kernel: &Kernel| Machine { kernel: kernel.clone(), guest: guest.clone(), each_has_tests: false };
     others.extend(kernels.iter().map(machine));
-    let printed = run_all(&others)?.into_iter().skip(first);
+    let printed = vm::run_all(others, here)?.into_iter().skip(first);
     Ok(kernels.into_iter().map(|kernel| kernel.series).zip(printed).collect())
 }

@@ -21,8 +21,8 @@ impl Arguments {
     }
 }
 
-/// Every program, as a part of all tests: 370 s, most of which they sleep. Nothing else may run beside them, since
-/// their deadlines are in seconds.
+/// Every program, as a part of all tests: 370 s, most of which they sleep. No more than an emulated machine may
+/// run beside them, since their deadlines are in seconds.
 pub(crate) fn all() -> Result<()> {
     visit(&[])
 }

@@ -13,6 +13,7 @@ pub(crate) mod init;
 mod initramfs;
 mod kernels;
 mod qemu;
+mod queue;
 
 use std::{
     fs::File,
@@ -25,6 +26,7 @@ use anyhow::{Context, Result, bail, ensure};
 pub(crate) use self::{
     cli::Arguments,
     kernels::{Kernel, refresh, select},
+    queue::{Machine, run_all},
 };
 use self::{
     init::{Manifest, Outcome},

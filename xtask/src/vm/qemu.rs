@@ -106,9 +106,10 @@ impl Machine<'_> {
             kernel_arguments += &format!(" {}", debian::KERNEL_ARGUMENTS);
         }
         // qemu must not outlive xtask, whatever ends xtask.
-        let mut command = Command::new("setpriv");
+        let mut command = Command::new("nice");
         command
-            .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+            // Emulation takes a whole core: what runs on this kernel goes first, but not alone, as guests count time, too.
+            .args(["-n", "5", "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"])
             // Emulation works everywhere, also inside another virtual machine.
             .args(["-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2"])
             .args(["-m", &self.guest.memory_mb.to_string()])
