@@ -69,6 +69,11 @@ impl Asker {
         self.bell.ring();
     }
 
+    /// Has the events read that there are, which otherwise happens several times a second.
+    pub(crate) fn hurry(&self) {
+        self.bell.ring();
+    }
+
     #[must_use]
     pub(crate) fn bell(&self) -> Bell {
         self.bell.clone()

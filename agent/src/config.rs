@@ -23,7 +23,7 @@ use crate::{
 pub(crate) const DEFAULT_FILE: &str = "/etc/plumb/plumb.toml";
 /// Holds the lock and the control socket.
 pub(crate) const DEFAULT_RUN_DIR: &str = "/run/plumb";
-/// Holds the findings over a restart.
+/// Holds the findings and the reports of drains over a restart.
 const DEFAULT_STATE_DIR: &str = "/var/lib/plumb";
 const DEFAULT_LISTEN: &str = "127.0.0.1:9469";
 
@@ -48,7 +48,7 @@ pub(crate) struct Given {
     /// Folder of the lock and the control socket [default: /run/plumb]
     #[arg(long, env = "PLUMB_RUN_DIR", value_name = "FOLDER")]
     run_dir: Option<PathBuf>,
-    /// Folder where findings are kept over a restart [default: /var/lib/plumb]
+    /// Folder where findings and reports of drains are kept over a restart [default: /var/lib/plumb]
     #[arg(long, env = "PLUMB_STATE_DIR", value_name = "FOLDER")]
     state_dir: Option<PathBuf>,
     /// When the fd programs are attached [default: auto]

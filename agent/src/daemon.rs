@@ -48,8 +48,8 @@ const QUEUE: usize = 64;
 /// Time the workers have to stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Runs the agent until `shutdown`. What it attached goes with it.
-pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Failure> {
+/// Runs the agent until `shutdown`, which names the signal. What it attached goes with it.
+pub(crate) async fn run(config: Config, shutdown: impl Future<Output = &'static str>) -> Result<(), Failure> {
     let usr1 = drain::usr1()?;
     kernel::require_capabilities()?;
     let lock = lock(&config.run_dir).await?;
@@ -212,14 +212,14 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
         std::future::pending::<()>().await;
     };
     let host = drain::Shutdown::new(drain.clone(), drains.clone(), config.drain.deadline);
-    tokio::select! {
-        () = &mut shutdown => {}
-        () = first_pass => {}
-        () = drain::on_usr1(&drain, usr1) => {}
-        () = host.wait() => {}
-    }
+    let signal = tokio::select! {
+        name = &mut shutdown => name,
+        () = first_pass => "",
+        () = drain::on_usr1(&drain, usr1) => "",
+        () = host.wait() => "",
+    };
     if config.drain_on_sigterm {
-        drain::all(&drain, drains, "TERM", None).await;
+        drain::all(&drain, drains, signal, None).await;
     } else {
         host.at_end().await;
     }
@@ -240,7 +240,7 @@ pub(crate) async fn run(config: Config, shutdown: impl Future<Output = ()>) -> R
     Err(Failure::new(Exit::Error, cause, "the process ends all the same, and its probes with it"))
 }
 
-/// Without a state folder findings begin anew with each agent; one that another agent uses is refused.
+/// Without a state folder findings and reports begin anew with each agent; one that another agent uses is refused.
 async fn state_dir(folder: &Path) -> Result<Option<(StateDir, File)>, Failure> {
     let error = match StateDir::open(folder, boot_id()) {
         Ok(state) => match lock::take(folder).await {
@@ -258,7 +258,8 @@ async fn state_dir(folder: &Path) -> Result<Option<(StateDir, File)>, Failure> {
         Err(error) => error,
     };
     tracing::warn!(
-        "findings are not kept over a restart: the folder {} cannot be used: {error:#}; name another with --state-dir",
+        "neither findings nor reports of drains are kept over a restart: the folder {} cannot be used: {error:#}; name \
+         another with --state-dir",
         folder.display()
     );
     Ok(None)
@@ -299,7 +300,11 @@ async fn lock(run_dir: &Path) -> Result<File, Failure> {
         Lock::Taken(lock) => Ok(lock),
         Lock::Held(pid) => {
             let cause = format!("another agent is running (pid {pid})");
-            Err(Failure::new(Exit::Error, cause, "use that one, or stop it first"))
+            Err(Failure::new(
+                Exit::Error,
+                cause,
+                "use that one, stop it first, or name another folder with --run-dir",
+            ))
         }
     }
 }

@@ -113,8 +113,8 @@ pub(crate) struct Left {
     pub types: Vec<LeftType>,
     /// Those that were looked at, at most 32: some of each type, and of those that wait at different places.
     pub threads: Vec<LeftThread>,
-    /// After the signal, of all threads, also those that have ended; of a drain only in the second half of its time; `null` when
-    /// that was not seen.
+    /// After the signal, of all threads, also those that have ended; fds of a drain only in the second half of its time; `null`
+    /// when that was not seen.
     pub since_signal: Option<Acts>,
     /// It went on as if nobody had asked it to stop; `null` when that is not known.
     pub ignored_the_stop: Option<bool>,

@@ -78,7 +78,7 @@ impl Peer {
 /// A process that cannot be taken, for who asked.
 pub(crate) fn refusal(why: NoProcess) -> Refusal {
     match why {
-        NoProcess::Denied(pid, what) => Refusal::NotYourProcess(pid, format!("it is {what}")),
+        NoProcess::Denied(..) => Refusal::NobodysProcess(why.to_string()),
         why => Refusal::NoSuchProcess(why.to_string()),
     }
 }
@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(peer.shown.get().unwrap().0, std::process::id());
         // It is the agent's own process here, which nobody may register.
         let peer = Peer { pidfd: None, ..peer };
-        assert!(matches!(peer.process(), Err(Refusal::NotYourProcess(..))), "{:?}", peer.process());
+        assert!(matches!(peer.process(), Err(Refusal::NobodysProcess(_))), "{:?}", peer.process());
     }
 
     #[tokio::test]

@@ -26,6 +26,7 @@ use crate::{
         Registration, Service, Signal, Stop, Target, View,
     },
     peer::{Peer, refusal},
+    text,
 };
 
 /// How long a client may wait for a change.
@@ -173,9 +174,10 @@ impl IntoResponse for Refused {
         let status = match &self.0 {
             Refusal::BadName(_) | Refusal::BadRequest(_) | Refusal::BarePid => StatusCode::BAD_REQUEST,
             Refusal::Unknown(_) | Refusal::NotUnderWay => StatusCode::NOT_FOUND,
-            Refusal::NotYours(_) | Refusal::NotYourProcess(..) | Refusal::UnknownPeer(_) => {
-                StatusCode::FORBIDDEN
-            }
+            Refusal::NotYours(_)
+            | Refusal::NotYourProcess(..)
+            | Refusal::NobodysProcess(_)
+            | Refusal::UnknownPeer(_) => StatusCode::FORBIDDEN,
             Refusal::TooManyOfUser(_) | Refusal::TooMany => StatusCode::TOO_MANY_REQUESTS,
             _ => StatusCode::CONFLICT,
         };
@@ -358,12 +360,12 @@ async fn remove(
     State(services): State<Services>,
     Extension(peer): Extension<Peer>,
     Path(text): Path<String>,
-) -> Result<StatusCode, Refused> {
+) -> Result<Json<serde_json::Value>, Refused> {
     let refuse = |refusal| logged(&peer, "to remove a service", refusal);
     let name = name(&text).map_err(refuse)?;
     let removed = services.ask(|reply| Command::Remove(name, peer.caller, reply)).await.map_err(refuse)?;
-    removed.map_err(refuse)?;
-    Ok(StatusCode::NO_CONTENT)
+    let in_settings = removed.map_err(refuse)?;
+    Ok(Json(json!({ "schema": SCHEMA, "in_settings": in_settings })))
 }
 
 async fn drain(
@@ -378,8 +380,9 @@ async fn drain(
         return Ok(Json(planned(&plan.map_err(refuse)?)).into_response());
     }
     let begun = services.ask(|reply| Command::Drain(asked.0, reply)).await.map_err(refuse)?;
-    let id = begun.map_err(refuse)?;
-    Ok((StatusCode::ACCEPTED, Json(json!({ "schema": SCHEMA, "id": id }))).into_response())
+    let (id, joined) = begun.map_err(refuse)?;
+    let answer = json!({ "schema": SCHEMA, "id": id, "joined": joined });
+    Ok((StatusCode::ACCEPTED, Json(answer)).into_response())
 }
 
 fn asked(peer: &Peer, wish: Result<Json<DrainWish>, JsonRejection>) -> Result<(Asked, bool), Refusal> {
@@ -404,7 +407,8 @@ fn planned(plan: &Plan) -> PlanDocument {
         let (service, preflight) = plan.services.iter().find(|(service, _)| service.name == *name)?;
         let (pids, refused, notes) = match preflight {
             Preflight::Found(found) => {
-                (found.members.iter().map(|one| one.identity.pid).collect(), None, found.notes.clone())
+                let notes = found.notes.iter().cloned().chain(before_signal(service)).collect();
+                (found.members.iter().map(|one| one.identity.pid).collect(), None, notes)
             }
             Preflight::NotRunning => (Vec::new(), None, vec!["it does not run".to_owned()]),
             Preflight::Refused(why) => (Vec::new(), Some(why.clone()), Vec::new()),
@@ -432,6 +436,13 @@ fn planned(plan: &Plan) -> PlanDocument {
     }
 }
 
+/// The commands of the settings that run before the signal.
+fn before_signal(service: &Service) -> impl Iterator<Item = String> {
+    let prestop = service.prestop.iter().map(|command| ("prestop runs before", command));
+    let ready = service.ready.iter().map(|command| ("ready runs before, until it fails", command));
+    prestop.chain(ready).map(|(what, command)| format!("{what}: {}", text::printable(command.as_bytes())))
+}
+
 /// Each once: two processes may listen on one port.
 pub(crate) fn distinct(notes: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut seen = BTreeSet::new();
@@ -447,11 +458,12 @@ async fn cancel(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// What a client has seen.
+/// What a client has seen, and of which drain; without that of the last one that is his to know of.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Since {
     since: Option<u64>,
+    id: Option<String>,
 }
 
 /// The drain as it is now or, after the change that the client has seen, at the next one or in 25 s.
@@ -460,13 +472,14 @@ async fn progress(
     Extension(peer): Extension<Peer>,
     since: Result<Query<Since>, QueryRejection>,
 ) -> Result<Json<Progress>, Refused> {
-    let Query(Since { since }) = since.map_err(|error| Refusal::BadRequest(error.body_text()))?;
+    let Query(Since { since, id }) = since.map_err(|error| Refusal::BadRequest(error.body_text()))?;
     if let Some(since) = since {
         let _ = time::timeout(POLL, services.views.wait_for(|view| view.generation > since)).await;
     }
     let view = services.views.borrow().clone();
-    let is_own = |drain: &Arc<Document>| peer.caller.owns(drain.uid);
-    let drain = view.drain.filter(is_own).map(|drain| (*drain).clone());
+    let is_meant =
+        |drain: &Arc<Document>| peer.caller.owns(drain.uid) && id.as_ref().is_none_or(|id| *id == drain.id);
+    let drain = view.drain.into_iter().chain(view.past).find(is_meant).map(|drain| (*drain).clone());
     Ok(Json(Progress { schema: SCHEMA.to_owned(), generation: view.generation, drain }))
 }
 

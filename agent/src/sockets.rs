@@ -11,7 +11,7 @@ use plumb_common::{
 use crate::{
     drain,
     follow::{Follow, Who},
-    kernel::{Kernel, Program, SocketCounts},
+    kernel::{Kernel, Program, SocketCounts, Status},
 };
 
 /// What the observer is asked for.
@@ -37,6 +37,8 @@ pub(crate) struct SocketLedger {
     pub lost: u64,
     /// Events of new fds, threads and processes that are missing.
     pub lost_acts: u64,
+    /// Of new threads and processes alone.
+    pub lost_clones: u64,
 }
 
 /// Who is followed.
@@ -64,7 +66,8 @@ impl Sockets {
                 let missing = kernel
                     .programs()
                     .iter()
-                    .filter(|status| status.program.is_evidence() && !status.is_fine());
+                    .filter(|Status { program, .. }| program.is_evidence() || program.is_of_children())
+                    .filter(|status| !status.is_fine());
                 let words = missing
                     .map(|status| format!("{} ({})", status.program.gives, status.verdict.explain()))
                     .collect();
@@ -154,7 +157,8 @@ fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {
     let ledger = kernel.counts().ok()?;
     let not_run = kernel.not_run_of(Program::is_evidence);
     let lost = ledger.lost(counts::SIGNAL) + ledger.lost(counts::SOCKET) + rejected + not_run;
-    Some(SocketLedger { counts, lost, lost_acts: lost_acts(kernel, rejected) })
+    let lost_clones = ledger.lost(counts::CLONE) + rejected + kernel.not_run_of(Program::is_of_children);
+    Some(SocketLedger { counts, lost, lost_acts: lost_acts(kernel, rejected), lost_clones })
 }
 
 /// Events of new fds, threads and processes that are missing since the programs were loaded; all where that cannot be read.

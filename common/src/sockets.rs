@@ -100,6 +100,23 @@ pub struct Conversation {
     pub reserved: u32,
 }
 
+/// A connection to a followed port, in its network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Connection {
+    pub peer: Peer,
+    pub netns: u32,
+}
+
+/// What is known of a connection that was closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Closed {
+    pub marks: u32,
+    /// `rcv_nxt` then. Another connection of the same addresses begins elsewhere.
+    pub received: u32,
+}
+
 /// What is counted of each service, without an event.
 pub const COUNTERS: [&str; 7] = [
     "connected",

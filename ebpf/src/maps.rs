@@ -10,7 +10,8 @@ use plumb_common::{
     limits::{BITMAP_WORDS, COMM_LEN, MAX_SHARES, MAX_WATCHED, RING_BYTES, STACK_RING_BYTES},
     offsets,
     sockets::{
-        COUNTERS, Conversation, MAX_CLOSED, MAX_CONVERSATIONS, MAX_PORTS, MAX_TARGETS, Peer, Port, SLOTS,
+        COUNTERS, Closed, Connection, Conversation, MAX_CLOSED, MAX_CONVERSATIONS, MAX_PORTS, MAX_TARGETS,
+        Port, SLOTS,
     },
     task::ProcKey,
 };
@@ -60,7 +61,7 @@ pub(crate) static CONVERSATIONS: HashMap<u64, Conversation> = HashMap::with_max_
 /// Connections that services have closed, with `MARK_USED` or 0, and whether it is told that they have lost a request. One
 /// that still comes is told from a new one by it, and once.
 #[map]
-pub(crate) static CLOSED: LruHashMap<Peer, u32> = LruHashMap::with_max_entries(MAX_CLOSED, 0);
+pub(crate) static CLOSED: LruHashMap<Connection, Closed> = LruHashMap::with_max_entries(MAX_CLOSED, 0);
 
 /// Counters of each slot, `sockets::COUNTERS`.
 #[map]

@@ -13,9 +13,9 @@ use plumb_common::{
     event::KIND_SOCKET,
     offsets,
     sockets::{
-        ABORTED, CLOSED, CONNECTED, COUNTERS, CROWDED_OUT, Conversation, LISTENER_CLOSED, LOST_BACKLOG,
-        LOST_LATE, LOST_UNANSWERED, LOST_UNREAD, MARK_EXITING, MARK_GUESSED, MARK_USED, PEER_CLOSED,
-        PEER_RESET, Peer, Port, REFUSED, Socket,
+        ABORTED, CLOSED, CONNECTED, COUNTERS, CROWDED_OUT, Closed, Connection, Conversation, LISTENER_CLOSED,
+        LOST_BACKLOG, LOST_LATE, LOST_UNANSWERED, LOST_UNREAD, MARK_EXITING, MARK_GUESSED, MARK_USED,
+        PEER_CLOSED, PEER_RESET, Peer, Port, REFUSED, Socket,
     },
 };
 
@@ -44,6 +44,10 @@ const DEAD: u64 = 1;
 const DONE: u64 = 2;
 /// In `CLOSED`, beside `MARK_USED`: that this connection has lost a request is told.
 const TOLD: u32 = 1 << 31;
+/// So close to the end of a connection its packets begin; the first number of another one of the same addresses grows by
+/// this in half a second, and addresses are used again after a second at the earliest (`secure_tcp_seq`,
+/// net/core/secure_seq.c; `tcp_twsk_unique`, net/ipv4/tcp_ipv4.c).
+const NEAR: u32 = 8 << 20;
 /// `PF_EXITING` of include/linux/sched.h.
 const EXITING: u32 = 4;
 /// Flags of a TCP header, in its byte 13.
@@ -192,6 +196,11 @@ pub(crate) fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
                 count(slot, CROWDED_OUT);
             }
         }
+        // `inet_csk_reqsk_queue_add` (net/ipv4/inet_connection_sock.c): the listener was closed amid the end of the handshake.
+        // A second socket for one connection (`inet_ehash_nolisten`, net/ipv4/inet_hashtables.c) still has its port.
+        (SYN_RECV, CLOSE) if kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) == 0 && is_unbound(sk) => {
+            not_accepted(slot, port, peer_of(sk, port), &course(sk));
+        }
         (ESTABLISHED, CLOSE_WAIT) => count(slot, PEER_CLOSED),
         (ESTABLISHED, FIN_WAIT1) => closed(sk, slot, port),
         (ESTABLISHED | CLOSE_WAIT, CLOSE) => {
@@ -214,41 +223,72 @@ pub(crate) fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn closed(sk: u64, slot: u32, port: Port) {
     let (course, peer) = (course(sk), peer_of(sk, port));
+    if is_nobodys(sk) {
+        return not_accepted(slot, port, peer, &course);
+    }
     count(slot, CLOSED);
-    lose(sk, slot, peer, &course);
+    lose(sk, slot, port, peer, &course);
+}
+
+/// Whether no process has got a connection from its listener, nor closed it.
+#[inline(always)]
+fn is_nobodys(sk: u64) -> bool {
+    kernel::read_or_zero::<u64>(sk, offsets::SOCK_SOCKET) == 0
+        && kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS) & DEAD == 0
+}
+
+/// Whether a socket has given its port back.
+#[inline(always)]
+fn is_unbound(sk: u64) -> bool {
+    kernel::read_or_zero::<u16>(sk, offsets::SOCK_NUM) == 0
+}
+
+/// Remembers that a connection is closed.
+#[inline(always)]
+fn remember(port: Port, peer: Peer, marks: u32, received: u32) {
+    let _ = maps::CLOSED.insert(Connection { peer, netns: port.netns }, Closed { marks, received }, 0);
 }
 
 /// What had come since the service shut its end down, and nobody read, when it is closed.
 #[inline(always)]
 fn came_late(sk: u64, slot: u32, port: Port) {
-    // Whoever has closed its end, too, waits for nothing; its FIN counts as a byte.
-    let is_over = kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS) & (DEAD | DONE) != 0;
-    if is_over || kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) != 0 {
+    let flags = kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS);
+    if flags & DEAD != 0 || kernel::read_or_zero::<u32>(sk, offsets::SOCK_ERR) != 0 {
         return;
     }
     let (course, peer) = (course(sk), peer_of(sk, port));
-    let unread = course.received.wrapping_sub(course.copied);
+    // The FIN of the other end counts as a byte. Whoever reads what came before it cannot answer any more.
+    let unread = course.received.wrapping_sub(course.copied).saturating_sub(u32::from(flags & DONE != 0));
     // SAFETY: the value is read at once.
-    let is_told = unsafe { maps::CLOSED.get(peer) }.is_some_and(|marks| *marks & TOLD != 0);
+    let is_told = unsafe { maps::CLOSED.get(Connection { peer, netns: port.netns }) }
+        .is_some_and(|closed| closed.marks & TOLD != 0);
     if unread > 0 && !is_told {
-        let _ = maps::CLOSED.insert(peer, TOLD, 0);
+        remember(port, peer, TOLD, course.received);
         tell(slot, peer, LOST_UNREAD, used(&course) | exiting(), (unread, course.unsent));
     }
 }
 
 /// Notes that a connection is closed, and tells of a request that is lost by that; whether there is one.
 #[inline(always)]
-fn lose(sk: u64, slot: u32, peer: Peer, course: &Course) -> bool {
+fn lose(sk: u64, slot: u32, port: Port, peer: Peer, course: &Course) -> bool {
     let unread = course.received.wrapping_sub(course.copied);
     let (is_lost, guessed) = is_unanswered(sk, course);
     if unread == 0 && !is_lost {
-        let _ = maps::CLOSED.insert(peer, used(course), 0);
+        remember(port, peer, used(course), course.received);
         return false;
     }
-    let _ = maps::CLOSED.insert(peer, TOLD, 0);
+    remember(port, peer, TOLD, course.received);
     let (what, guessed) = if unread > 0 { (LOST_UNREAD, 0) } else { (LOST_UNANSWERED, guessed) };
     tell(slot, peer, what, used(course) | guessed | exiting(), (unread, course.unsent));
     true
+}
+
+/// A connection ends that no process has got from its listener.
+#[inline(always)]
+fn not_accepted(slot: u32, port: Port, peer: Peer, course: &Course) {
+    let unread = course.received.wrapping_sub(course.copied);
+    remember(port, peer, TOLD, course.received);
+    tell(slot, peer, LOST_BACKLOG, exiting(), (unread, course.unsent));
 }
 
 /// A connection ends at once: by a reset of either end, or because the other one is not there any more.
@@ -258,17 +298,14 @@ fn ended(sk: u64, slot: u32, port: Port, old: u32) {
         return count(slot, PEER_RESET);
     }
     let (course, peer) = (course(sk), peer_of(sk, port));
-    let is_dead = kernel::read_or_zero::<u64>(sk, offsets::SOCK_FLAGS) & DEAD != 0;
-    if kernel::read_or_zero::<u64>(sk, offsets::SOCK_SOCKET) == 0 && !is_dead {
-        let unread = course.received.wrapping_sub(course.copied);
+    if is_nobodys(sk) {
         if old == ESTABLISHED {
-            let _ = maps::CLOSED.insert(peer, TOLD, 0);
-            tell(slot, peer, LOST_BACKLOG, exiting(), (unread, course.unsent));
+            not_accepted(slot, port, peer, &course);
         }
         return;
     }
     // Whoever has closed its end waits for nothing.
-    if old != ESTABLISHED || !lose(sk, slot, peer, &course) {
+    if old != ESTABLISHED || !lose(sk, slot, port, peer, &course) {
         count(slot, ABORTED);
     }
 }
@@ -383,8 +420,12 @@ fn reset(sk: Typed, skb: Typed) {
     };
     let remote = u32::from(u16::from_be_bytes([header[0], header[1]]));
     let peer = Peer { address, port: remote, local_port: local };
+    let sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
     // SAFETY: the value is read at once.
-    let marks = (unsafe { maps::CLOSED.get(peer) }).copied();
+    let closed = (unsafe { maps::CLOSED.get(Connection { peer, netns }) }).copied();
+    // A client may have used its port again since, for a connection that nobody has accepted.
+    let is_near = |closed: &Closed| (sequence.wrapping_sub(closed.received) as i32).unsigned_abs() < NEAR;
+    let marks = closed.filter(is_near).map(|closed| closed.marks);
     // By then the socket is closed at once, or it only waits: its service had closed it in order, before it was followed
     // or too long ago to be remembered.
     let state = kernel::read_or_zero::<u8>(sk, offsets::SOCK_STATE);
@@ -397,6 +438,6 @@ fn reset(sk: Typed, skb: Typed) {
         None if was_closed => (LOST_LATE, MARK_USED | MARK_GUESSED),
         None => (LOST_BACKLOG, 0),
     };
-    let _ = maps::CLOSED.insert(peer, TOLD, 0);
+    remember(port, peer, TOLD, sequence);
     tell(slot, peer, what, marks, (len, 0));
 }

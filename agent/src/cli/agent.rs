@@ -28,20 +28,18 @@ pub(super) fn run(arguments: Arguments) -> Outcome {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut asked = async || {
             tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+                _ = terminate.recv() => "TERM",
+                _ = interrupt.recv() => "INT",
             }
         };
         let (first, again) = tokio::sync::oneshot::channel();
         let signals = async {
-            asked().await;
+            let name = asked().await;
             // The daemon is gone only when it has failed by itself.
-            let _ = first.send(());
+            let _ = first.send(name);
             asked().await;
         };
-        let shutdown = async {
-            let _ = again.await;
-        };
+        let shutdown = async { again.await.unwrap_or("TERM") };
         tokio::select! {
             done = daemon::run(config, shutdown) => done.map(|()| Exit::Ok),
             () = signals => {

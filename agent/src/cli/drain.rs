@@ -12,7 +12,7 @@ use super::{
     Outcome,
     client::Agent,
     output::{self, Format, Output},
-    services::pids,
+    services::{name, pids},
     watch::interrupted,
 };
 use crate::{
@@ -50,7 +50,7 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with_all = ["cancel", "last"])]
     all: bool,
     /// Of the whole drain [default: that of the settings, 30s]
-    #[arg(long, value_name = "DURATION", value_parser = services::deadline)]
+    #[arg(long, value_name = "DURATION", value_parser = services::deadline, conflicts_with_all = ["cancel", "last"])]
     deadline: Option<Duration>,
     /// Say what would happen, and do nothing
     #[arg(long, conflicts_with_all = ["cancel", "last"])]
@@ -81,6 +81,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     if names.is_empty() && !arguments.all {
         return Err(Failure::new(Exit::Usage, "no service is named", "name some, or say --all"));
     }
+    names.iter().try_for_each(|text| name(text).map(drop))?;
     let wish = DrainWish {
         services: (!names.is_empty()).then(|| names.clone()),
         all: arguments.all,
@@ -99,6 +100,9 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     }
     let begun: serde_json::Value = agent.document(Method::POST, "/v1/drain", output::json(&wish)?)?;
     let id = begun["id"].as_str().unwrap_or_default().to_owned();
+    if begun["joined"] == true {
+        output::message(&format!("plumb: joins the drain {id}, which is under way: its deadline holds"));
+    }
     let drain = follow(agent, &id)?;
     report(&drain, arguments.output.format)
 }
@@ -107,7 +111,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
 fn follow(agent: &Agent, id: &str) -> Result<Document, Failure> {
     let stop = interrupted()?;
     let mut shown = Shown::default();
-    let (mut path, mut journal) = ("/v1/drain".to_owned(), "kept".to_owned());
+    let (mut path, mut journal) = (format!("/v1/drain?id={id}"), "kept".to_owned());
     loop {
         let progress: Progress = agent.document_unless(&stop, &path).map_err(|failure| match failure.exit {
             Exit::AgentUnreachable => gone(id, &journal, &failure),
@@ -118,7 +122,7 @@ fn follow(agent: &Agent, id: &str) -> Result<Document, Failure> {
             ),
             _ => failure,
         })?;
-        path = format!("/v1/drain?since={}", progress.generation);
+        path = format!("/v1/drain?id={id}&since={}", progress.generation);
         match progress.drain {
             Some(drain) if drain.id == id => {
                 if drain.state == State::Finished {

@@ -46,9 +46,9 @@ Exit codes:
   130 interrupted
   plumb check without findings: that of the command, or 1 for 0 when not all of it was seen
 
-Documentation: README.md and ARCHITECTURE.md of the source";
+Documentation: README.md, ARCHITECTURE.md and docs/ (check, drain, audit) of the source";
 
-/// Finds fd and thread leaks in unmodified processes of a Linux host
+/// Finds fd and thread leaks in unmodified processes of a Linux host, and stops its services in order
 #[derive(Parser)]
 #[command(name = "plumb", version, before_help = EXAMPLES, after_help = EXIT_CODES, max_term_width = 100)]
 struct Cli {

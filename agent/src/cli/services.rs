@@ -11,7 +11,7 @@ use super::{
     output::{self, Output},
 };
 use crate::{
-    drain::{OnDeadline, PRESETS, Signal, start_ticks},
+    drain::{NO_NAME, Name, OnDeadline, PRESETS, Signal, start_ticks},
     failure::{Exit, Failure},
     services::{self, ServiceList, ServiceRow, Which, Wish},
 };
@@ -71,6 +71,7 @@ enum What {
 struct Add {
     #[command(flatten)]
     agent: Agent,
+    /// What it is called: 1 to 64 letters, digits, '_', '-', '.' and '@'
     name: String,
     /// The process [default: the one that runs this command, in a script its shell]
     #[arg(long)]
@@ -78,7 +79,7 @@ struct Add {
     /// The signal that asks it to finish its work and end: TERM, INT, QUIT, HUP, USR1, USR2 or WINCH
     #[arg(long, value_parser = signal, conflicts_with = "preset")]
     signal: Option<String>,
-    /// The signal of a known server, see below
+    /// The signal of a known server; `plumb services --help` lists them
     #[arg(long)]
     preset: Option<String>,
     /// A service that must be gone before this one is asked to stop; may be repeated [default: all that are registered later]
@@ -103,8 +104,13 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
     match &arguments.what {
         What::Add(add) => register(add),
         What::Rm { agent, name } => {
-            agent.ask(Method::DELETE, &path(name)?, String::new())?;
-            output::message(&format!("plumb: {name} is not registered any more"));
+            let removed: serde_json::Value = agent.document(Method::DELETE, &path(name)?, String::new())?;
+            let until = if removed["in_settings"] == true {
+                ", until the agent starts again: it is in the settings"
+            } else {
+                ""
+            };
+            output::message(&format!("plumb: {name} is not registered any more{until}"));
             Ok(Exit::Ok)
         }
         What::List { agent, output } => list(agent, output),
@@ -112,17 +118,17 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
 }
 
 /// Checked here: what is no name could not even be asked for.
-fn path(name: &str) -> Result<String, Failure> {
-    match crate::drain::Name::new(name) {
-        Some(name) => Ok(format!("/v1/services/{name}")),
-        None => {
-            let cause = format!("{name:?} {}", crate::drain::NO_NAME);
-            Err(Failure::new(Exit::Usage, cause, "take another name"))
-        }
-    }
+pub(super) fn name(text: &str) -> Result<Name, Failure> {
+    let bad = || Failure::new(Exit::Usage, format!("{text:?} {NO_NAME}"), "take another name");
+    Name::new(text).ok_or_else(bad)
+}
+
+fn path(text: &str) -> Result<String, Failure> {
+    Ok(format!("/v1/services/{}", name(text)?))
 }
 
 fn register(add: &Add) -> Outcome {
+    add.after.iter().try_for_each(|other| name(other).map(drop))?;
     let pid = add.pid.map_or_else(parent, Ok)?;
     let start_ticks = Some(start_ticks(pid).ok_or_else(|| super::no_such_process(pid))?);
     let after =
@@ -174,7 +180,11 @@ fn list(agent: &Agent, output: &Output) -> Outcome {
             row.target.clone(),
             pids(&row.pids),
             row.signal.clone(),
-            row.after.as_ref().map_or_else(|| "later ones".to_owned(), |after| after.join(", ")),
+            match row.after.as_deref() {
+                None => "later ones".to_owned(),
+                Some([]) => "nobody".to_owned(),
+                Some(after) => after.join(", "),
+            },
             row.deadline_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds}s")),
             if row.on_deadline == OnDeadline::Kill { "kill" } else { "report" }.to_owned(),
             row.uid.to_string(),

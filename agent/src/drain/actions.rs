@@ -2,13 +2,14 @@
 
 use std::{collections::VecDeque, time::Duration};
 
+use tokio::time;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     active::{Active, gone, prestop, same},
     command::Preflight,
     course::{Action, Input, NotSent, UnitEnd, nanos},
-    driver::{Driver, Waited},
+    driver::{Driver, EVENTS, Waited},
     machine::KILL_GRACE,
     signaller, units,
 };
@@ -53,11 +54,14 @@ impl Driver {
             Action::Journal(_) => None,
             Action::Find(service) => {
                 let (found, processes) = active.look(*service);
-                let ports = active.sockets.as_mut().map(|sockets| sockets.add(*service, &processes));
-                active.take(*service, 0, processes);
                 Some(match found {
                     Preflight::Found(mut found) => {
+                        let ports = active
+                            .sockets
+                            .as_mut()
+                            .map(|sockets| sockets.add(*service, processes.iter(), false));
                         (found.ports, found.knows_ports) = ports.unwrap_or_default();
+                        active.take(*service, 0, processes);
                         Input::Found(*service, found)
                     }
                     Preflight::NotRunning => Input::NotRunning(*service),
@@ -69,9 +73,13 @@ impl Driver {
                 let commands = (commands.prestop.clone(), commands.ready.clone());
                 let cancelled = CancellationToken::new();
                 active.prestops.insert(*service, cancelled.clone());
-                let (id, service) = (active.machine.begun.id.clone(), *service);
+                let (id, service, ask) = (active.machine.begun.id.clone(), *service, self.ask.clone());
                 self.waits.push(Box::pin(async move {
-                    Waited::Prestop(id, service, prestop(commands, cancelled).await)
+                    let why = prestop(commands, cancelled).await;
+                    // What has ended by it is told first.
+                    ask.hurry();
+                    time::sleep(EVENTS).await;
+                    Waited::Prestop(id, service, why)
                 }));
                 None
             }
@@ -122,6 +130,7 @@ impl Driver {
 
     /// Waits for the members of a service that are there.
     fn watch(&mut self, active: &mut Active, service: usize) {
+        let mut taken_up = Vec::new();
         for member in 0..active.machine.runs[service].members.len() {
             let known = &active.machine.runs[service].members[member];
             let meant = known.member.identity.clone();
@@ -130,7 +139,12 @@ impl Driver {
             }
             let held = active.processes.get(&(service, member)).cloned();
             // Of an agent before.
-            let held = held.or_else(|| active.registered.get(&service).cloned()).or_else(|| same(&meant));
+            if held.is_none() {
+                taken_up.push(member);
+            }
+            let registered = active.registered.get(&service);
+            let registered = registered.filter(|process| process.identity.is_same_process(&meant));
+            let held = held.or_else(|| registered.cloned()).or_else(|| same(&meant));
             let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
             let is_there = held.is_some();
             if let Some(process) = held {
@@ -146,6 +160,9 @@ impl Driver {
                 }
                 Waited::Member(id, service, member)
             }));
+        }
+        if !taken_up.is_empty() {
+            active.take_up(service, &taken_up);
         }
     }
 }

@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     command::{Listed, Preflight},
-    course::{Entry, Fact, Found, Input, Member, MemberRun, Phase},
-    facts::{self, Facts},
+    course::{Entry, Fact, Found, Input, Member, MemberRun, Phase, Run},
+    facts,
     family::{self, Claims, Tree},
     identity::{Identity, ticks},
     journal::Journal,
@@ -24,7 +24,7 @@ use super::{
     matching::{self, Match},
     preflight,
     process::Process,
-    report::{self, Document},
+    report::Document,
     service::{Service, Target},
     sockets::Sockets,
     systemd::Unit,
@@ -53,8 +53,10 @@ pub(super) struct Active {
     pub(super) untold: HashSet<(usize, usize)>,
     /// What its processes have started.
     tree: Tree,
-    /// Which service names whom, since one was looked for first.
-    claims: Option<Claims>,
+    /// Which service names whom, as of the stage that has begun last.
+    claims: Option<(Option<usize>, Claims)>,
+    /// On how many requests services have said last that they work.
+    pub(super) said: HashMap<usize, u64>,
 }
 
 impl Active {
@@ -69,7 +71,7 @@ impl Active {
         }
         let (processes, watched, prestops) = Default::default();
         let leaving = Leaving::new(sockets.as_ref().map_or(0, Sockets::lost_acts));
-        let (tree, claims, untold) = Default::default();
+        let (tree, claims, untold, said) = Default::default();
         Self {
             machine,
             journal,
@@ -82,6 +84,7 @@ impl Active {
             untold,
             tree,
             claims,
+            said,
         }
     }
 
@@ -90,8 +93,9 @@ impl Active {
         Document::new(&self.machine, &journal, Calendar::now(), clock::boottime())
     }
 
-    /// Holds processes as the members of a service from a place on.
+    /// Holds processes as the members of a service from a place on; what was held of them before is known no longer.
     pub(super) fn take(&mut self, service: usize, first: usize, processes: Vec<Process>) {
+        self.processes.retain(|(of, member), _| *of != service || *member < first);
         for (member, process) in (first..).zip(processes) {
             self.hold(service, member, Arc::new(process));
         }
@@ -105,10 +109,78 @@ impl Active {
 
     /// Looks for a service and at it.
     pub(super) fn look(&mut self, service: usize) -> (Preflight, Vec<Process>) {
+        let earlier = self.earlier(service);
+        self.claim();
         let (services, registered) = (&self.machine.begun.services, &self.registered);
-        let held = |service: usize| registered.get(&service).cloned();
-        let claims = self.claims.get_or_insert_with(|| Claims::of(services, held));
-        look((service, &services[service]), registered.get(&service).map(Arc::as_ref), claims, services)
+        let Some((_, claims)) = &self.claims else { return (Preflight::NotRunning, Vec::new()) };
+        let held = registered.get(&service).map(Arc::as_ref);
+        look((service, &services[service]), (held, earlier), claims, services)
+    }
+
+    /// Who names whom, as it was just found.
+    pub(super) fn claimed(&mut self, claims: Claims) {
+        self.claims = Some((self.machine.stage, claims));
+    }
+
+    /// Who names whom may be another one at each stage: what was started again has another number.
+    fn claim(&mut self) {
+        let Self { machine, registered, claims, .. } = self;
+        if claims.as_ref().is_none_or(|(stage, _)| *stage != machine.stage) {
+            let held = |service: usize| registered.get(&service).cloned();
+            let mut now = Claims::of(&machine.begun.services, held);
+            if let Some((_, before)) = claims.take() {
+                now.keep(before);
+            }
+            *claims = Some((machine.stage, now));
+        }
+    }
+
+    /// What was found of a service before `prestop`, and still is what it was: it may have left its port or its pidfile.
+    fn earlier(&self, service: usize) -> Vec<Match> {
+        let members = self.machine.runs[service].members.iter().map(|one| &one.member).enumerate();
+        let held = members.filter_map(|(at, member)| {
+            let process = self.processes.get(&(service, at))?.again().ok()?;
+            let is_it = member.is_descendant || member.identity.differs(&process.identity).is_none();
+            is_it.then_some(Match { process, is_root: false, is_descendant: member.is_descendant })
+        });
+        held.collect()
+    }
+
+    /// Takes up the processes of a service that another agent has found: what they are asked from now on, and what they have
+    /// started.
+    pub(super) fn take_up(&mut self, service: usize, members: &[usize]) {
+        let held = members.iter().filter_map(|member| self.processes.get(&(service, *member)).cloned());
+        let held: Vec<Arc<Process>> = held.collect();
+        if let Some(sockets) = &mut self.sockets {
+            sockets.add(service, held.iter().map(Arc::as_ref), false);
+        }
+        // Of these a cgroup has all.
+        if matches!(self.machine.begun.services[service].target, Target::Unit(_) | Target::Cgroup(_)) {
+            return;
+        }
+        self.claim();
+        let again = held.iter().filter_map(|process| process.again().ok());
+        let found: Vec<Match> =
+            again.map(|process| Match { process, is_root: true, is_descendant: false }).collect();
+        if let Some((_, claims)) = &self.claims {
+            let (more, _) = family::descendants(&found, claims, service);
+            more.iter().for_each(|one| self.tree.add(service, &one.process));
+        }
+    }
+
+    /// Holds what an agent before had found of services whose `prestop` runs, or has run.
+    pub(super) fn hold_again(&mut self) {
+        let is_between = |run: &Run| matches!(run.phase, Phase::Checking | Phase::Prestop);
+        let between = (0..self.machine.runs.len()).filter(|service| is_between(&self.machine.runs[*service]));
+        for service in between.collect::<Vec<_>>() {
+            let members: Vec<usize> = (0..self.machine.runs[service].members.len()).collect();
+            for member in &members {
+                if let Some(process) = same(&self.machine.runs[service].members[*member].member.identity) {
+                    self.hold(service, *member, process);
+                }
+            }
+            self.take_up(service, &members);
+        }
     }
 
     /// Whether a process of a service is held, which was there when it was found.
@@ -143,7 +215,10 @@ impl Active {
                     && self.processes.get(&(service, member)).is_some_and(|held| held.looked <= event.time)
                     && one.gone.is_none_or(|gone| event.time <= gone)
                 {
-                    inputs.push(Input::Seen(service, report::exit(member, code, event.time)));
+                    inputs.push(Input::Seen(
+                        service,
+                        Fact::Exit { member, status: code as i32, time: event.time },
+                    ));
                 }
             }
         }
@@ -156,7 +231,7 @@ impl Active {
         for event in events {
             if let Some(service) = self.tree.take(event) {
                 let why = "it started more processes than are followed".to_owned();
-                inputs.push(Input::Seen(service, Fact::Unseen { why }));
+                inputs.push(Input::Seen(service, Fact::Unseen { why, strays: true }));
             }
             if let Event::Exit(exit) = event
                 && exit.group_dead != 0
@@ -166,28 +241,26 @@ impl Active {
         }
         let Self { machine, sockets, leaving, .. } = self;
         leaving.take(machine, events);
-        let of = |process: ProcKey| {
-            // Of whom it kills for want of memory the kernel tells the number alone before 6.9.
-            let is_numbered = |one: &MemberRun| one.gone.is_none() && one.member.identity.pid == process.tgid;
-            let is = |one: &MemberRun| {
-                one.member.identity.is(process) || process.start_boottime == 0 && is_numbered(one)
-            };
-            machine.runs.iter().position(|run| run.members.iter().any(is))
-        };
-        inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of)));
+        let of = |process: ProcKey| owner(machine, process);
+        let is_over = |service: usize, time: u64| machine.runs[service].gone.is_some_and(|gone| gone < time);
+        inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of, is_over)));
         inputs
     }
 
     /// What was counted of a service until now.
-    pub(super) fn counted(&mut self, service: usize) -> Option<Input> {
-        let fact = self.sockets.as_mut()?.counted(service);
-        Some(Input::Seen(service, fact))
+    pub(super) fn counted(&mut self, service: usize) -> Vec<Input> {
+        let counted = self.sockets.as_mut().map_or_else(Vec::new, |sockets| sockets.counted(service));
+        let said = self.said.get(&service);
+        let said = said.map(|requests| Fact::InFlight { at: clock::boottime(), requests: *requests });
+        counted.into_iter().chain(said).map(|fact| Input::Seen(service, fact)).collect()
     }
 
     /// What is there of what a service has started, and is no service of its own.
     fn started(&self, service: usize) -> Vec<Match> {
         let is_own = |one: &Match| {
-            self.claims.as_ref().is_none_or(|claims| claims.other(service, &one.process.identity).is_none())
+            self.claims
+                .as_ref()
+                .is_none_or(|(_, claims)| claims.other(service, &one.process.identity).is_none())
         };
         self.tree.alive(service).into_iter().filter(is_own).collect()
     }
@@ -196,6 +269,18 @@ impl Active {
     pub(super) fn is_told(&self, service: usize, member: usize) -> bool {
         let members = &self.machine.runs[service].members;
         members.get(member).is_none_or(|one| one.exited.is_some())
+    }
+
+    /// Members that are waited for, and are not there any more.
+    pub(super) fn gone(&self, service: usize) -> Vec<(usize, usize)> {
+        let is_waited_for = |member: usize| {
+            self.watched.contains(&(service, member))
+                && self.machine.runs[service].members[member].gone.is_none()
+        };
+        let is_gone =
+            |one: &(usize, usize)| self.processes.get(one).is_none_or(|process| !process.is_alive());
+        let members = (0..self.machine.runs[service].members.len()).filter(|member| is_waited_for(*member));
+        members.map(|member| (service, member)).filter(is_gone).collect()
     }
 
     /// What a service had started just before its end, so that it was not waited for.
@@ -207,7 +292,7 @@ impl Active {
         let left = self.started(service);
         let Identity { pid, comm, .. } = &left.first()?.process.identity;
         let why = format!("{pid} ({comm}), which it had started, still ran when it was gone");
-        Some(Input::Seen(service, Fact::Unseen { why }))
+        Some(Input::Seen(service, Fact::Unseen { why, strays: true }))
     }
 
     /// When something is to be done, nanoseconds since boot.
@@ -229,7 +314,10 @@ impl Active {
             // Nobody but that one is named.
             Target::Process(_) if run.phase == Phase::Confirming => Vec::new(),
             Target::Process(meant) => match run.members.first() {
-                Some(known) => successors(meant, &known.member.command, ended),
+                Some(known) => {
+                    let parent = self.processes.get(&(service, 0)).map(|process| process.ppid);
+                    successors(meant, (&known.member.command, parent), ended)
+                }
                 None => Vec::new(),
             },
             target => find(target, None).map(|(found, _)| found).unwrap_or_default(),
@@ -247,9 +335,21 @@ impl Active {
         let left: Vec<Match> = left.into_iter().chain(born).collect();
         let first = run.members.len();
         let members = left.iter().map(|one| Member { is_root: false, ..member(one) }).collect();
+        if let Some(sockets) = &mut self.sockets {
+            sockets.add(service, left.iter().map(|one| &one.process), true);
+        }
         self.take(service, first, left.into_iter().map(|one| one.process).collect());
         (members, again)
     }
+}
+
+/// The service of a drain to which a process belongs.
+pub(super) fn owner(machine: &Machine, process: ProcKey) -> Option<usize> {
+    // Of whom it kills for want of memory the kernel tells the number alone before 6.9.
+    let is_numbered = |one: &MemberRun| one.gone.is_none() && one.member.identity.pid == process.tgid;
+    let is =
+        |one: &MemberRun| one.member.identity.is(process) || process.start_boottime == 0 && is_numbered(one);
+    machine.runs.iter().position(|run| run.members.iter().any(is))
 }
 
 /// The registered processes of a drain.
@@ -268,18 +368,22 @@ pub(super) fn same(meant: &Identity) -> Option<Arc<Process>> {
     meant.is_same_process(&process.identity).then(|| Arc::new(process))
 }
 
-/// Processes that do what one did that has ended: its program, with its arguments, in its cgroup.
-fn successors(meant: &Identity, command: &str, ended: u64) -> Vec<Match> {
+/// Processes that do what one did that has ended: its program, with its arguments, in its cgroup. Not what another one of
+/// the kind has started, which may serve somebody else all the time, unless that had started the one that has ended.
+fn successors(meant: &Identity, (command, parent): (&str, Option<u32>), ended: u64) -> Vec<Match> {
     let same = |process: &Process| {
         let identity = &process.identity;
-        identity.exe == meant.exe
-            && identity.cgroup == meant.cgroup
-            && identity.start_ticks >= ended
-            && process.command == command
+        identity.exe == meant.exe && identity.cgroup == meant.cgroup && process.command == command
     };
     let all = super::process::all().into_iter().filter(|pid| matching::runs(*pid, meant.exe, &[]));
-    all.filter_map(|pid| Process::open(pid).ok())
-        .filter(same)
+    let all: Vec<Process> =
+        all.filter_map(|pid| Process::open(pid).ok()).filter(|process| same(process)).collect();
+    let others: HashSet<u32> = all.iter().map(|process| process.identity.pid).collect();
+    let is_anothers = |process: &Process| {
+        others.contains(&process.ppid) && parent.is_some_and(|parent| parent != process.ppid)
+    };
+    all.into_iter()
+        .filter(|process| process.identity.start_ticks >= ended && !is_anothers(process))
         .map(|process| Match { process, is_root: true, is_descendant: false })
         .collect()
 }
@@ -294,10 +398,11 @@ fn member(found: &Match) -> Member {
     }
 }
 
-/// Finds one of the services, which is `held` if it is a registered process, and looks at it.
+/// Finds one of the services, which is `held` if it is a registered process, and looks at it, and at what was found of it
+/// earlier.
 pub(super) fn look(
     (own, service): (usize, &Service),
-    held: Option<&Process>,
+    (held, earlier): (Option<&Process>, Vec<Match>),
     claims: &Claims,
     services: &[Service],
 ) -> (Preflight, Vec<Process>) {
@@ -305,6 +410,15 @@ pub(super) fn look(
         Ok(found) => found,
         Err(why) => return (Preflight::Refused(why), Vec::new()),
     };
+    let is_new = |one: &Match| {
+        !found.iter().any(|known| known.process.identity.is_same_process(&one.process.identity))
+    };
+    let earlier: Vec<Match> = earlier.into_iter().filter(is_new).collect();
+    // systemd knows what is left of a unit.
+    if unit.is_none() && !earlier.is_empty() {
+        found.extend(earlier);
+        matching::find_roots(&mut found);
+    }
     for one in found.iter().filter(|one| one.is_root) {
         let Identity { pid, comm, .. } = &one.process.identity;
         // It would get two signals, and each would be told of the other service's losses.
@@ -318,7 +432,16 @@ pub(super) fn look(
     }
     // A unit without a process may be between two runs, or have something to do when it is stopped.
     if found.is_empty() && unit.as_ref().is_none_or(units::is_stopped) {
-        return (Preflight::NotRunning, Vec::new());
+        return match service.target {
+            Target::Port(port) if matching::has_connections(port) => {
+                let why = format!(
+                    "nobody listens on port {port} any more, and somebody still has connections on it: name it by its \
+                     pidfile or exe to stop it"
+                );
+                (Preflight::Refused(why), Vec::new())
+            }
+            _ => (Preflight::NotRunning, Vec::new()),
+        };
     }
     let unit = match unit.map_or_else(|| units::of_main(service, &found), |unit| Ok(Some(unit))) {
         Ok(unit) => unit,
@@ -342,13 +465,13 @@ pub(super) fn look(
         let Some(stop) = &stop else { continue };
         let Some(facts) = facts::of(process, stop.signal.number()) else { continue };
         // Whichever of them has these.
-        let facts = Facts { tcp: tcp.take().unwrap_or_default(), ..facts };
-        let judgement = preflight::judge(&facts, stop, sum.unit.as_deref());
+        let tcp = tcp.take().unwrap_or_default();
+        let judgement = preflight::judge(&facts, &tcp, stop, sum.unit.as_deref());
         if let Some(why) = judgement.refused {
             return (Preflight::Refused(format!("process {}: {why}", process.identity.pid)), Vec::new());
         }
-        sum.connections += facts.tcp.connections;
-        sum.busy += facts.tcp.busy;
+        sum.connections += tcp.connections;
+        sum.busy += tcp.busy;
         sum.is_unhandled |= judgement.is_unhandled;
         sum.notes.extend(judgement.notes);
     }

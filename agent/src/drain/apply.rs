@@ -1,7 +1,7 @@
 //! What an entry of the journal changes.
 
 use super::{
-    course::{Entry, Fact, Found, Phase, Run, Sent, of_member, signal_name},
+    course::{Entry, Fact, Found, Member, MemberRun, NotSent, Phase, Run, Sent, of_member, signal_name},
     machine::Machine,
     service::Target,
 };
@@ -41,8 +41,16 @@ impl Machine {
                 (run.phase, run.refused) = (Phase::Settled, Some(why.clone()));
             }
             Entry::NotRunning { at, service } => {
-                tell(*at, *service, "does not run".to_owned());
+                let is_first = self.runs[*service].members.is_empty();
+                let what = if is_first { "does not run" } else { "has ended, and is not asked to stop" };
+                self.runs[*service].timeline.push((*at, what.to_owned()));
                 let run = &mut self.runs[*service];
+                if !run.members.is_empty() {
+                    // It was there before `prestop`.
+                    (run.phase, run.gone) = (Phase::Gone, Some(*at));
+                    run.members.iter_mut().for_each(|one| one.gone = Some(*at));
+                    return;
+                }
                 run.phase = Phase::Settled;
                 run.notes.push(match &self.begun.services[*service].target {
                     Target::Pidfile(path) => format!("{} names no process that runs", path.display()),
@@ -73,13 +81,28 @@ impl Machine {
             }
             Entry::Found { service, found, .. } => {
                 let run = &mut self.runs[*service];
-                run.phase = Phase::Stopping;
-                run.notes.extend(found.notes.iter().cloned());
-                if found.leaves_out {
-                    run.seen.unseen.push("it has started more processes than are followed".to_owned());
+                if run.phase != Phase::Prestop {
+                    run.phase = Phase::Stopping;
+                    run.notes.extend(found.notes.iter().cloned());
                 }
+                if found.leaves_out {
+                    let why = "it has started more processes than are followed".to_owned();
+                    saw(run, &Fact::Unseen { why, strays: true });
+                }
+                let is_there = |one: &MemberRun| {
+                    let is_it = |member: &Member| member.identity.is_same_process(&one.member.identity);
+                    found.members.iter().any(is_it)
+                };
+                let was_found = !run.members.is_empty();
+                run.earlier.extend(run.members.drain(..).filter(|one| !is_there(one)));
                 run.members = found.members.iter().cloned().map(of_member).collect();
-                run.found = Found { members: Vec::new(), ..(**found).clone() };
+                // What was known before `prestop` is so still.
+                let (mut ports, mut knows_ports) = (found.ports.clone(), found.knows_ports);
+                if was_found {
+                    ports.extend(run.found.ports.iter().filter(|port| !found.ports.contains(port)));
+                    knows_ports &= run.found.knows_ports;
+                }
+                run.found = Found { members: Vec::new(), ports, knows_ports, ..(**found).clone() };
             }
             Entry::Signalling { at, service, members, signal } => {
                 let (name, run) = (signal_name(*signal), &mut self.runs[*service]);
@@ -99,6 +122,13 @@ impl Machine {
             }
             Entry::Signalled { service, failed, .. } => {
                 let run = &mut self.runs[*service];
+                let perhaps = run.members.iter().filter(|one| one.sent == Sent::Perhaps).count();
+                if perhaps > 0
+                    && failed.len() == perhaps
+                    && failed.iter().all(|(_, why)| *why == NotSent::Gone)
+                {
+                    run.vain.extend(run.signals.last());
+                }
                 for one in run.members.iter_mut().filter(|one| one.sent == Sent::Perhaps) {
                     one.sent = Sent::Yes;
                 }
@@ -141,7 +171,8 @@ impl Machine {
                 }
             }
             Entry::More { at, service, members } => {
-                tell(*at, *service, format!("{} more processes", members.len()));
+                let many = if members.len() == 1 { "process" } else { "processes" };
+                tell(*at, *service, format!("{} more {many}", members.len()));
                 let run = &mut self.runs[*service];
                 run.phase = if run.killed.is_some() { Phase::Killing } else { Phase::Stopping };
                 run.members.extend(members.iter().cloned().map(of_member));
@@ -208,8 +239,9 @@ pub(super) fn saw(run: &mut Run, fact: &Fact) {
             tell(*at, "is killed by the kernel: there is no memory".to_owned());
             seen.killed_by = Some("the kernel for want of memory".to_owned());
         }
-        Fact::Listener { at, port, waiting } => {
-            tell(*at, format!("port {port} is closed, {waiting} not accepted"));
+        Fact::Listener { at, port, is_ipv6, waiting } => {
+            let which = if *is_ipv6 { " (IPv6)" } else { "" };
+            tell(*at, format!("port {port}{which} is closed, {waiting} not accepted"));
             seen.listeners.push((*port, *at, *waiting));
         }
         Fact::Lost { requests, guessed, examples } => {
@@ -231,8 +263,14 @@ pub(super) fn saw(run: &mut Run, fact: &Fact) {
                 tell(*at, format!("says that it works on {requests} requests"));
             }
             seen.in_flight = Some(*requests);
+            seen.said += 1;
         }
-        Fact::Unseen { why } => seen.unseen.push(why.clone()),
+        Fact::Unseen { why, strays } => {
+            if !seen.unseen.contains(why) {
+                seen.unseen.push(why.clone());
+            }
+            seen.has_strays |= strays;
+        }
         Fact::Left { left, unknown } => {
             seen.left.clone_from(left);
             seen.left_unknown.clone_from(unknown);

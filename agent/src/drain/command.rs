@@ -1,6 +1,6 @@
 //! What the driver is asked, and what it answers.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::VecDeque, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
@@ -18,11 +18,12 @@ use super::{
 #[derive(Debug)]
 pub(crate) enum Command {
     Add(Box<Registration>, Reply<Service>),
-    Remove(Name, Caller, Reply<()>),
+    /// Answers whether it is in the settings, and so there again with the next agent.
+    Remove(Name, Caller, Reply<bool>),
     List(Caller, oneshot::Sender<Vec<Listed>>),
     Plan(Asked, Reply<Plan>),
-    /// Answers as soon as the drain has begun, or with the one that is under way.
-    Drain(Asked, Reply<String>),
+    /// Answers as soon as the drain has begun, or with the one that is under way, and whether it is that.
+    Drain(Asked, Reply<(String, bool)>),
     /// A service says how many requests it works on.
     InFlight(Name, u64, Caller, oneshot::Sender<Result<(), Refusal>>),
     Cancel(Caller, Reply<()>),
@@ -98,5 +99,7 @@ pub(crate) struct Settings {
 pub(crate) struct View {
     pub generation: u64,
     pub drain: Option<Arc<Document>>,
+    /// The last ones that are over, the newest first: another one may begin before those who wait have heard of the end.
+    pub past: VecDeque<Arc<Document>>,
     pub services: usize,
 }

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    grants::Wish,
     identity::Identity,
     service::{Service, Signal},
 };
@@ -24,6 +25,21 @@ pub(crate) struct Begun {
     /// Places in `services`.
     pub stages: Vec<Vec<usize>>,
     pub services: Vec<Service>,
+    /// Places of those that did not run: nobody leaves them time before it is their turn.
+    #[serde(default)]
+    pub absent: Vec<usize>,
+}
+
+impl Begun {
+    /// What the services of a stage ask for, and those of the later ones.
+    pub(super) fn wishes(&self, first: usize) -> Vec<Vec<Wish>> {
+        let wishes = |(at, stage): (usize, &Vec<usize>)| -> Vec<Wish> {
+            let asks = |service: &&usize| at == first || !self.absent.contains(service);
+            stage.iter().filter(asks).map(|service| self.services[*service].wish()).collect()
+        };
+        let stages = self.stages.iter().enumerate().skip(first).map(wishes);
+        stages.filter(|stage| !stage.is_empty()).collect()
+    }
 }
 
 /// A process of a service.
@@ -91,15 +107,25 @@ pub(crate) enum Fact {
     /// The kernel killed it because there was no memory.
     NoMemory { at: u64 },
     /// It listens on a port no longer; so many connections were waiting to be accepted.
-    Listener { at: u64, port: u32, waiting: u32 },
+    Listener {
+        at: u64,
+        port: u32,
+        #[serde(default)]
+        is_ipv6: bool,
+        waiting: u32,
+    },
     /// Requests that are lost; of some of them that is told from the kernel's clocks.
     Lost { requests: BTreeMap<Class, u64>, guessed: u64, examples: Vec<LostRequest> },
     /// How often what happened to its connections, while it was drained.
     Counted { counts: BTreeMap<String, u64> },
     /// It says itself how many requests it is working on.
     InFlight { at: u64, requests: u64 },
-    /// Something may have happened that nobody saw.
-    Unseen { why: String },
+    /// Something may have happened that nobody saw; with `strays` one of its processes may be left that nobody knows.
+    Unseen {
+        why: String,
+        #[serde(default)]
+        strays: bool,
+    },
     /// What was left of it just before it was given up, and what is not known of that.
     Left { left: Vec<Left>, unknown: Option<String> },
 }
@@ -340,12 +366,18 @@ pub(crate) struct Run {
     pub grant: Duration,
     pub notes: Vec<String>,
     pub members: Vec<MemberRun>,
+    /// Those that were found before `prestop`, and not after it.
+    pub earlier: Vec<MemberRun>,
     pub found: Found,
     pub prestopped: bool,
     /// Its stage began.
     pub began: u64,
     pub signalled: Option<u64>,
     pub signals: Vec<i32>,
+    /// Of these, those that reached nobody: all had just gone.
+    pub vain: Vec<i32>,
+    /// By which it stops, whoever sends them.
+    pub stops: Vec<i32>,
     pub gone: Option<u64>,
     pub refused: Option<String>,
     pub is_late: bool,
@@ -380,10 +412,13 @@ pub(crate) struct Seen {
     /// Who has killed it, but plumb.
     pub killed_by: Option<String>,
     pub counts: BTreeMap<String, u64>,
-    /// As it has said last.
+    /// As it has said last, and how often it has.
     pub in_flight: Option<u64>,
+    pub said: usize,
     /// Why there may be more.
     pub unseen: Vec<String>,
+    /// One of its processes may be left that nobody knows.
+    pub has_strays: bool,
     /// What was left of it just before it was given up.
     pub left: Vec<Left>,
     /// And what is not known of that.
@@ -397,11 +432,14 @@ impl Run {
             grant: Duration::ZERO,
             notes: Vec::new(),
             members: Vec::new(),
+            earlier: Vec::new(),
             found: Found::default(),
             prestopped: false,
             began: 0,
             signalled: None,
             signals: Vec::new(),
+            stops: Vec::new(),
+            vain: Vec::new(),
             gone: None,
             refused: None,
             is_late: false,
@@ -427,6 +465,11 @@ impl Run {
 
     pub(super) fn deadline(&self) -> u64 {
         self.began + nanos(self.grant)
+    }
+
+    /// The signals that have reached one of its processes.
+    pub(super) fn sent(&self) -> impl Iterator<Item = i32> {
+        self.signals.iter().copied().filter(|signal| !self.vain.contains(signal))
     }
 
     /// Those that get KILL.

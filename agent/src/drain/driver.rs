@@ -4,7 +4,12 @@
 mod late;
 mod resume;
 
-use std::{collections::HashMap, future::pending, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    future::pending,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
@@ -12,10 +17,13 @@ use tokio::{
     task::block_in_place,
     time,
 };
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
 
 use super::{
-    active::{Active, by_place, gone, listed, look},
+    active::{Active, by_place, gone, listed, look, owner},
     command::{Asked, Command, Plan, Registration, Settings, View},
     course::{Begun, Fact, Input, UnitEnd, nanos},
     family::Claims,
@@ -31,7 +39,7 @@ use super::{
     report::Document,
     reports,
     service::{Name, Service, Target},
-    sockets::Sockets,
+    sockets::{Known, Sockets},
 };
 use crate::{
     ask::Asker,
@@ -40,6 +48,15 @@ use crate::{
     losses::{self, By},
     subscribe::{Item, Subscription},
 };
+
+/// Drains that are over and of which those who wait for them are told.
+const PAST: usize = 8;
+
+/// Registered processes that are remembered when they have ended.
+const ENDED: usize = 64;
+
+/// Events of an end that come later than this after it were lost.
+pub(super) const EVENTS: Duration = Duration::from_millis(100);
 
 /// What the driver waits for.
 pub(super) enum Waited {
@@ -80,13 +97,23 @@ pub(crate) struct Driver {
     pub(super) ask: Asker,
     pub(super) registry: Registry,
     pub(super) held: HashMap<Name, Held>,
+    /// The last ones whose process has ended: the kernel's event of what ended it comes later.
+    ended: VecDeque<(Name, Identity)>,
     /// What services say that they work on.
     pub(super) in_flight: HashMap<Name, u64>,
     pub(super) active: Option<Active>,
+    /// Of the drain before.
+    pub(super) known_ports: Known,
     pub(super) waits: FuturesUnordered<BoxFuture<'static, Waited>>,
     pub(super) views: watch::Sender<View>,
     pub(super) tell: Box<dyn Fn(Told<'_>) + Send>,
     pub(super) number: u64,
+    turn: reports::Turn,
+}
+
+fn under_way(begun: &Begun, caller: Caller) -> Refusal {
+    let is_own = begun.services.iter().all(|service| caller.owns(service.uid));
+    Refusal::UnderWay(begun.id.clone(), is_own)
 }
 
 impl Driver {
@@ -109,12 +136,15 @@ impl Driver {
             ask,
             registry,
             held: HashMap::new(),
+            ended: VecDeque::new(),
             in_flight: HashMap::new(),
             active: None,
+            known_ports: Known::new(),
             waits: FuturesUnordered::new(),
             views,
             tell,
             number: 0,
+            turn: reports::Turn::default(),
         })
     }
 
@@ -127,6 +157,10 @@ impl Driver {
         stop: CancellationToken,
     ) {
         let mut events = Some(events);
+        let _keeper = self.settings.state_dir.clone().map(|folder| {
+            let keeper = reports::keep_unfinished(folder, self.views.subscribe(), self.turn.clone());
+            AbortOnDropHandle::new(tokio::spawn(keeper))
+        });
         block_in_place(|| {
             self.restore();
             self.resume();
@@ -177,7 +211,11 @@ impl Driver {
                 let _ = reply.send(done);
             }
             Command::Remove(name, caller, reply) => {
-                let done = self.registry.remove(&name, caller).map(|_| self.held.remove(&name)).map(drop);
+                let done = self.registry.remove(&name, caller).map(|_| {
+                    self.held.remove(&name);
+                    self.in_flight.remove(&name);
+                    self.settings.services.iter().any(|service| service.name == name)
+                });
                 self.save();
                 self.publish();
                 let _ = reply.send(done);
@@ -258,11 +296,13 @@ impl Driver {
 
     /// Takes up the registrations of an agent before, as far as their processes are what they were.
     fn restore(&mut self) {
-        for service in registrations::load(&self.settings.run_dir, &self.settings.boot_id) {
+        let saved = registrations::load(&self.settings.run_dir, &self.settings.boot_id);
+        for service in self.registry.take_up(saved) {
             let Target::Process(meant) = &service.target else { continue };
-            let Ok(process) = Process::open(meant.pid) else { continue };
-            if meant.differs(&process.identity).is_none() && self.registry.add(service.clone()).is_ok() {
-                self.hold(&service, process);
+            match Process::open(meant.pid) {
+                Ok(process) if meant.differs(&process.identity).is_none() => self.hold(&service, process),
+                // Who waits for it waits for those for whom it did.
+                _ => self.registry.died(&service.name),
             }
         }
         let last = self.settings.state_dir.as_deref().and_then(reports::last).map(Arc::new);
@@ -276,28 +316,33 @@ impl Driver {
         if let Some(active) = self.active.as_ref().filter(|active| active.machine.ended.is_none())
             && !asked.caller.is_admin
         {
-            return Err(Refusal::UnderWay(active.machine.begun.id.clone()));
+            return Err(under_way(&active.machine.begun, asked.caller));
         }
         let selected = self.registry.select(asked.names.as_deref(), asked.caller)?;
         let deadline = asked.deadline.unwrap_or(self.settings.deadline);
         let stages = order::stages(self.registry.list(), &selected);
         let all: Vec<&Service> =
             self.registry.list().iter().filter(|one| selected.contains(&one.name)).collect();
-        let wish = |(name, _): &(Name, Vec<Name>)| self.registry.get(name).map(Service::wish);
-        let wishes: Vec<Vec<_>> =
-            stages.iter().map(|stage| stage.iter().filter_map(wish).collect()).collect();
-        let grants = grants::of_all(&wishes, deadline);
         let services: Vec<Service> = all.into_iter().cloned().collect();
         let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
         let claims = Claims::of(&services, |at| held(&services[at]));
         let look = |(at, service): (usize, &Service)| {
-            (service.clone(), look((at, service), held(service).as_deref(), &claims, &services).0)
+            let process = held(service);
+            (service.clone(), look((at, service), (process.as_deref(), Vec::new()), &claims, &services).0)
         };
+        let absent = claims.absent();
+        let wish = |(name, _): &(Name, Vec<Name>)| {
+            let place = services.iter().position(|service| service.name == *name)?;
+            (!absent.contains(&place)).then(|| services[place].wish())
+        };
+        let wishes: Vec<Vec<_>> = stages.iter().map(|stage| stage.iter().map(wish).collect()).collect();
+        let grants = grants::of_present(&wishes, deadline);
         let services = services.iter().enumerate().map(look).collect();
         Ok(Plan { deadline, stages, services, grants })
     }
 
-    fn drain(&mut self, asked: &Asked) -> Result<String, Refusal> {
+    /// The drain that is asked for, and whether it was under way before.
+    fn drain(&mut self, asked: &Asked) -> Result<(String, bool), Refusal> {
         self.possible()?;
         let selected = self.registry.select(asked.names.as_deref(), asked.caller)?;
         let (deadline, mut signalled) = (asked.deadline.unwrap_or(self.settings.deadline), Vec::new());
@@ -307,8 +352,8 @@ impl Driver {
             // An hour of a user's is not what the administrator has asked for.
             let is_in_time = under_way.deadline <= clock::boottime().saturating_add(nanos(deadline));
             if !self.is_below(asked.caller) || covers && is_in_time {
-                let id = under_way.id.clone();
-                return if covers { Ok(id) } else { Err(Refusal::UnderWay(id)) };
+                let refusal = || self::under_way(under_way, asked.caller);
+                return if covers { Ok((under_way.id.clone(), true)) } else { Err(refusal()) };
             }
             signalled = self.give_up("the administrator drains");
         }
@@ -319,8 +364,12 @@ impl Driver {
             self.registry.list().iter().filter(|one| selected.contains(&one.name)).cloned().collect();
         let place = |name: &Name| services.iter().position(|service| service.name == *name);
         let stages = order::stages(self.registry.list(), &selected);
-        let stages =
+        let stages: Vec<Vec<usize>> =
             stages.iter().map(|stage| stage.iter().filter_map(|(name, _)| place(name)).collect()).collect();
+        let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
+        let claims = Claims::of(&services, |at| held(&services[at]));
+        let absent = claims.absent();
+        let registered = by_place(&services, held);
         self.number += 1;
         let begun = Begun {
             id: format!("d{}-{}", began / 1_000_000_000, self.number),
@@ -331,6 +380,7 @@ impl Driver {
             deadline: began.saturating_add(nanos(deadline)),
             stages,
             services,
+            absent,
         };
         let id = begun.id.clone();
         tracing::info!(
@@ -341,11 +391,11 @@ impl Driver {
             "drains"
         );
         let journal = Journal::create(&self.settings.run_dir).map_err(|error| error.to_string());
-        let held = |service: &Service| self.held.get(&service.name).map(|held| Arc::clone(&held.process));
-        let registered = by_place(&begun.services, held);
         let (machine, actions) = Machine::begin_after(signalled, begun);
-        let sockets = Sockets::begin(&self.ask, machine.runs.len());
-        self.active = Some(Active::new(machine, journal, registered, Some(sockets)));
+        let sockets = Sockets::begin(&self.ask, machine.runs.len(), std::mem::take(&mut self.known_ports));
+        let mut active = Active::new(machine, journal, registered, Some(sockets));
+        active.claimed(claims);
+        self.active = Some(active);
         self.perform(actions);
         let said: Vec<(usize, u64)> = self.active.as_ref().map_or_else(Vec::new, |active| {
             let said = |(at, service): (usize, &Service)| Some((at, *self.in_flight.get(&service.name)?));
@@ -354,7 +404,7 @@ impl Driver {
         for (service, requests) in said {
             self.step(Input::Seen(service, Fact::InFlight { at: began, requests }));
         }
-        Ok(id)
+        Ok((id, false))
     }
 
     /// What a service says of itself; it counts in a drain that is under way, and in the next one.
@@ -367,7 +417,8 @@ impl Driver {
         let place = self.active.as_ref().and_then(|active| {
             active.machine.begun.services.iter().position(|service| service.name == *name)
         });
-        if let Some(service) = place {
+        if let (Some(service), Some(active)) = (place, &mut self.active) {
+            active.said.insert(service, requests);
             self.step(Input::Seen(service, Fact::InFlight { at: clock::boottime(), requests }));
         }
         Ok(())
@@ -424,16 +475,19 @@ impl Driver {
             | Waited::Named(..) => {}
             Waited::Registered(Some((name, identity))) => {
                 if self.held.get(&name).is_some_and(|held| held.process.identity == identity) {
-                    self.forget(&name, "its process has ended");
+                    tracing::info!(service = %name, "a registration ends: its process has ended");
+                    self.forget(&name);
+                    self.ended.push_front((name, identity));
+                    self.ended.truncate(ENDED);
                 }
             }
             Waited::Registered(None) => {}
         }
     }
 
-    fn forget(&mut self, name: &Name, why: &str) {
-        tracing::info!(service = %name, "a registration ends: {why}");
+    fn forget(&mut self, name: &Name) {
         self.held.remove(name);
+        self.in_flight.remove(name);
         self.registry.died(name);
         self.save();
         self.publish();
@@ -442,18 +496,25 @@ impl Driver {
     fn events(&mut self, item: &Item) {
         let events = match item {
             Item::Events(events) => events,
-            Item::Gap(many) => {
-                self.missed(*many);
+            Item::Gap(_) => {
+                self.missed();
                 return;
             }
             // The kernel's ledger tells of these.
             Item::Lost(_) => return,
         };
         for (signal, by) in losses::kills(events) {
+            let is_in_drain =
+                self.active.as_ref().is_some_and(|active| owner(&active.machine, signal.target).is_some());
+            // Workers of the agent are nobody's service.
+            if by == By::Plumb && !is_in_drain {
+                continue;
+            }
             (self.tell)(Told::Killed(by));
-            let is_own = |held: &Held| held.process.identity.is(signal.target);
+            let held = self.held.iter().map(|(name, held)| (name, &held.process.identity));
+            let mut registered = held.chain(self.ended.iter().map(|(name, identity)| (name, identity)));
             if by != By::Plumb
-                && let Some((name, _)) = self.held.iter().find(|(_, held)| is_own(held))
+                && let Some((name, _)) = registered.find(|(_, identity)| identity.is(signal.target))
             {
                 tracing::warn!(service = %name, pid = signal.target.tgid, "{} sends KILL to a service", losses::sender(signal));
             }
@@ -475,7 +536,10 @@ impl Driver {
             meant.differs(&now.identity).map(|why| (name.clone(), why))
         };
         let changed: Vec<_> = self.held.iter().filter_map(changed).collect();
-        changed.iter().for_each(|(name, why)| self.forget(name, why));
+        for (name, why) in &changed {
+            tracing::warn!(service = %name, "a registration ends: {why}");
+            self.forget(name);
+        }
     }
 
     fn step(&mut self, input: Input) {
@@ -484,22 +548,31 @@ impl Driver {
         self.perform(actions);
     }
 
-    /// A drain is over: its report is kept, and nobody takes it up.
-    pub(super) fn close(&mut self, active: Active) {
-        let document = active.document();
-        tracing::info!("{}", document.headline());
+    /// A drain is over: nobody takes it up.
+    pub(super) fn close(&mut self, mut active: Active) {
+        self.known_ports = active.sockets.as_mut().map(Sockets::known).unwrap_or_default();
+        self.report(active.document());
+        if let Ok(journal) = active.journal {
+            let _ = journal.remove();
+        }
+    }
+
+    /// Keeps the report of a drain that is over, and tells of it.
+    pub(super) fn report(&self, document: Document) {
+        document.log();
+        let _turn = self.turn.take();
         if let Some(folder) = &self.settings.state_dir
             && let Err(error) = reports::keep(folder, &document)
         {
             tracing::warn!("the report of the drain is not kept: {error}");
         }
-        if let Ok(journal) = active.journal {
-            let _ = journal.remove();
-        }
         (self.tell)(Told::Drained(&document));
+        let document = Arc::new(document);
         self.views.send_modify(|view| {
             view.generation += 1;
-            view.drain = Some(Arc::new(document));
+            view.past.push_front(Arc::clone(&document));
+            view.past.truncate(PAST);
+            view.drain = Some(document);
         });
     }
 

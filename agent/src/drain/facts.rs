@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     fs::{self, File},
+    ops::RangeInclusive,
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
     thread,
@@ -38,7 +39,6 @@ pub(crate) struct Facts {
     pub is_awaited: bool,
     /// The first of a pid namespace of its own: the kernel keeps signals without a handler from it.
     pub is_init: bool,
-    pub tcp: Tcp,
     pub supervisor: Supervisor,
 }
 
@@ -114,7 +114,6 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
         has_signalfd: has_signalfd(&folder, signal),
         is_awaited: is_awaited(&folder, signal),
         is_init: is_init(&status),
-        tcp: tcp_of([process]),
         supervisor: supervisor(process),
     };
     process.is_alive().then_some(facts)
@@ -122,7 +121,7 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
 
 /// The TCP sockets of processes; what several of them share counts once.
 #[must_use]
-pub(super) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tcp {
+pub(crate) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tcp {
     let mut by_namespace: HashMap<u64, (u32, HashSet<u64>)> = HashMap::new();
     for process in processes {
         let pid = process.identity.pid;
@@ -151,16 +150,47 @@ pub(super) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tc
     sum
 }
 
-/// The ports on which a process listens, each with its network namespace; nothing where that cannot be read.
+/// The ports on which each of some processes listens or has listened, with its network namespace; nothing of one of which that
+/// cannot be read. In the agent's namespace a connection whose own port is none that the kernel gives to clients is one that was
+/// accepted.
 #[must_use]
-pub(crate) fn ports(pid: u32) -> Option<HashSet<Port>> {
-    let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
-    let netns = u32::try_from(namespace.ino()).ok()?;
-    let sockets = sockets_of(pid)?;
-    let tables = if sockets.is_empty() { Vec::new() } else { tcp(pid) };
-    let listens =
-        tables.iter().filter(|entry| entry.state == TcpState::Listen && sockets.contains(&entry.inode));
-    Some(listens.map(|entry| Port { netns, port: u32::from(entry.local_address.port()) }).collect())
+pub(crate) fn ports(pids: &[u32]) -> Vec<Option<HashSet<Port>>> {
+    let sockets = |pid: &u32| {
+        let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
+        Some((namespace.ino(), sockets_of(*pid)?))
+    };
+    let all: Vec<Option<(u64, HashSet<u64>)>> = pids.iter().map(sockets).collect();
+    let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).ok();
+    let of_clients = ports_of_clients();
+    let mut tables: HashMap<u64, Vec<TcpNetEntry>> = HashMap::new();
+    let of = |(pid, found): (&u32, Option<(u64, HashSet<u64>)>)| {
+        let (namespace, sockets) = found?;
+        let netns = u32::try_from(namespace).ok()?;
+        if sockets.is_empty() {
+            return Some(HashSet::new());
+        }
+        // With many connections, also closed ones, these take the kernel a while.
+        let table = tables.entry(namespace).or_insert_with(|| tcp(*pid));
+        // Another namespace may have other ones.
+        let clients = if own == Some(namespace) { of_clients.clone() } else { 0..=u16::MAX };
+        let is_its = |entry: &&TcpNetEntry| match entry.state {
+            TcpState::Listen => sockets.contains(&entry.inode),
+            TcpState::Established | TcpState::CloseWait => {
+                sockets.contains(&entry.inode) && !clients.contains(&entry.local_address.port())
+            }
+            _ => false,
+        };
+        let its = table.iter().filter(is_its);
+        Some(its.map(|entry| Port { netns, port: u32::from(entry.local_address.port()) }).collect())
+    };
+    pids.iter().zip(all).map(of).collect()
+}
+
+/// The ports that the kernel gives to who connects: ip(7).
+fn ports_of_clients() -> RangeInclusive<u16> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|number| number.parse().ok());
+    numbers.next().unwrap_or(32_768)..=numbers.next().unwrap_or(60_999)
 }
 
 /// A set of signals, as proc_pid_status(5) has it.
@@ -330,7 +360,7 @@ mod tests {
         let facts = |signal| of(&process, signal).unwrap();
         assert!(facts(libc::SIGTERM).caught && !facts(libc::SIGTERM).ignored);
         assert!(facts(libc::SIGINT).ignored && !facts(libc::SIGQUIT).caught);
-        assert!(!facts(libc::SIGTERM).blocked && facts(libc::SIGTERM).tcp.listeners.is_empty());
+        assert!(!facts(libc::SIGTERM).blocked && tcp_of([&process]).listeners.is_empty());
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(of(&process, libc::SIGTERM), None);

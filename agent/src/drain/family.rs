@@ -32,6 +32,8 @@ struct Claim {
     roots: Vec<Identity>,
     /// Its processes are all in the cgroup of this name.
     unit: Option<String>,
+    /// Nothing of it runs; not known of a unit.
+    is_absent: bool,
 }
 
 impl Claims {
@@ -43,14 +45,31 @@ impl Claims {
                 _ => None,
             };
             let found = match unit {
-                Some(_) => Vec::new(),
-                None => active::find(&service.target, held(at).as_deref())
-                    .map_or_else(|_| Vec::new(), |found| found.0),
+                Some(_) => None,
+                None => active::find(&service.target, held(at).as_deref()).ok().map(|found| found.0),
             };
-            let roots = found.into_iter().filter(|one| one.is_root).map(|one| one.process.identity);
-            Claim { is_admins: service.uid == 0, roots: roots.collect(), unit }
+            let is_absent = found.as_ref().is_some_and(Vec::is_empty);
+            let roots = found.into_iter().flatten().filter(|one| one.is_root).map(|one| one.process.identity);
+            Claim { is_admins: service.uid == 0, roots: roots.collect(), unit, is_absent }
         };
         Self(services.iter().enumerate().map(claim).collect())
+    }
+
+    /// Places of services of which nothing runs.
+    pub(super) fn absent(&self) -> Vec<usize> {
+        (0..self.0.len()).filter(|at| self.0[*at].is_absent).collect()
+    }
+
+    /// Whom a service has named before is its own for as long as he is there.
+    pub(super) fn keep(&mut self, before: Self) {
+        for (claim, before) in self.0.iter_mut().zip(before.0) {
+            let is_there = |root: &Identity| {
+                let is_named = claim.roots.iter().any(|known| known.is_same_process(root));
+                !is_named && process::start_ticks(root.pid) == Some(root.start_ticks)
+            };
+            let kept: Vec<Identity> = before.roots.into_iter().filter(is_there).collect();
+            claim.roots.extend(kept);
+        }
     }
 
     /// Another service that names a process.
@@ -227,8 +246,12 @@ mod tests {
             "{more:?}"
         );
         assert_eq!((more[0].process.ppid, more[1].process.ppid), (shell.0.id(), pids(&more)[0]));
-        let claim =
-            |is_admins, at: &Match| Claim { is_admins, roots: vec![at.process.identity.clone()], unit: None };
+        let claim = |is_admins, at: &Match| Claim {
+            is_admins,
+            roots: vec![at.process.identity.clone()],
+            unit: None,
+            is_absent: false,
+        };
         let claims = Claims(vec![claim(true, &found[0]), claim(false, &more[1])]);
         assert_eq!(pids(&descendants(&found, &claims, 0).0), pids(&more[..1]));
         // Nobody has less right to what he names alone.

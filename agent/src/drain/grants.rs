@@ -54,6 +54,23 @@ pub(crate) fn of_all(stages: &[Vec<Wish>], whole: Duration) -> Vec<Stage> {
     (0..stages.len()).map(grant).collect()
 }
 
+/// The same where some do not run, which get nothing and are waited for by nobody.
+#[must_use]
+pub(crate) fn of_present(stages: &[Vec<Option<Wish>>], whole: Duration) -> Vec<Stage> {
+    let present = stages.iter().map(|stage| stage.iter().flatten().copied().collect::<Vec<_>>());
+    let present: Vec<Vec<Wish>> = present.filter(|stage| !stage.is_empty()).collect();
+    let mut granted = of_all(&present, whole).into_iter();
+    let grant = |stage: &Vec<Option<Wish>>| {
+        let nothing = Stage { time: Duration::ZERO, services: Vec::new() };
+        let is_empty = stage.iter().flatten().next().is_none();
+        let Stage { time, services } = if is_empty { nothing } else { granted.next().unwrap_or(nothing) };
+        let mut services = services.into_iter();
+        let of = |wish: &Option<Wish>| wish.and_then(|_| services.next()).unwrap_or_default();
+        Stage { time, services: stage.iter().map(of).collect() }
+    };
+    stages.iter().map(grant).collect()
+}
+
 /// The first of the stages that remain, of `left` in all and `of_users` for those of users as long as the
 /// administrator's need the rest.
 ///

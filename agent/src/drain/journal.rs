@@ -55,6 +55,14 @@ impl Journal {
         Ok(Some((Self { file, path, len: whole as u64 }, entries)))
     }
 
+    /// Puts one that cannot be read aside, for whoever wants to know why.
+    pub(super) fn set_aside(folder: &Path) -> PathBuf {
+        let aside = folder.join(format!("{NAME}.refused"));
+        // What cannot be renamed is replaced by the next drain's.
+        let _ = fs::rename(folder.join(NAME), &aside);
+        aside
+    }
+
     /// Writes entries, and returns when they are as safe as the file system of the folder makes them.
     pub(super) fn append(&mut self, entries: &[Entry]) -> io::Result<()> {
         let mut text = Vec::new();
@@ -102,6 +110,7 @@ mod tests {
         }
         fs::write(&path, "nonsense\n").unwrap();
         assert!(Journal::open(&folder).is_err());
+        assert!(Journal::set_aside(&folder).exists() && Journal::open(&folder).unwrap().is_none());
         Journal::create(&folder).unwrap().remove().unwrap();
         assert!(!path.exists());
         fs::remove_dir_all(&folder).unwrap();

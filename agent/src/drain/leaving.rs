@@ -303,6 +303,7 @@ mod tests {
             deadline: DEADLINE,
             stages: vec![vec![0]],
             services: vec![Service { on_deadline, ..Service::example("web") }],
+            absent: Vec::new(),
         };
         let member = Member {
             identity: Identity::example(7),

@@ -26,16 +26,16 @@
 //! that reads them again is where the one before it was. A signal is announced by an entry of its own: one that was
 //! announced and of which nothing more is known may have been sent, and is not sent again.
 
-use std::time::Duration;
+use std::{iter, time::Duration};
 
 use super::{
     course::{
         Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, UnitEnd,
         nanos,
     },
-    grants::{self, Wish},
+    grants,
     identity::Identity,
-    service::{Name, OnDeadline, Signal},
+    service::{Name, OnDeadline, Service, Signal},
 };
 
 /// After the end of a service, in which it may turn out to have been started again.
@@ -46,6 +46,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(crate) const KILL_GRACE: Duration = Duration::from_secs(2);
 /// Sockets of a service that have left LISTEN, one by one.
 const MAX_LISTENERS: usize = 64;
+/// How often a service can say on how many requests it works.
+const MAX_SAID: usize = 512;
 /// With less time left a stage does not begin.
 const TOO_LATE: Duration = Duration::from_millis(10);
 
@@ -86,7 +88,11 @@ impl Machine {
     }
 
     fn new(begun: Begun) -> Self {
-        let runs = begun.services.iter().map(|_| Run::new()).collect();
+        let run = |service: &Service| {
+            let stop = service.stop.iter().flat_map(|stop| iter::once(stop.signal).chain(stop.late));
+            Run { stops: stop.map(Signal::number).collect(), ..Run::new() }
+        };
+        let runs = begun.services.iter().map(run).collect();
         Self {
             begun,
             runs,
@@ -182,7 +188,7 @@ impl Machine {
     /// Services of which something may have happened while no agent was there.
     pub(crate) fn unseen(&self) -> Vec<usize> {
         let is_under_way =
-            |run: &Run| run.signalled.is_some() && !matches!(run.phase, Phase::Settled | Phase::Late);
+            |run: &Run| !run.members.is_empty() && !matches!(run.phase, Phase::Settled | Phase::Late);
         (0..self.runs.len()).filter(|service| is_under_way(&self.runs[*service])).collect()
     }
 
@@ -262,8 +268,12 @@ impl Machine {
             Fact::Taken { signal, .. } => signals.contains(signal) && !seen.taken.contains(signal),
             Fact::Killed { .. } => seen.killed_by.is_none(),
             Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
-            Fact::Unseen { why } => !seen.unseen.contains(why),
-            Fact::InFlight { requests, .. } => seen.in_flight != Some(*requests),
+            Fact::Unseen { why, strays } => !seen.unseen.contains(why) || *strays && !seen.has_strays,
+            // Whoever says it too often is heard once more, when it has gone.
+            Fact::InFlight { requests, .. } => {
+                seen.in_flight != Some(*requests)
+                    && (seen.said < MAX_SAID || self.runs[service].phase == Phase::Confirming)
+            }
             Fact::Left { left, unknown } => (left, unknown) != (&seen.left, &seen.left_unknown),
             Fact::NoMemory { .. } | Fact::Lost { .. } | Fact::Counted { .. } => true,
         }
@@ -283,7 +293,7 @@ impl Machine {
                 break;
             }
             let left = Duration::from_nanos(self.begun.deadline.saturating_sub(now));
-            let grants = grants::of_stage(&self.wishes(next), left, self.of_users(now)).services;
+            let grants = grants::of_stage(&self.begun.wishes(next), left, self.of_users(now)).services;
             self.record(out, Entry::Stage { at: now, stage: next, grants });
             for service in self.begun.stages[next].clone() {
                 if left < TOO_LATE {
@@ -298,12 +308,6 @@ impl Machine {
         }
     }
 
-    /// What the services ask for, from a stage on.
-    fn wishes(&self, first: usize) -> Vec<Vec<Wish>> {
-        let wish = |service: &usize| self.begun.services[*service].wish();
-        self.begun.stages[first..].iter().map(|stage| stage.iter().map(wish).collect()).collect()
-    }
-
     /// What the stages of users have not taken yet of their half of the whole time.
     fn of_users(&self, now: u64) -> Duration {
         let half = self.begun.deadline.saturating_sub(self.begun.began) / 2;
@@ -312,8 +316,8 @@ impl Machine {
             Some(service) if stage < past => self.runs[*service].began,
             _ => now,
         };
-        let wishes = self.wishes(0);
-        let theirs = (0..past).filter(|stage| !grants::is_admins(&wishes[*stage]));
+        let is_admins = |service: &usize| self.begun.services[*service].wish().is_admin;
+        let theirs = (0..past).filter(|stage| !self.begun.stages[*stage].iter().any(is_admins));
         let taken: u64 = theirs.map(|stage| began(stage + 1).saturating_sub(began(stage))).sum();
         Duration::from_nanos(half.saturating_sub(taken))
     }
@@ -329,6 +333,8 @@ impl Machine {
         }
         if self.begun.services[service].has_prestop() && !self.runs[service].prestopped {
             self.record(out, Entry::Prestop { at: now, service });
+            // What becomes of it meanwhile is its end, too.
+            self.record(out, Entry::Found { at: now, service, found: Box::new(found) });
             out.push(Action::Prestop(service));
             return;
         }
@@ -474,7 +480,11 @@ impl Machine {
     pub(crate) fn settle(&mut self) -> Vec<Action> {
         let gone = (0..self.runs.len()).filter(|service| self.runs[*service].phase == Phase::Gone);
         let gone: Vec<usize> = gone.collect();
-        gone.iter().for_each(|service| self.runs[*service].looks = 2);
+        for service in &gone {
+            let run = &mut self.runs[*service];
+            run.looks = 2;
+            run.notes.push("it was not watched for all of 5s whether it runs again".to_owned());
+        }
         gone.into_iter().map(Action::Look).collect()
     }
 

@@ -68,7 +68,7 @@ fn what_users_have_registered_does_not_take_the_time_of_the_administrators() {
     let mut world = World::begin(behaviours, stages, 30_000, Vec::new());
     world.run();
     let machine = &world.machine;
-    let planned = grants::of_all(&machine.wishes(0), Duration::from_secs(30));
+    let planned = grants::of_all(&machine.begun.wishes(0), Duration::from_secs(30));
     let granted: Vec<_> = machine.runs.iter().map(|run| run.grant).collect();
     let close = |(stage, grant): (&grants::Stage, &Duration)| stage.time.abs_diff(*grant).as_micros() == 0;
     assert!(planned.iter().zip(&granted).all(close), "{planned:?}, {granted:?}");
@@ -94,4 +94,83 @@ fn a_wait_that_is_given_up_is_called_what_it_is() {
         assert_eq!(actions[0], Action::EndPrestop(0));
         assert!(world.machine.runs[0].notes[0].starts_with(called), "{:?}", world.machine.runs[0].notes);
     }
+}
+
+#[test]
+fn who_ends_while_prestop_runs_is_not_taken_for_who_did_not_run() {
+    for (status, expected) in [
+        (Some(0), Verdict::Clean),
+        (Some(libc::SIGTERM), Verdict::Clean),
+        (Some(libc::SIGSEGV), Verdict::Lossy),
+        (None, Verdict::Lossy),
+    ] {
+        let behaviours = vec![Behaviour { prestop: Some(100), ..simple(Some(0)) }];
+        let mut world = World::begin(behaviours, vec![vec![0]], 30_000, Vec::new());
+        if let Some(status) = status {
+            let actions = world
+                .machine
+                .step(world.now, Input::Seen(0, Fact::Exit { member: 0, status, time: world.now }));
+            world.perform(actions);
+        }
+        world.dead.insert((0, 0), world.now);
+        world.run();
+        let run = &world.machine.runs[0];
+        assert_eq!((run.signals.len(), verdict(run).unwrap().0), (0, expected), "{run:#?}");
+        assert!(run.looks > 0, "it may have been started again");
+        let again = Machine::replay(world.journal).unwrap();
+        assert_eq!(verdict(&again.runs[0]).unwrap().0, expected);
+    }
+}
+
+/// Of two processes one crashes while prestop runs, and the other one ends well when it is asked to.
+#[test]
+fn a_crash_while_prestop_runs_is_told_though_others_are_left() {
+    let behaviours = vec![Behaviour { prestop: Some(100), stops: vec![Some(0), Some(0)], ..simple(None) }];
+    let mut world = World::begin(behaviours, vec![vec![0]], 30_000, Vec::new());
+    let exit = Fact::Exit { member: 0, status: libc::SIGSEGV, time: world.now };
+    let actions = world.machine.step(world.now, Input::Seen(0, exit));
+    world.perform(actions);
+    world.dead.insert((0, 0), world.now);
+    world.run();
+    let run = &world.machine.runs[0];
+    assert_eq!(verdict(run).unwrap(), (Verdict::Lossy, "it died of SEGV".to_owned()), "{run:#?}");
+}
+
+#[test]
+fn a_late_signal_for_who_had_just_gone_does_not_count() {
+    let late = Behaviour { late: true, deadline: Some(3_000), ..simple(Some(1_999)) };
+    let mut world = World::begin(vec![late], vec![vec![0]], 30_000, Vec::new());
+    // It ends, and before that is told its late signal is due.
+    let time = world.now + 1_999 * MS;
+    world.dead.insert((0, 0), time);
+    world.now += 2_000 * MS;
+    world.due.clear();
+    let actions = world.machine.step(world.now, Input::Time);
+    world.perform(actions);
+    assert_eq!(world.machine.runs[0].signals, [libc::SIGTERM, libc::SIGINT]);
+    for input in [Input::Seen(0, Fact::Exit { member: 0, status: 0, time }), Input::Gone(0, 0)] {
+        let actions = world.machine.step(world.now, input);
+        world.perform(actions);
+    }
+    world.run();
+    let run = &world.machine.runs[0];
+    assert_eq!(
+        (verdict(run).unwrap().0, run.sent().collect()),
+        (Verdict::Clean, vec![libc::SIGTERM]),
+        "{run:#?}"
+    );
+}
+
+#[test]
+fn who_says_without_end_how_much_he_works_on_is_heard_at_his_end() {
+    let mut world = World::begin(vec![simple(None)], vec![vec![0]], 30_000, Vec::new());
+    for requests in (0..3_000).map(|at| at % 2) {
+        let actions =
+            world.machine.step(world.now, Input::Seen(0, Fact::InFlight { at: world.now, requests }));
+        world.perform(actions);
+    }
+    assert_eq!(world.machine.runs[0].timeline.len(), 1 + MAX_SAID / 2);
+    world.machine.runs[0].phase = Phase::Confirming;
+    world.machine.step(world.now, Input::Seen(0, Fact::InFlight { at: world.now, requests: 7 }));
+    assert_eq!(world.machine.runs[0].seen.in_flight, Some(7));
 }

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use super::{
     super::{
         identity::Identity,
-        report::{Verdict, verdict},
         service::{Service, Stop},
+        verdict::{Verdict, verdict},
     },
     *,
 };
@@ -138,6 +138,7 @@ impl World {
             deadline: began + deadline * MS,
             stages,
             services: behaviours.iter().enumerate().map(service).collect(),
+            absent: Vec::new(),
         };
         let (machine, actions) = Machine::begin(begun);
         let mut world = Self {
@@ -240,7 +241,9 @@ impl World {
                 if behaviour.absent || left.is_empty() {
                     return Some(Input::NotRunning(service));
                 }
-                let members = left.iter().map(|at| member(*at)).collect();
+                let root = left.first();
+                let members =
+                    left.iter().map(|at| Member { is_root: Some(at) == root, ..member(*at) }).collect();
                 let unit = behaviour.unit.map(|_| "a.service".to_owned());
                 Some(Input::Found(service, Found { members, unit, ..Found::default() }))
             }

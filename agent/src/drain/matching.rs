@@ -9,6 +9,8 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
+use procfs::net::{self, TcpNetEntry, TcpState};
+
 use super::{
     identity::TICKS,
     process::{self, NoProcess, Process},
@@ -59,10 +61,19 @@ pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<Vec<Match>
     if processes.len() > MAX_MEMBERS {
         return Err(format!("it has more than {MAX_MEMBERS} processes: name its main process by a pidfile"));
     }
-    let numbers: HashSet<u32> = processes.iter().map(|process| process.identity.pid).collect();
-    let roots =
-        |process: Process| Match { is_root: !numbers.contains(&process.ppid), is_descendant: false, process };
-    Ok(processes.into_iter().map(roots).collect())
+    let named = |process| Match { process, is_root: false, is_descendant: false };
+    let mut found: Vec<Match> = processes.into_iter().map(named).collect();
+    find_roots(&mut found);
+    Ok(found)
+}
+
+/// Of the processes that a service names, those that no other one of them has started are its roots.
+pub(super) fn find_roots(found: &mut [Match]) {
+    let named = found.iter().filter(|one| !one.is_descendant);
+    let numbers: HashSet<u32> = named.map(|one| one.process.identity.pid).collect();
+    for one in found {
+        one.is_root = !one.is_descendant && !numbers.contains(&one.process.ppid);
+    }
 }
 
 /// All processes for which something holds, before and after they were taken hold of.
@@ -113,12 +124,18 @@ fn is_in_cgroup(pid: u32, path: &str) -> bool {
 
 /// Inodes of the TCP sockets that listen on a port, in the agent's network namespace.
 fn listening(port: u16) -> HashSet<u64> {
-    let entries = [procfs::net::tcp(), procfs::net::tcp6()];
-    let entries = entries.into_iter().filter_map(Result::ok).flatten();
-    let listens = |entry: &procfs::net::TcpNetEntry| {
-        entry.state == procfs::net::TcpState::Listen && entry.local_address.port() == port
-    };
-    entries.filter(listens).map(|entry| entry.inode).collect()
+    on_port(port).filter(|entry| entry.state == TcpState::Listen).map(|entry| entry.inode).collect()
+}
+
+/// Whether somebody has a connection on a port, in the agent's network namespace.
+pub(super) fn has_connections(port: u16) -> bool {
+    let is_open = |entry: &TcpNetEntry| matches!(entry.state, TcpState::Established | TcpState::CloseWait);
+    on_port(port).any(|entry| is_open(&entry) && entry.inode != 0)
+}
+
+fn on_port(port: u16) -> impl Iterator<Item = TcpNetEntry> {
+    let entries = [net::tcp(), net::tcp6()].into_iter().filter_map(Result::ok).flatten();
+    entries.filter(move |entry| entry.local_address.port() == port)
 }
 
 fn holds(pid: u32, sockets: &HashSet<u64>) -> bool {

@@ -1,7 +1,7 @@
 //! Drain: registered services stop in order, by a signal, within a deadline, and never the wrong process.
 //!
 //! `service` says what is registered, `registry` what may be, `order` who waits for whom and `grants` how the time is
-//! divided. `machine` is the course of one drain, without IO, and `report` what came of it. `driver` is the one task
+//! divided. `machine` is the course of one drain, without IO, `verdict` judges how each service ended, and `report` is what came of it. `driver` is the one task
 //! that does what the machine wants: it finds processes (`matching`, `process`) and what they have started (`family`), looks at them (`facts`, judged by
 //! `preflight`), signals them (`signaller`) or has systemd stop them (`units`), and keeps the `journal`.
 
@@ -32,20 +32,22 @@ mod sockets;
 mod systemd;
 mod triggers;
 mod units;
+mod verdict;
 mod written;
 
 pub(crate) use self::{
     command::{Asked, Command, Listed, Plan, Preflight, Registration, Settings, View},
     course::{NotSent, signal_name},
     driver::{Driver, Told},
-    facts::{Facts, Listener, Supervisor, Tcp, of as facts_of, ports},
+    facts::{Facts, Listener, Supervisor, Tcp, of as facts_of, ports, tcp_of},
     grants::Stage as Grants,
     identity::ticks,
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
-    report::{Document, ServiceDocument, State, Verdict},
+    report::{Document, ServiceDocument, State},
     service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
     signaller::send,
     triggers::{Shutdown, all, on_usr1, usr1},
+    verdict::Verdict,
     written::{Drain, WrittenService},
 };

@@ -1,7 +1,7 @@
 //! What is said of a process before it gets a signal, and whether it gets one.
 
 use super::{
-    facts::{Facts, Supervisor},
+    facts::{Facts, Supervisor, Tcp},
     service::Stop,
 };
 
@@ -15,9 +15,10 @@ pub(crate) struct Judgement {
     pub is_unhandled: bool,
 }
 
-/// Judges a process of which its service says how it is to be stopped; or systemd does, through its unit.
+/// Judges a process, with the sockets that are told of with it, of which its service says how it is to be stopped; or systemd
+/// does, through its unit.
 #[must_use]
-pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement {
+pub(crate) fn judge(facts: &Facts, tcp: &Tcp, stop: &Stop, unit: Option<&str>) -> Judgement {
     let signal = stop.signal.name();
     let mut judgement = Judgement::default();
     let mut note = |text: String| judgement.notes.push(text);
@@ -55,18 +56,18 @@ pub(crate) fn judge(facts: &Facts, stop: &Stop, unit: Option<&str>) -> Judgement
     } else if !is_handled && !facts.ignored && refused.is_none() {
         note(format!("nothing handles {signal}: it ends at once and finishes nothing"));
     }
-    if facts.tcp.listeners.len() > MAX_LISTENERS {
-        note(format!("listens on {} addresses", facts.tcp.listeners.len()));
-    } else if !facts.tcp.listeners.is_empty() {
-        let addresses: Vec<&str> = facts.tcp.listeners.iter().map(|one| one.address.as_str()).collect();
+    if tcp.listeners.len() > MAX_LISTENERS {
+        note(format!("listens on {} addresses", tcp.listeners.len()));
+    } else if !tcp.listeners.is_empty() {
+        let addresses: Vec<&str> = tcp.listeners.iter().map(|one| one.address.as_str()).collect();
         note(format!("listens on {}", addresses.join(", ")));
     }
-    match facts.tcp.connections {
+    match tcp.connections {
         0 => {}
         1 => note("1 connection".to_owned()),
         many => note(format!("{many} connections")),
     }
-    match facts.tcp.busy {
+    match tcp.busy {
         0 => {}
         1 => note("1 of them has data under way: a request may be in flight".to_owned()),
         many => note(format!("{many} of them have data under way: requests may be in flight")),
@@ -79,13 +80,10 @@ const MAX_LISTENERS: usize = 4;
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::facts::{Listener, Tcp},
-        *,
-    };
+    use super::{super::facts::Listener, *};
 
     fn judged(facts: &Facts) -> Judgement {
-        judge(facts, &Stop::of(None, Some("nginx")).unwrap(), None)
+        judge(facts, &Tcp::default(), &Stop::of(None, Some("nginx")).unwrap(), None)
     }
 
     #[test]
@@ -114,11 +112,9 @@ mod tests {
         let parent = Supervisor::Parent("runsv".to_owned(), 7);
         assert!(said(Facts { supervisor: parent, caught: true, ..Facts::default() }).contains("runsv (7)"));
         let listener = Listener { address: "[::]:80".to_owned(), waiting: 0 };
-        let busy = Facts {
-            caught: true,
-            tcp: Tcp { connections: 3, listeners: vec![listener], busy: 0 },
-            ..Facts::default()
-        };
-        assert_eq!(said(busy), "listens on [::]:80; 3 connections");
+        let tcp = Tcp { connections: 3, listeners: vec![listener], busy: 0 };
+        let caught = Facts { caught: true, ..Facts::default() };
+        let judgement = judge(&caught, &tcp, &Stop::of(None, Some("nginx")).unwrap(), None);
+        assert_eq!(judgement.notes.join("; "), "listens on [::]:80; 3 connections");
     }
 }

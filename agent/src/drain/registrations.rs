@@ -45,7 +45,8 @@ pub(super) fn load(folder: &Path, boot_id: &str) -> Vec<Service> {
         Ok(saved) if saved.boot_id == boot_id => saved.services,
         Ok(_) => Vec::new(),
         Err(error) => {
-            tracing::warn!("registrations of an agent before are lost: {error}");
+            let path = folder.join(NAME);
+            tracing::warn!("registrations of an agent before are lost: {}: {error}", path.display());
             Vec::new()
         }
     }

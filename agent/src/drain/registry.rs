@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     order,
-    service::{Name, Service, Target},
+    service::{NO_NAME, Name, Service, Target},
 };
 
 /// Services of one user at most, and of all.
@@ -39,7 +39,7 @@ pub(crate) const fn is_admin(uid: u32) -> bool {
 /// Why a registration, or a drain of one, is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("{0:?} is not a name")]
+    #[error("{0:?} {NO_NAME}")]
     BadName(String),
     #[error("{0}")]
     BadRequest(String),
@@ -62,13 +62,16 @@ pub(crate) enum Refusal {
     #[error("process {0} is not yours to signal: {1}")]
     NotYourProcess(u32, String),
     #[error("{0}")]
+    NobodysProcess(String),
+    #[error("{0}")]
     NoSuchProcess(String),
     #[error("who is at the other end of the socket is not known: {0}")]
     UnknownPeer(String),
     #[error("{0} waits for {1}")]
     Needed(Name, Name),
+    /// And whether the caller can cancel it.
     #[error("a drain is under way: {0}")]
-    UnderWay(String),
+    UnderWay(String, bool),
     #[error("no drain is under way")]
     NotUnderWay,
 }
@@ -91,11 +94,11 @@ impl Refusal {
             Self::Cycle(_) => "cycle",
             Self::TooManyOfUser(_) | Self::TooMany => "too-many",
             Self::NotYours(_) => "not-yours",
-            Self::NotYourProcess(..) => "not-your-process",
+            Self::NotYourProcess(..) | Self::NobodysProcess(_) => "not-your-process",
             Self::NoSuchProcess(_) => "no-such-process",
             Self::UnknownPeer(_) => "unknown-peer",
             Self::Needed(..) => "needed",
-            Self::UnderWay(_) => "under-way",
+            Self::UnderWay(..) => "under-way",
             Self::NotUnderWay => "not-under-way",
         }
     }
@@ -104,7 +107,7 @@ impl Refusal {
     #[must_use]
     pub(crate) fn remedy(&self) -> &'static str {
         match self {
-            Self::BadName(_) => super::service::NO_NAME,
+            Self::BadName(_) => "take another name",
             Self::BadRequest(_) => "docs/drain.md has examples",
             Self::BarePid => {
                 "start_ticks is field 22 of /proc/PID/stat; `plumb services add --pid` sends both"
@@ -120,12 +123,14 @@ impl Refusal {
             Self::NotYourProcess(..) => {
                 "have it register itself, or ask the administrator: root is that through plumb.sock, and nobody through services.sock"
             }
+            Self::NobodysProcess(_) => "name the process of the service itself",
             Self::NoSuchProcess(_) => "look at it again, and send what it is now",
             Self::UnknownPeer(_) => {
                 "register from a process of this host's pid namespace that goes on running"
             }
             Self::Needed(..) => "remove that one first",
-            Self::UnderWay(_) => "wait for its end, or `plumb drain --cancel`",
+            Self::UnderWay(_, true) => "wait for its end, or `plumb drain --cancel`",
+            Self::UnderWay(_, false) => "wait for its end: it is not yours to cancel",
             Self::NotUnderWay => "`plumb drain --last` shows the last one",
         }
     }
@@ -181,6 +186,30 @@ impl Registry {
         Ok(())
     }
 
+    /// Adds what was registered before the settings were read, in which services may wait for later ones; returns what was added.
+    pub(crate) fn take_up(&mut self, saved: Vec<Service>) -> Vec<Service> {
+        let dropped = |service: &Service, why: &Refusal| {
+            let Service { name, uid, .. } = service;
+            tracing::warn!(service = %name, uid, "a registration of an agent before is dropped: {why}");
+        };
+        let (taken, mut own): (Vec<Service>, Vec<Service>) =
+            saved.into_iter().partition(|service| self.get(&service.name).is_some());
+        for service in &taken {
+            let Some(other) = self.get(&service.name) else { continue };
+            dropped(service, &Refusal::Duplicate(service.name.clone(), other.target.words()));
+        }
+        // A service may not be in the settings any more.
+        let known: BTreeSet<Name> = self.0.iter().chain(&own).map(|service| service.name.clone()).collect();
+        for after in own.iter_mut().filter_map(|service| service.after.as_mut()) {
+            after.retain(|name| known.contains(name));
+        }
+        if let Err(why) = self.add_all(own.clone()) {
+            own.iter().for_each(|service| dropped(service, &why));
+            own.clear();
+        }
+        own
+    }
+
     /// Adds one. Who registers the same process by the same name again only says it anew, and keeps its place.
     pub(crate) fn add(&mut self, service: Service) -> Result<(), Refusal> {
         let mut all = self.0.clone();
@@ -212,21 +241,27 @@ impl Registry {
         Ok(())
     }
 
-    /// Removes one that nobody waits for by name.
+    /// Removes one that nobody waits for by name. Others than the administrator hold up only their own; they then wait for
+    /// what it had waited for.
     pub(crate) fn remove(&mut self, name: &Name, caller: Caller) -> Result<Service, Refusal> {
         let at = self.0.iter().position(|service| service.name == *name);
         let at = at.ok_or_else(|| Refusal::Unknown(name.clone()))?;
         if !caller.owns(self.0[at].uid) {
             return Err(Refusal::NotYours(name.clone()));
         }
-        let waits = |service: &&Service| service.after.as_ref().is_some_and(|after| after.contains(name));
-        if let Some(other) = self.0.iter().find(waits) {
+        let holds_up = |service: &&Service| {
+            let waits = service.after.as_ref().is_some_and(|after| after.contains(name));
+            waits && (is_admin(service.uid) || service.uid == caller.uid)
+        };
+        if let Some(other) = self.0.iter().find(holds_up) {
             return Err(Refusal::Needed(other.name.clone(), name.clone()));
         }
-        Ok(self.0.remove(at))
+        let removed = self.0[at].clone();
+        self.died(name);
+        Ok(removed)
     }
 
-    /// Removes one whose process has gone. Who waited for it waits for what it had waited for.
+    /// Removes one, such as one whose process has gone. Who waited for it waits for what it had waited for.
     pub(crate) fn died(&mut self, name: &Name) {
         let Some(at) = self.0.iter().position(|service| service.name == *name) else { return };
         let gone = self.0.remove(at);
@@ -298,6 +333,32 @@ mod tests {
         registry.remove(&name("web"), Caller::AGENT).unwrap();
         registry.remove(&name("db"), Caller::AGENT).unwrap();
         assert!(registry.list().is_empty());
+    }
+
+    #[test]
+    fn no_user_holds_up_a_removal_by_the_administrator() {
+        let mut registry = Registry::default();
+        registry.add(Service::example("web")).unwrap();
+        registry.add(Service { uid: 1000, ..Service::example("hold").after(&["web"]) }).unwrap();
+        registry.add(Service { uid: 1000, ..Service::example("more").after(&["hold"]) }).unwrap();
+        registry.remove(&name("web"), Caller::AGENT).unwrap();
+        assert_eq!(registry.get(&name("hold")).unwrap().after, Some(BTreeSet::new()));
+        let user = Caller { uid: 1000, is_admin: false };
+        assert_eq!(registry.remove(&name("hold"), user).unwrap_err().code(), "needed");
+    }
+
+    #[test]
+    fn what_is_taken_up_keeps_its_order_though_some_have_gone_and_others_are_in_the_settings_now() {
+        let mut registry = Registry::default();
+        registry.add(Service::example("settings")).unwrap();
+        let of = |text: &str, after: &[&str]| Service::example(text).after(after);
+        let (first, second) = (of("first", &["second", "gone", "nowhere"]), of("second", &[]));
+        let saved = vec![first, of("gone", &["last"]), second, of("last", &[]), of("settings", &[])];
+        let added = registry.take_up(saved);
+        assert_eq!(added.len(), 4, "{added:?}");
+        registry.died(&name("gone"));
+        let after = registry.get(&name("first")).unwrap().after.clone();
+        assert_eq!(after, Some([name("second"), name("last")].into()));
     }
 
     #[test]

@@ -5,47 +5,13 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    course::{Fact, Found, LostRequest, NotSent, Phase, Run, Sent, signal_name},
+    course::{Found, LostRequest, NotSent, Run, Sent, signal_name},
     grants,
     machine::Machine,
     service::Name,
+    verdict::{Verdict, verdict},
 };
 use crate::{clock::Calendar, document::SCHEMA, left::Left, losses::Class};
-
-/// What became of a service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Verdict {
-    /// It ended by itself in time, and lost no request.
-    Clean,
-    /// It ended so that work was lost, or nobody saw how it ended.
-    Lossy,
-    /// It was there at its deadline.
-    Timeout,
-    /// KILL ended it.
-    Killed,
-    /// It ended, and runs again.
-    Restarted,
-    /// It was not asked to stop.
-    Refused,
-}
-
-impl Verdict {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Clean, Self::Lossy, Self::Timeout, Self::Killed, Self::Restarted, Self::Refused];
-
-    #[must_use]
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Self::Clean => "clean",
-            Self::Lossy => "lossy",
-            Self::Timeout => "timeout",
-            Self::Killed => "killed",
-            Self::Restarted => "restarted",
-            Self::Refused => "refused",
-        }
-    }
-}
 
 /// How far a drain is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -179,111 +145,6 @@ pub(crate) struct Moment {
     pub what: String,
 }
 
-/// The verdict of a service, as soon as there is one, and its reason.
-#[must_use]
-pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
-    if let Some(why) = &run.refused {
-        return Some((Verdict::Refused, why.clone()));
-    }
-    if let Some(what) = &run.again {
-        return Some((Verdict::Restarted, what.clone()));
-    }
-    if run.is_late {
-        if let Some(why) = &run.given_up {
-            return Some((Verdict::Timeout, format!("it still ran when it was given up: {why}")));
-        }
-        let left = run.members.iter().filter(|one| one.gone.is_none()).count();
-        let why = match (run.signalled, left) {
-            (None, _) => "no time was left to ask it to stop".to_owned(),
-            (_, 0) if run.found.unit.is_some() && !run.unit_stopped => {
-                "systemd was not through with its unit at its deadline".to_owned()
-            }
-            (_, 0 | 1) => "it still ran at its deadline".to_owned(),
-            (_, left) => format!("{left} of its processes still ran at its deadline"),
-        };
-        return Some((Verdict::Timeout, why + ignored(run)));
-    }
-    if !matches!(run.phase, Phase::Gone | Phase::Settled) {
-        return None;
-    }
-    if run.killed.is_some() {
-        let why = format!("it did not stop in time{}{}", ignored(run), lost_too(run));
-        return Some((Verdict::Killed, why));
-    }
-    let roots: Vec<_> = run.members.iter().filter(|one| one.member.is_root).map(|one| one.status).collect();
-    let signal = roots.iter().flatten().map(|status| status & 0x7f).find(|signal| *signal != 0);
-    let code = roots.iter().flatten().map(|status| status >> 8 & 0xff).find(|code| *code != 0);
-    let is_asked = |signal| run.signals.contains(&signal) || run.found.kill_signal == Some(signal);
-    let verdict = match signal {
-        // Its main process may have ended well, and another one not at all.
-        _ if run.unit_result.as_deref() == Some("timeout") => {
-            let why = "systemd sent KILL: it did not stop within its TimeoutStopSec=";
-            (Verdict::Killed, format!("{why}{}", lost_too(run)))
-        }
-        Some(libc::SIGKILL) => {
-            let by = run.seen.killed_by.as_deref().unwrap_or("somebody else");
-            (Verdict::Killed, format!("{by} sent KILL{}", lost_too(run)))
-        }
-        Some(signal) if !is_asked(signal) => {
-            (Verdict::Lossy, format!("it died of {}{}", signal_name(signal), lost_too(run)))
-        }
-        _ if !run.seen.lost.is_empty() => (Verdict::Lossy, lost(run)),
-        _ if run.seen.in_flight.is_some_and(|requests| requests > 0) => {
-            let requests = run.seen.in_flight.unwrap_or(0);
-            (Verdict::Lossy, format!("it said that it worked on {requests} requests, and ended"))
-        }
-        _ if (!run.found.ports.is_empty() || !run.found.knows_ports) && !run.seen.unseen.is_empty() => {
-            let why = run.seen.unseen.join("; ");
-            (Verdict::Lossy, format!("it may have lost requests that nobody saw: {why}"))
-        }
-        // It was sent because the first one had left something under way.
-        _ if run.signals.len() > 1 => {
-            let late = run.signals.last().map_or_else(String::new, |signal| signal_name(*signal));
-            (Verdict::Lossy, format!("it did not stop by itself, and {late} ended what was still under way"))
-        }
-        Some(signal) => match run.found.connections {
-            many @ 1.. if run.found.ports.is_empty() => {
-                (Verdict::Lossy, format!("{} ended it with {many} connections", signal_name(signal)))
-            }
-            _ => (Verdict::Clean, format!("{} ended it, and no request was lost", signal_name(signal))),
-        },
-        None if run.members.is_empty() => match &run.found.unit {
-            Some(_) => (Verdict::Clean, "it had no process, and its unit is stopped".to_owned()),
-            None => (Verdict::Clean, "it did not run".to_owned()),
-        },
-        // The agent was not there, or the event was lost.
-        None if roots.contains(&None) => {
-            (Verdict::Lossy, "it ended in time, but nobody saw how: work may be lost".to_owned())
-        }
-        None => match code {
-            Some(code) => (Verdict::Clean, format!("it ended in time, with exit code {code}")),
-            None => (Verdict::Clean, "it ended in time".to_owned()),
-        },
-    };
-    // One that comes back may still do so.
-    (run.phase == Phase::Settled).then_some(verdict)
-}
-
-/// `3 requests lost: 2 reset in the accept queue, 1 read and not answered`
-fn lost(run: &Run) -> String {
-    let all: u64 = run.seen.lost.values().sum();
-    let by: Vec<String> = run.seen.lost.iter().map(|(class, many)| format!("{many} {class}")).collect();
-    let guessed = match run.seen.guessed {
-        0 => String::new(),
-        many => format!("; {many} of them perhaps"),
-    };
-    format!("{all} {} lost: {}{guessed}", if all == 1 { "request" } else { "requests" }, by.join(", "))
-}
-
-fn ignored(run: &Run) -> &'static str {
-    let is_ignored = run.seen.left.iter().any(|left| left.ignored_the_stop == Some(true));
-    if is_ignored { ": it ignored the stop" } else { "" }
-}
-
-fn lost_too(run: &Run) -> String {
-    if run.seen.lost.is_empty() { String::new() } else { format!("; {}", lost(run)) }
-}
-
 /// Seconds between two times since boot.
 fn between(from: u64, to: u64) -> f64 {
     (to as f64 - from as f64) / 1e9
@@ -336,6 +197,46 @@ impl Document {
                     && service.signals.iter().any(|signal| signal == "KILL")
         };
         self.services.iter().any(late)
+    }
+
+    /// What changes when it goes on.
+    #[must_use]
+    pub(super) fn how_far(&self) -> (String, Vec<(String, usize)>) {
+        let services = self.services.iter().map(|one| (one.phase.clone(), one.signals.len()));
+        (self.id.clone(), services.collect())
+    }
+
+    /// One that nobody goes on with: the host has crashed, or the journal is lost. It may have gone further than it says.
+    #[must_use]
+    pub(super) fn interrupted(mut self) -> Self {
+        let why = "the host or the agent went down in it, and its journal is not there or cannot be read";
+        for service in self.services.iter_mut().filter(|one| one.verdict.is_none()) {
+            service.why = match service.phase.as_str() {
+                "waiting" => format!(
+                    "nobody saw what became of it: {why}; it had not been asked to stop, as far as was written"
+                ),
+                "gone" => {
+                    format!("nobody saw whether more was lost, and whether it was started again: {why}")
+                }
+                _ => format!("nobody saw what became of it: {why}"),
+            };
+            (service.phase, service.verdict) = ("settled".to_owned(), Some(Verdict::Lossy));
+        }
+        (self.state, self.given_up) = (State::Finished, Some(why.to_owned()));
+        self
+    }
+
+    /// Tells the log what came of it.
+    pub(super) fn log(&self) {
+        for one in &self.services {
+            let (name, why, word) = (&one.name, &one.why, one.verdict.map_or("no verdict", Verdict::word));
+            if one.verdict == Some(Verdict::Clean) {
+                tracing::info!(service = name, "{word}: {why}");
+            } else {
+                tracing::warn!(service = name, "{word}: {why}");
+            }
+        }
+        tracing::info!("{}", self.headline());
     }
 
     /// One line of how far it is, or what came of it.
@@ -393,7 +294,7 @@ fn service(machine: &Machine, at: usize, run: &Run, stage: usize) -> ServiceDocu
         phase: format!("{:?}", run.phase).to_lowercase(),
         verdict,
         why,
-        signals: run.signals.iter().map(|signal| signal_name(*signal)).collect(),
+        signals: run.sent().map(signal_name).collect(),
         unit: unit.clone(),
         pids: run.members.iter().map(|one| one.member.identity.pid).collect(),
         left: run.members.iter().filter(|one| one.gone.is_none()).count(),
@@ -467,48 +368,17 @@ impl ServiceDocument {
     }
 }
 
-/// The evidence of a service's end, as far as there is one now.
-#[must_use]
-pub(crate) fn exit(member: usize, status: u32, time: u64) -> Fact {
-    Fact::Exit { member, status: status as i32, time }
-}
-
 #[cfg(test)]
 mod tests {
     use super::{
         super::{
-            apply::saw,
-            course::{Begun, Member, of_member},
-            identity::Identity,
+            course::{Begun, Phase},
             service::Service,
         },
         *,
     };
 
-    #[test]
-    fn ports_that_could_not_be_read_are_not_taken_for_none() {
-        for (knows_ports, expected) in [(true, Verdict::Clean), (false, Verdict::Lossy)] {
-            let mut run = Run::new();
-            let member = Member {
-                identity: Identity::example(7),
-                is_root: true,
-                is_descendant: false,
-                command: String::new(),
-            };
-            run.members = vec![of_member(member)];
-            run.found.knows_ports = knows_ports;
-            (run.phase, run.gone) = (Phase::Settled, Some(9));
-            saw(&mut run, &Fact::Exit { member: 0, status: 0, time: 8 });
-            saw(&mut run, &Fact::Unseen { why: "its ports could not be read".to_owned() });
-            assert_eq!(verdict(&run).unwrap().0, expected);
-        }
-    }
-
-    #[test]
-    fn the_headline_says_how_far_it_is_and_counts_everybody() {
-        let of = |phase: Phase| Run { phase, refused: None, ..Run::new() };
-        let services = ["a", "b", "c", "d", "e"].map(Service::example).to_vec();
-        let stages = vec![vec![0, 1, 2, 3, 4]];
+    fn machine(names: &[&str]) -> Machine {
         let begun = Begun {
             id: "d".to_owned(),
             boot_id: "b".to_owned(),
@@ -516,10 +386,35 @@ mod tests {
             uid: 0,
             began: 0,
             deadline: 30_000_000_000,
-            stages,
-            services,
+            stages: vec![(0..names.len()).collect()],
+            services: names.iter().map(|name| Service::example(name)).collect(),
+            absent: Vec::new(),
         };
-        let (mut machine, _) = Machine::begin(begun);
+        Machine::begin(begun).0
+    }
+
+    fn of(phase: Phase) -> Run {
+        Run { phase, refused: None, ..Run::new() }
+    }
+
+    #[test]
+    fn of_one_that_nobody_goes_on_with_nothing_is_clean_that_was_not_over() {
+        let mut machine = machine(&["settled", "gone", "stopping", "waiting"]);
+        let phases = [Phase::Settled, Phase::Gone, Phase::Stopping, Phase::Waiting];
+        machine.runs = phases.map(of).to_vec();
+        let document = Document::new(&machine, "kept", Calendar::now(), 1).interrupted();
+        let whys = ["", "whether more was lost", "what became of it", "it had not been asked to stop"];
+        for (service, why) in document.services.iter().zip(whys) {
+            assert_eq!(service.verdict == Some(Verdict::Clean), service.name == "settled");
+            assert!(service.why.contains(why), "{}", service.why);
+        }
+        assert_eq!(document.state, State::Finished);
+        assert!(document.headline().ends_with("1 clean, 3 lossy"), "{}", document.headline());
+    }
+
+    #[test]
+    fn the_headline_says_how_far_it_is_and_counts_everybody() {
+        let mut machine = machine(&["a", "b", "c", "d", "e"]);
         let line =
             |machine: &Machine| Document::new(machine, "kept", Calendar::now(), 3_300_000_000).headline();
         machine.runs[0] = of(Phase::Gone);
@@ -538,61 +433,5 @@ mod tests {
         assert_eq!(line(&machine), "drain d over after 3.0 s: 5 clean");
         machine.given_up = Some("why".to_owned());
         assert_eq!(line(&machine), "drain d given up after 3.0 s: 5 clean");
-    }
-
-    /// A service with a listener that got TERM, ended in time, and is not expected back.
-    fn ended(status: i32, facts: Vec<Fact>) -> (Verdict, String) {
-        let mut run = Run::new();
-        let member = Member {
-            identity: Identity::example(7),
-            is_root: true,
-            is_descendant: false,
-            command: String::new(),
-        };
-        run.members = vec![of_member(member)];
-        run.found = Found { ports: vec![80], connections: 3, ..Found::default() };
-        (run.phase, run.gone, run.signals) = (Phase::Settled, Some(9), vec![libc::SIGTERM]);
-        let exit = Fact::Exit { member: 0, status, time: 8 };
-        [exit].into_iter().chain(facts).for_each(|fact| saw(&mut run, &fact));
-        verdict(&run).unwrap()
-    }
-
-    fn lost(class: Class, many: u64, guessed: u64) -> Fact {
-        Fact::Lost { requests: BTreeMap::from([(class, many)]), guessed, examples: Vec::new() }
-    }
-
-    #[test]
-    fn a_service_is_clean_only_if_no_request_can_have_been_lost() {
-        assert_eq!(ended(0, Vec::new()).0, Verdict::Clean);
-        // By TERM itself, with connections, none of which had a request.
-        assert_eq!(ended(libc::SIGTERM, Vec::new()).0, Verdict::Clean);
-        for class in Class::ALL {
-            assert_eq!(ended(0, vec![lost(class, 1, 0)]).0, Verdict::Lossy);
-        }
-        let (verdict, why) = ended(0, vec![lost(Class::AcceptQueue, 2, 0), lost(Class::Unanswered, 1, 1)]);
-        assert_eq!(verdict, Verdict::Lossy);
-        assert_eq!(
-            why,
-            "3 requests lost: 2 reset in the accept queue, 1 read and not answered; 1 of them perhaps"
-        );
-        let unseen = Fact::Unseen { why: "3 events were lost".to_owned() };
-        let (verdict, why) = ended(0, vec![unseen]);
-        assert!(verdict == Verdict::Lossy && why.contains("3 events were lost"), "{why}");
-        let said = |requests| Fact::InFlight { at: 5, requests };
-        assert_eq!(ended(0, vec![said(4)]).0, Verdict::Lossy);
-        assert_eq!(ended(0, vec![said(4), said(0)]).0, Verdict::Clean);
-    }
-
-    #[test]
-    fn whoever_has_killed_it_is_named() {
-        let killed = Fact::Killed { at: 5, by: "pid 9 (bash)".to_owned() };
-        assert_eq!(
-            ended(libc::SIGKILL, vec![killed.clone()]),
-            (Verdict::Killed, "pid 9 (bash) sent KILL".to_owned())
-        );
-        let (_, why) =
-            ended(libc::SIGKILL, vec![killed, Fact::NoMemory { at: 6 }, lost(Class::Unanswered, 2, 0)]);
-        assert!(why.contains("want of memory") && why.contains("2 requests lost"), "{why}");
-        assert_eq!(ended(libc::SIGKILL, Vec::new()).1, "somebody else sent KILL");
     }
 }

@@ -1,14 +1,15 @@
 //! What the kernel says of the sockets and signals of the services of a drain: asked for, and put together by service.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    iter,
     sync::mpsc::{Receiver, sync_channel},
     time::Duration,
 };
 
 use plumb_common::{
     sockets::{
-        COUNTERS, LISTENER_CLOSED, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, SLOTS, Signal,
+        COUNTERS, LISTENER_CLOSED, Port, SIGNAL_DELIVERED, SIGNAL_GENERATED, SIGNAL_NO_MEMORY, SLOTS, Signal,
         Socket,
     },
     task::ProcKey,
@@ -17,7 +18,7 @@ use plumb_common::{
 use super::{
     course::{Fact, Input, LostRequest},
     facts,
-    process::Process,
+    process::{Process, start_ticks},
 };
 use crate::{
     ask::{Asker, Request},
@@ -29,6 +30,11 @@ use crate::{
 /// For the observer to answer: it may be amid a pass over a large host.
 const ANSWER: Duration = Duration::from_secs(2);
 const KILL: u32 = 9;
+/// Ports of processes that the next drain knows of, at most.
+const MAX_KNOWN: usize = 4096;
+
+/// On which port a process has been followed, which is named by its number and its start.
+pub(super) type Known = HashSet<((u32, u64), Port)>;
 
 /// What is followed for a drain under way.
 pub(super) struct Sockets {
@@ -37,6 +43,14 @@ pub(super) struct Sockets {
     pub(super) missing: Vec<String>,
     tallies: Vec<Tally>,
     before: SocketLedger,
+    /// The service in whose slot the kernel has what becomes of a port: the first of those that have it.
+    owners: HashMap<Port, usize>,
+    /// The others, by the one and the number of the port.
+    sharing: HashMap<(usize, u32), Vec<usize>>,
+    /// Ports that were followed, now or in the drain before: their listener may be closed already.
+    known: Known,
+    /// Services with a port that was not followed from the moment when they were found.
+    late: HashSet<usize>,
     /// Services whose ports are not followed, or not all of them.
     unfollowed: HashSet<usize>,
     /// It has not answered once, and is not waited for again.
@@ -55,8 +69,8 @@ pub(super) fn follow_acts(asker: &Asker, processes: Vec<(u32, u64)>) -> bool {
 }
 
 impl Sockets {
-    /// Begins to follow, for so many services.
-    pub(super) fn begin(asker: &Asker, services: usize) -> Self {
+    /// Begins to follow, for so many services; these ports were followed before.
+    pub(super) fn begin(asker: &Asker, services: usize, known: Known) -> Self {
         let missing = ask(asker, SocketRequest::Begin);
         let is_silent = missing.is_none();
         let before = if is_silent { None } else { ask(asker, SocketRequest::Count).flatten() };
@@ -65,6 +79,10 @@ impl Sockets {
             missing: missing.unwrap_or_default(),
             tallies: vec![Tally::default(); services],
             before: before.unwrap_or_default(),
+            owners: HashMap::new(),
+            sharing: HashMap::new(),
+            known,
+            late: HashSet::new(),
             unfollowed: HashSet::new(),
             is_silent,
         }
@@ -75,26 +93,56 @@ impl Sockets {
         self.before.lost_acts
     }
 
-    /// Follows the processes of a service and the ports on which they listen, which are returned; and whether these are all.
-    pub(super) fn add(&mut self, service: usize, processes: &[Process]) -> (Vec<u32>, bool) {
-        let (mut ports, mut are_all) = (Vec::new(), true);
-        for process in processes {
-            match facts::ports(process.identity.pid) {
-                Some(found) => ports.extend(found),
+    /// Follows the processes of a service and the ports on which they listen, or have listened, which are returned; and
+    /// whether these are all. When it is asked to stop already that is late.
+    pub(super) fn add<'a>(
+        &mut self,
+        service: usize,
+        processes: impl Iterator<Item = &'a Process>,
+        is_late: bool,
+    ) -> (Vec<u32>, bool) {
+        let (mut ports, mut keys, mut are_all) = (Vec::new(), Vec::new(), true);
+        let processes: Vec<&Process> = processes.collect();
+        let pids: Vec<u32> = processes.iter().map(|process| process.identity.pid).collect();
+        for (process, found) in processes.into_iter().zip(facts::ports(&pids)) {
+            let key = (process.identity.pid, process.identity.start_ticks);
+            keys.push(key);
+            ports.extend(self.known.iter().filter(|(of, _)| *of == key).map(|(_, port)| *port));
+            match found {
+                Some(found) => {
+                    let room = MAX_KNOWN.saturating_sub(self.known.len());
+                    self.known.extend(found.iter().take(room).map(|port| (key, *port)));
+                    ports.extend(found);
+                }
                 // Who has gone listens nowhere.
                 None => are_all &= !process.is_alive(),
             }
         }
         ports.sort_unstable_by_key(|port| (port.netns, port.port));
         ports.dedup();
-        let known = processes.iter().map(|process| (process.identity.pid, process.identity.start_ticks));
-        let (processes, numbers) = (known.collect(), ports.iter().map(|port| port.port).collect());
+        let numbers = ports.iter().map(|port| port.port).collect();
+        ports.retain(|port| self.owners.get(port) != Some(&service));
+        if is_late && !ports.is_empty() {
+            self.late.insert(service);
+        }
+        let (shared, own): (Vec<_>, Vec<_>) =
+            ports.into_iter().partition(|port| self.owners.contains_key(port));
+        for port in shared {
+            let sharing = self.sharing.entry((self.owners[&port], port.port)).or_default();
+            if !sharing.contains(&service) {
+                sharing.push(service);
+            }
+        }
         if let Some(slot) = slot(service)
             && !self.is_silent
         {
+            let (ports, processes) = (own.clone(), keys);
             let done = ask(&self.ask, |done| SocketRequest::Add { slot, ports, processes, done });
             self.is_silent = done.is_none();
             are_all &= done != Some(false);
+            if done == Some(true) {
+                self.owners.extend(own.into_iter().map(|port| (port, service)));
+            }
         }
         if !are_all {
             self.unfollowed.insert(service);
@@ -102,19 +150,38 @@ impl Sockets {
         (numbers, are_all)
     }
 
-    /// What a batch of events tells of each service.
-    pub(super) fn take(&mut self, events: &[Event], is_own: impl Fn(ProcKey) -> Option<usize>) -> Vec<Input> {
+    /// What the next drain may want to know: of processes that it finds again.
+    pub(super) fn known(&mut self) -> Known {
+        let mut known = std::mem::take(&mut self.known);
+        known.retain(|((pid, start), _)| start_ticks(*pid) == Some(*start));
+        known
+    }
+
+    /// What a batch of events tells of each service; `is_over` says of a service whether it had gone at a time.
+    pub(super) fn take(
+        &mut self,
+        events: &[Event],
+        is_own: impl Fn(ProcKey) -> Option<usize>,
+        is_over: impl Fn(usize, u64) -> bool,
+    ) -> Vec<Input> {
         let mut facts = Vec::new();
         let mut lost: BTreeMap<usize, Lost> = BTreeMap::new();
         for event in events {
             match event {
                 Event::Socket(socket) => {
-                    let service = socket.slot as usize;
-                    let Some(tally) = self.tallies.get_mut(service) else { continue };
-                    if socket.what == LISTENER_CLOSED {
-                        facts.push((service, listener(socket)));
-                    } else if let Some(class) = tally.take(socket) {
-                        lost.entry(service).or_default().add(class, socket);
+                    let owner = socket.slot as usize;
+                    let sharing = self.sharing.get(&(owner, socket.peer.local_port)).into_iter().flatten();
+                    let all: Vec<usize> = iter::once(owner).chain(sharing.copied()).collect();
+                    // Who has gone loses nothing as long as another one serves there.
+                    let is_over = |service: &usize| is_over(*service, socket.header.time);
+                    let serves = all.iter().any(|service| !is_over(service));
+                    for service in all.into_iter().filter(|service| !serves || !is_over(service)) {
+                        let Some(tally) = self.tallies.get_mut(service) else { continue };
+                        if socket.what == LISTENER_CLOSED {
+                            facts.push((service, listener(socket)));
+                        } else if let Some(class) = tally.take(socket) {
+                            lost.entry(service).or_default().add(class, socket);
+                        }
                     }
                 }
                 Event::Signal(signal) => {
@@ -132,8 +199,20 @@ impl Sockets {
     }
 
     /// What was counted of a service, or what may be missing.
-    pub(super) fn counted(&mut self, service: usize) -> Fact {
-        let unseen = |why: String| Fact::Unseen { why };
+    pub(super) fn counted(&mut self, service: usize) -> Vec<Fact> {
+        let answer = if self.is_silent { None } else { ask(&self.ask, SocketRequest::Count) };
+        self.is_silent = answer.is_none();
+        let now = answer.flatten();
+        let clones = now.as_ref().map_or(0, |now| now.lost_clones.saturating_sub(self.before.lost_clones));
+        let strays = (clones > 0).then(|| {
+            let why = format!("{clones} events of new processes were lost, and one of them may be its own");
+            Fact::Unseen { why, strays: true }
+        });
+        iter::once(self.counted_of(service, now)).chain(strays).collect()
+    }
+
+    fn counted_of(&self, service: usize, now: Option<SocketLedger>) -> Fact {
+        let unseen = |why: String| Fact::Unseen { why, strays: false };
         if slot(service).is_none() {
             return unseen(format!("only {SLOTS} services are followed at a time"));
         }
@@ -143,18 +222,25 @@ impl Sockets {
         if self.unfollowed.contains(&service) {
             return unseen("its ports could not be read, or not be followed".to_owned());
         }
-        let answer = if self.is_silent { None } else { ask(&self.ask, SocketRequest::Count) };
-        self.is_silent = answer.is_none();
-        let Some(now) = answer.flatten() else {
+        if self.late.contains(&service) {
+            let why = "one of its processes listened on a port that was not followed from the beginning";
+            return unseen(why.to_owned());
+        }
+        let Some(now) = now else {
             return unseen("the observer of the agent does not answer, or was started anew".to_owned());
         };
         if now.lost > self.before.lost {
             return unseen(format!("{} events were lost", now.lost - self.before.lost));
         }
-        let of = |ledger: &SocketLedger| ledger.counts.get(service).copied().unwrap_or_default();
-        let (now, before) = (of(&now), of(&self.before));
-        let counts = COUNTERS.iter().zip(now.iter().zip(before));
-        let counts = counts.map(|(name, (now, before))| ((*name).to_owned(), now.saturating_sub(before)));
+        let shared = self.sharing.iter().filter(|(_, sharing)| sharing.contains(&service));
+        let slots: BTreeSet<usize> = shared.map(|((owner, _), _)| *owner).chain([service]).collect();
+        let of = |ledger: &SocketLedger, counter: usize| -> u64 {
+            slots.iter().filter_map(|slot| ledger.counts.get(*slot)).map(|counts| counts[counter]).sum()
+        };
+        let counts = COUNTERS
+            .iter()
+            .enumerate()
+            .map(|(at, name)| ((*name).to_owned(), of(&now, at).saturating_sub(of(&self.before, at))));
         Fact::Counted { counts: counts.collect() }
     }
 }
@@ -170,7 +256,9 @@ impl Drop for Sockets {
 }
 
 fn listener(socket: &Socket) -> Fact {
-    Fact::Listener { at: socket.header.time, port: socket.peer.local_port, waiting: socket.unread }
+    let Socket { header, peer, unread, .. } = socket;
+    let is_ipv6 = losses::address(peer).is_ipv6();
+    Fact::Listener { at: header.time, port: peer.local_port, is_ipv6, waiting: *unread }
 }
 
 fn of_signal(signal: &Signal) -> Option<Fact> {

@@ -76,7 +76,7 @@ pub(crate) async fn all(
         let left = deadline.map(|deadline| deadline.saturating_sub(began.elapsed()));
         match ask(drain, trigger, left).await {
             Ok(()) => break,
-            Err(Refusal::UnderWay(other)) => {
+            Err(Refusal::UnderWay(other, _)) => {
                 tracing::warn!("the drain {other} begins no other stage: {trigger}");
                 let (reply, answer) = oneshot::channel();
                 let _ = drain.send(Command::Cancel(Caller::AGENT, reply)).await;

@@ -83,6 +83,12 @@ impl Program {
     pub fn is_evidence(&self) -> bool {
         self.sockets || matches!(self.name, "signal_generate" | "mark_victim")
     }
+
+    /// Whether it tells who has started whom.
+    #[must_use]
+    pub fn is_of_children(&self) -> bool {
+        self.name == "task_newtask"
+    }
 }
 
 /// What every event needs to say who caused it.

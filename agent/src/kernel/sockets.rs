@@ -50,7 +50,11 @@ struct Known(sockets::Conversation);
 
 #[repr(transparent)]
 #[derive(Clone, Copy)]
-struct Other(sockets::Peer);
+struct Connection(sockets::Connection);
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Closed(sockets::Closed);
 
 // SAFETY: plain numbers.
 unsafe impl aya::Pod for Key {}
@@ -59,7 +63,9 @@ unsafe impl aya::Pod for PerCpu {}
 // SAFETY: plain numbers.
 unsafe impl aya::Pod for Known {}
 // SAFETY: plain numbers.
-unsafe impl aya::Pod for Other {}
+unsafe impl aya::Pod for Connection {}
+// SAFETY: plain numbers.
+unsafe impl aya::Pod for Closed {}
 
 fn of_sockets() -> impl Iterator<Item = &'static Program> {
     PROGRAMS.iter().filter(|program| program.sockets)
@@ -210,13 +216,18 @@ impl Kernel {
         Ok(self.map_of::<u64, Known>("CONVERSATIONS")?.keys().count())
     }
 
+    /// How many are known to be closed.
+    pub fn closed_conversations(&mut self) -> Result<usize, MapError> {
+        Ok(self.map_of::<Connection, Closed>("CLOSED")?.keys().count())
+    }
+
     /// What was known of connections is not true any more: nobody has followed them since.
     fn forget_connections(&mut self) -> Result<(), MapError> {
         let mut known = self.map_of::<u64, Known>("CONVERSATIONS")?;
         for key in known.keys().collect::<Result<Vec<_>, _>>()? {
             forgotten(known.remove(&key))?;
         }
-        let mut closed = self.map_of::<Other, u32>("CLOSED")?;
+        let mut closed = self.map_of::<Connection, Closed>("CLOSED")?;
         for key in closed.keys().collect::<Result<Vec<_>, _>>()? {
             forgotten(closed.remove(&key))?;
         }

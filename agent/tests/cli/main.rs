@@ -199,6 +199,10 @@ fn wrong_usage_is_exit_code_2() {
         &["watch", "--sockets", "--comm", "sh"],
         &["watch", "--origins", "--comm", "sh"],
         &["audit", "--pid", "2", "--send", "TERM", "--for", "0s"],
+        &["drain", "a b"],
+        &["drain", "--last", "--deadline", "5s"],
+        &["services", "rm", "a/b"],
+        &["services", "add", "a", "--signal", "TERM", "--after", "a b"],
         &["drain", "--all", "--deadline", "5"],
         &["drain", "--all", "--deadline", "0s"],
         &["drain", "--all", "--deadline", "2h"],
@@ -258,6 +262,11 @@ fn flags_come_before_the_environment_and_that_before_the_file() {
     fs::write(&file, format!("run_dir = '{run_dir}'\nlisten = '127.0.0.1:1'\nlog_format = 'json'\n"))
         .unwrap();
     let agent = Agent::start(&["--config", &file]);
+    // Whoever answers may not have written yet.
+    let end = Instant::now() + Duration::from_secs(20);
+    while agent.log().is_empty() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(20));
+    }
     assert!(agent.log().starts_with('{'), "log_format is from the file: {}", agent.log());
     assert!(!fs::exists(run_dir).unwrap(), "run_dir is from the flag");
 }

@@ -371,7 +371,12 @@ fn a_logind_or_a_bus_that_was_started_again_is_held_back_again() {
 /// Waits for the report of a drain, which is on the disk before systemd stops anything if it is held back.
 fn report_on_disk(is_held_back: bool) -> Value {
     let reports = || fs::read_dir(format!("{STATE}/drains")).into_iter().flatten().filter_map(Result::ok);
-    let is_there = || reports().any(|report| report.path().extension().is_some_and(|end| end == "json"));
+    // One under way is there, too.
+    let is_over = |report: fs::DirEntry| {
+        let text = fs::read(report.path()).unwrap_or_default();
+        serde_json::from_slice::<Value>(&text).is_ok_and(|report| report["state"] == "finished")
+    };
+    let is_there = || reports().any(is_over);
     until("the report is on the disk", || {
         // In this order: it may come in between.
         let is_stopping = state() == "stopping";
@@ -383,6 +388,20 @@ fn report_on_disk(is_held_back: bool) -> Value {
     let report: Value = serde_json::from_slice(&fs::read(reports().next().unwrap().path()).unwrap()).unwrap();
     assert_eq!((&report["trigger"], &report["state"]), (&"shutdown of the host".into(), &"finished".into()));
     report
+}
+
+/// A unit whose stop takes until there is a file, which is returned: when all are stopped systemd ends whoever is left, the
+/// test as well.
+fn hold_the_end() -> String {
+    let over = "/run/drained-over";
+    let lines = format!(
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\nTimeoutStopSec=60\n\
+         ExecStop=/bin/sh -c 'until [ -e {over} ]; do sleep 0.1; done'\n"
+    );
+    fs::write(format!("{UNITS}/drained-end.service"), lines).unwrap();
+    systemctl(&["daemon-reload"]);
+    systemctl(&["start", "drained-end.service"]);
+    over.to_owned()
 }
 
 /// The machine goes down: it runs alone, and last.
@@ -401,6 +420,7 @@ fn a_shutdown_waits_until_all_services_are_drained_in_order() {
     host.register("second", &main_pid("second"));
     host.register("third", &third.pid().to_string());
     until("the shutdown is held back", holds_inhibitor);
+    let over = hold_the_end();
     systemctl(&["poweroff"]);
     let report = report_on_disk(true);
     assert_eq!(events(), in_order(&["third", "second", "first"]), "{report}");
@@ -412,6 +432,7 @@ fn a_shutdown_waits_until_all_services_are_drained_in_order() {
     }
     assert_eq!(report["deadline_seconds"].as_f64().unwrap().round(), 29.0, "{report}");
     assert!(report["slack_seconds"].as_f64().unwrap() > 0.0, "{report}");
+    fs::write(over, "").unwrap();
 }
 
 /// The machine goes down: it runs alone, and last.

@@ -3,40 +3,64 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
-    path::Path,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-pub(crate) struct Client(BufReader<UnixStream>);
+/// The agent closes a connection on which nothing is asked for a while: one that has rested longer is opened anew.
+const REST: Duration = Duration::from_secs(1);
+
+pub(crate) struct Client {
+    socket: PathBuf,
+    connection: BufReader<UnixStream>,
+    used: Instant,
+}
 
 impl Client {
     pub(crate) fn connect(run_dir: &str) -> Self {
-        Self(BufReader::new(UnixStream::connect(Path::new(run_dir).join("plumb.sock")).unwrap()))
+        let socket = Path::new(run_dir).join("plumb.sock");
+        let connection = BufReader::new(UnixStream::connect(&socket).unwrap());
+        Self { socket, connection, used: Instant::now() }
     }
 
     /// Status and document; that of an answer without one is `null`.
     pub(crate) fn ask(&mut self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        self.send(method, path, body);
+        self.answer()
+    }
+
+    /// The answer is to be read next.
+    pub(crate) fn send(&mut self, method: &str, path: &str, body: Option<&Value>) {
         let body = body.map(Value::to_string).unwrap_or_default();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: plumb\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
             body.len()
         );
-        self.0.get_mut().write_all((head + &body).as_bytes()).unwrap();
+        if self.used.elapsed() > REST {
+            self.connection = BufReader::new(UnixStream::connect(&self.socket).unwrap());
+        }
+        self.connection.get_mut().write_all((head + &body).as_bytes()).unwrap();
+    }
+
+    pub(crate) fn answer(&mut self) -> (u16, Value) {
+        let connection = &mut self.connection;
         let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        let status = line.split(' ').nth(1).unwrap_or_else(|| panic!("{method} {path}: {line:?}"));
+        connection.read_line(&mut line).unwrap();
+        let status = line.split(' ').nth(1).unwrap_or_else(|| panic!("no status: {line:?}"));
         let status = status.parse().unwrap();
         let mut length = 0;
         while line != "\r\n" {
             line.clear();
-            assert!(self.0.read_line(&mut line).unwrap() > 0, "{method} {path}: cut");
+            assert!(connection.read_line(&mut line).unwrap() > 0, "the answer is cut");
             if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
                 length = value.trim().parse().unwrap();
             }
         }
         let mut bytes = vec![0; length];
-        self.0.read_exact(&mut bytes).unwrap();
+        connection.read_exact(&mut bytes).unwrap();
+        self.used = Instant::now();
         (status, serde_json::from_slice(&bytes).unwrap_or_default())
     }
 

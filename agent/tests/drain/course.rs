@@ -7,6 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{
@@ -22,7 +23,7 @@ impl Host {
     }
 
     /// Registers a process as the API does, with what else is wished.
-    fn add(&self, name: &str, pid: u32, wish: Value) {
+    pub(super) fn add(&self, name: &str, pid: u32, wish: Value) {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let ticks = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
         let mut wish = wish;
@@ -63,6 +64,55 @@ fn what_a_supervisor_starts_again_is_called_restarted() {
     let last = rustix::process::Pid::from_raw(i32::try_from(again).unwrap()).unwrap();
     let last = rustix::process::pidfd_open(last, rustix::process::PidfdFlags::empty()).unwrap();
     rustix::process::pidfd_send_signal(last, rustix::process::Signal::KILL).unwrap();
+}
+
+#[test]
+fn what_another_one_of_its_kind_starts_does_not_run_in_its_place() {
+    let host = Host::new("");
+    // A fork of a shell has its arguments, too.
+    let script = format!(
+        "trap 'exit 0' TERM; trap '(sleep 6; :) & echo >> {0}' USR1; echo >> {0}; while :; do sleep 0.02; done",
+        host.dir.join("lines")
+    );
+    let start = || Running(Command::new("/bin/sh").args(["-c", &script, "kind"]).spawn().unwrap());
+    let lines = || fs::read_to_string(host.dir.join("lines")).unwrap_or_default().lines().count();
+    let (mut server, other) = (start(), start());
+    host.until("both are ready", || lines() == 2);
+    host.register("server", server.0.id());
+    let mut drain = plumb();
+    drain.args(["drain", "--all"]).env("PLUMB_RUN_DIR", host.run_dir()).stdout(Stdio::null());
+    let mut drain = Running(drain.spawn().unwrap());
+    server.0.wait().unwrap();
+    other.signal(Signal::USR1);
+    host.until("the other one has started another", || lines() == 3);
+    assert_eq!(drain.0.wait().unwrap().code(), Some(0));
+    assert_eq!(service(&host.json(&["drain", "--last"]), "server")["verdict"], "clean");
+}
+
+#[test]
+fn who_kills_a_registered_process_is_in_the_log_also_without_a_drain() {
+    let host = Host::new("");
+    let server = host.server("server", "0");
+    host.register("server", server.0.id());
+    server.signal(Signal::KILL);
+    host.until("it is in the log", || host.log().contains("sends KILL to a service"));
+    assert!(host.log().contains(&format!("pid {} (", std::process::id())), "{}", host.log());
+}
+
+#[test]
+fn what_does_not_run_is_left_no_time() {
+    let absent = ["a", "b", "c"].map(|name| {
+        format!("[[service]]\nname = '{name}'\npidfile = '/run/nobody-{name}.pid'\nsignal = 'TERM'\n")
+    });
+    let host = Host::new(&absent.concat());
+    let server = host.server("server", "0");
+    host.register("server", server.0.id());
+    let plan = host.json(&["drain", "--all", "--deadline", "20s", "--dry-run"]);
+    let seconds = |stage: usize| plan["stages"][stage]["services"][0]["seconds"].as_f64().unwrap();
+    assert_eq!([0, 1, 2, 3].map(seconds), [20.0, 0.0, 0.0, 0.0], "{plan:#}");
+    let report = host.json(&["drain", "--all", "--deadline", "20s"]);
+    assert!(service(&report, "server")["granted_seconds"].as_f64() > Some(19.0), "{report:#}");
+    assert_eq!(service(&report, "a")["verdict"], "clean");
 }
 
 #[test]
@@ -109,6 +159,7 @@ fn a_drain_that_is_cancelled_begins_no_other_stage_and_another_one_joins_it_befo
     for services in [json!({ "all": true }), json!({ "services": ["second"] })] {
         let (status, joined) = admin.ask("POST", "/v1/drain", Some(&services));
         assert_eq!((status, &joined["id"]), (202, &begun["id"]), "{joined}");
+        assert_eq!((&begun["joined"], &joined["joined"]), (&json!(false), &json!(true)));
     }
     let other = host.server("other", "0");
     host.add("other", other.pid(), json!({}));
@@ -153,8 +204,11 @@ fn a_user_does_not_hold_up_the_administrator() {
     let web = host.server("web", "0.1");
     host.register("web", web.pid());
     let asked = || host.events().iter().filter(|event| *event == "hog TERM").count();
+    let told = host.dir.join("told");
+    fs::write(&told, "").unwrap();
+    fs::set_permissions(&told, fs::Permissions::from_mode(0o666)).unwrap();
     let drains = |times: usize| {
-        let drain = as_nobody(&host, "plumb drain hog --deadline 1h");
+        let drain = as_nobody(&host, &format!("plumb drain hog --deadline 1h > {told}; echo $? >> {told}"));
         host.until("it is asked to stop", || asked() == times);
         drain
     };
@@ -174,6 +228,11 @@ fn a_user_does_not_hold_up_the_administrator() {
     assert_eq!((&hog["verdict"], &hog["phase"]), (&json!("timeout"), &json!("late")), "{given_up:#}");
     assert!(hog["notes"].to_string().contains("given up: the administrator drains"), "{given_up:#}");
 
+    // And he is told, although another drain has begun by then.
+    let text = || fs::read_to_string(&told).unwrap();
+    host.until("he is told", || text().ends_with("124\n"));
+    assert!(text().contains("given up: the administrator drains"), "{}", text());
+
     let _second = drains(2);
     let said = host.plumb(&["drain", "--cancel"]);
     assert!(String::from_utf8_lossy(&said.stderr).contains("it is given up"), "{said:?}");
@@ -187,7 +246,14 @@ fn a_user_does_not_hold_up_the_administrator() {
     assert_eq!((&hog["verdict"], &hog["signals"]), (&json!("timeout"), &json!(["TERM"])), "{report:#}");
     assert!(hog["notes"].to_string().contains("TERM was sent by the drain before"), "{report:#}");
     assert!(hog["notes"].to_string().contains("shortened from 3600s to 2s"), "{report:#}");
-    assert_eq!(asked(), 3);
+    assert_eq!((asked(), kept().len()), (3, 3));
+
+    // The administrator asks by USR1, too.
+    let _fourth = drains(4);
+    host.agent.as_ref().unwrap().signal(rustix::process::Signal::USR1);
+    host.until("it is given up", || kept().len() == 4);
+    host.admin().drain_when(|drain| drain["trigger"] == "USR1");
+    assert_eq!(asked(), 4);
 }
 
 #[test]
@@ -203,6 +269,9 @@ fn prestop_runs_before_the_signal_and_what_it_says_is_told() {
     std::os::unix::fs::symlink(&events, host.dir.0.join("events")).unwrap();
     let web = host.server("web", "0.1");
     fs::write(&pidfile, pid(&web)).unwrap();
+    let plan = host.json(&["drain", "web", "--dry-run"]);
+    let notes = plan["stages"][0]["services"][0]["notes"].to_string();
+    assert!(notes.contains("prestop runs before: echo prestop"), "{plan:#}");
     let report = host.json(&["drain", "web", "--deadline", "20s"]);
     assert_eq!(host.events(), ["prestop", "web TERM", "web gone"], "{report:#}");
     let web = service(&report, "web");

@@ -26,6 +26,7 @@ mod subject;
 #[path = "../support/mod.rs"]
 mod support;
 mod tiers;
+mod unseen;
 
 mod booted;
 
@@ -181,7 +182,10 @@ fn what_may_not_be_is_refused_with_its_reason() {
     let add = |arguments: &[&str]| host.refused(&[&["services", "add"], arguments].concat());
     assert!(add(&["other", "--pid", &pid(&other)]).contains("does not guess"));
     assert!(add(&["other", "--pid", &pid(&other), "--preset", "iis"]).contains("no preset"));
-    assert!(add(&["other", "--pid", "1", "--signal", "TERM"]).contains("first process of the host"));
+    assert!(
+        add(&["other", "--pid", "1", "--signal", "TERM"])
+            .contains("first process of the host, which plumb signals for nobody")
+    );
     let agent = host.agent.as_ref().unwrap().0.id().to_string();
     assert!(add(&["other", "--pid", &agent, "--signal", "TERM"]).contains("plumb itself"));
     assert!(add(&["server", "--pid", &pid(&other), "--signal", "TERM"]).contains("duplicate"));
@@ -236,6 +240,14 @@ fn what_may_not_be_is_refused_with_its_reason() {
         !String::from_utf8_lossy(&host.plumb(&["services", "list"]).stdout).contains("mine")
     });
     assert!(host.events().is_empty(), "nobody got a signal: {:?}", host.events());
+    for (name, is_told) in [("config", true), ("server", false)] {
+        let said = host.plumb(&["services", "rm", name]);
+        let said = String::from_utf8_lossy(&said.stderr);
+        assert!(
+            said.contains("not registered any more") && said.contains("in the settings") == is_told,
+            "{said}"
+        );
+    }
     assert!(host.log().contains("was refused"), "refusals are in the log");
 }
 
@@ -249,6 +261,8 @@ fn what_runs_another_program_or_does_not_stop_is_told() {
     fs::write(&ready, "").unwrap();
     let listed = || String::from_utf8_lossy(&host.plumb(&["services", "list"]).stdout).into_owned();
     host.until("the registration has ended", || !listed().contains("changes"));
+    let is_told = |line: &str| line.contains("WARN") && line.contains("runs another program now");
+    assert!(host.log().lines().any(is_told), "{}", host.log());
 
     let deaf = Running(
         Command::new("/bin/sh").args(["-c", "trap '' TERM; while :; do sleep 0.1; done"]).spawn().unwrap(),
@@ -278,5 +292,7 @@ fn what_runs_another_program_or_does_not_stop_is_told() {
     };
     assert_eq!((verdict("deaf"), verdict("slow")), ("refused".to_owned(), "killed".to_owned()), "{report}");
     assert!(Path::new(&format!("/proc/{}", deaf.0.id())).exists(), "it was not signalled");
+    let said = |verdict: &str| host.log().lines().any(|line| line.contains("WARN") && line.contains(verdict));
+    assert!(said("refused: process") && said("killed: "), "{}", host.log());
     assert!(Path::new(&format!("/proc/{}", changes.0.id())).exists());
 }

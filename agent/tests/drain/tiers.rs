@@ -10,9 +10,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
 
 use super::{TempDir, free_port, support::Running};
+
+/// Who is killed is gone in that time.
+const ENDS: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// A server of a tier; with its descendants it is killed when the test is over.
 pub(crate) struct Server {
@@ -36,8 +42,12 @@ impl Drop for Server {
         // Held before their parent is killed: whoever has a number now has it for as long as he is held.
         let descendants: Vec<_> = descendants(self.pid()).into_iter().filter_map(open).collect();
         let _ = self.running.0.kill();
-        for pidfd in descendants {
+        for pidfd in &descendants {
             let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+        // PostgreSQL does not start again while a process has the memory of the one before.
+        for pidfd in &descendants {
+            let _ = poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&ENDS));
         }
     }
 }

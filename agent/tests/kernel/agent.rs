@@ -300,7 +300,8 @@ fn a_second_agent_is_refused_and_the_first_goes_on() {
         plumb().args(["agent", "--listen", "127.0.0.1:0", "--run-dir", &agent.run_dir()]).output().unwrap();
     assert_eq!(second.status.code(), Some(1));
     let expected = format!(
-        "plumb: another agent is running (pid {}); use that one, or stop it first\n",
+        "plumb: another agent is running (pid {}); use that one, stop it first, or name another folder \
+         with --run-dir\n",
         agent.child.pid()
     );
     assert_eq!(String::from_utf8(second.stderr).unwrap(), expected);

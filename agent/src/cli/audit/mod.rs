@@ -17,7 +17,7 @@ use crate::{
     audit::{Fate, supervision},
     census,
     document::SCHEMA,
-    drain::{Facts, Listener, NoProcess, Process, Signal, Tcp, facts_of},
+    drain::{Facts, Listener, NoProcess, Process, Signal, Tcp, facts_of, tcp_of},
     failure::{Exit, Failure},
     kernel::{Kernel, Plan},
     left::{Left, Since},
@@ -47,10 +47,10 @@ pub(super) struct Arguments {
     #[arg(long, short)]
     pid: u32,
     /// The signal in question: TERM, INT, QUIT, HUP, USR1, USR2 or WINCH
-    #[arg(long, value_parser = Signal::parse, default_value = "TERM")]
+    #[arg(long, value_parser = signal, default_value = "TERM")]
     signal: Signal,
     /// Send this signal to the process, and follow what happens
-    #[arg(long, value_name = "SIGNAL", value_parser = Signal::parse, conflicts_with = "signal")]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal, conflicts_with = "signal")]
     send: Option<Signal>,
     /// With --send: how long to follow it
     #[arg(long = "for", value_name = "DURATION", value_parser = some_time, default_value = "10s", requires = "send")]
@@ -98,6 +98,14 @@ struct Audit {
 struct Child {
     pid: u32,
     comm: String,
+}
+
+/// As that of a service, without its advice on KILL, which is for services.
+fn signal(text: &str) -> Result<Signal, String> {
+    Signal::parse(text).map_err(|why| match text.to_ascii_uppercase().as_str() {
+        "KILL" | "SIGKILL" => "KILL asks for nothing: it ends any process at once".to_owned(),
+        _ => why,
+    })
 }
 
 pub(super) fn run(arguments: &Arguments) -> Outcome {
@@ -190,8 +198,8 @@ impl Audit {
         let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
         let fate = Fate::of(&facts, process.is_kernels);
         let other_handlers = caught(&status, signal);
-        let Facts { is_init, tcp, supervisor, .. } = facts;
-        let Tcp { listeners, connections, .. } = tcp;
+        let Facts { is_init, supervisor, .. } = facts;
+        let Tcp { listeners, connections, .. } = tcp_of([process]);
         let audit = Self {
             schema: SCHEMA,
             pid,

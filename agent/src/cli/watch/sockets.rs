@@ -168,8 +168,10 @@ impl Followed {
     /// Takes up what is there now of a process and its descendants.
     pub(in crate::cli) fn look(&mut self, kernel: &mut Kernel, pid: u32) -> anyhow::Result<()> {
         let records = kernel.processes()?;
-        for key in with_descendants(&records, pid) {
-            for port in drain::ports(key.tgid).unwrap_or_default() {
+        let all = with_descendants(&records, pid);
+        let pids: Vec<u32> = all.iter().map(|key| key.tgid).collect();
+        for (key, ports) in all.into_iter().zip(drain::ports(&pids)) {
+            for port in ports.unwrap_or_default() {
                 if self.ports.insert(port) {
                     kernel.follow_port(port, SLOT)?;
                 }

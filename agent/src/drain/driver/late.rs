@@ -1,7 +1,5 @@
 //! What the driver does about services that do not stop in time.
 
-use std::time::Duration;
-
 use tokio::{task::spawn_blocking, time};
 
 use super::{
@@ -13,16 +11,14 @@ use super::{
         registry::{Caller, is_admin},
         sockets,
     },
-    Driver, Waited,
+    Driver, EVENTS, Waited,
 };
 use crate::clock;
-
-/// Events of an end that come later than this after it were lost.
-const EVENTS: Duration = Duration::from_millis(100);
 
 impl Driver {
     /// What is given up now is counted before, and what is left of it looked at.
     pub(super) fn due(&mut self) {
+        self.tell_gone();
         self.follow_what_they_begin();
         self.look_at_what_is_left();
         let is_held = |active: &Active| active.leaving.held(&active.machine, clock::boottime()).is_some();
@@ -31,8 +27,8 @@ impl Driver {
         }
         let late = self.active.as_ref().map(|active| active.machine.about_to_be_late(clock::boottime()));
         for service in late.into_iter().flatten() {
-            let counted = self.active.as_mut().and_then(|active| active.counted(service));
-            counted.into_iter().for_each(|input| self.step(input));
+            let counted = self.active.as_mut().map(|active| active.counted(service));
+            counted.into_iter().flatten().for_each(|input| self.step(input));
             let left = self.active.as_ref().and_then(|active| active.leaving.fact(service));
             left.into_iter().for_each(|fact| self.step(Input::Seen(service, fact)));
         }
@@ -51,7 +47,7 @@ impl Driver {
         let Some(active) = &mut self.active else { return Vec::new() };
         let signalled = active.machine.signalled();
         let counted: Vec<Input> =
-            active.machine.unseen().into_iter().filter_map(|service| active.counted(service)).collect();
+            active.machine.unseen().into_iter().flat_map(|service| active.counted(service)).collect();
         tracing::warn!(drain = active.machine.begun.id, "a drain is given up: {why}");
         counted.into_iter().for_each(|input| self.step(input));
         self.step(Input::GiveUp(why.to_owned()));
@@ -101,6 +97,8 @@ impl Driver {
         if active.is_told(service, member) {
             return self.told(service, member);
         }
+        // They are there already: the observer need not wait until it would read them anyway.
+        self.ask.hurry();
         self.waits.push(Box::pin(async move {
             time::sleep(EVENTS).await;
             Waited::Untold(id, service, member)
@@ -111,6 +109,14 @@ impl Driver {
         if self.active.as_mut().is_some_and(|active| active.untold.remove(&(service, member))) {
             self.step(Input::Gone(service, member));
         }
+    }
+
+    /// What has gone in time is not late because its events are still waited for, or because the agent was away.
+    fn tell_gone(&mut self) {
+        let Some(active) = &self.active else { return };
+        let late = active.machine.about_to_be_late(clock::boottime()).into_iter();
+        let gone: Vec<_> = late.flat_map(|service| active.gone(service)).collect();
+        gone.into_iter().for_each(|(service, member)| self.step(Input::Gone(service, member)));
     }
 
     /// After events: which ends are told now.
@@ -131,12 +137,12 @@ impl Driver {
     }
 
     /// This task did not keep up with the events.
-    pub(super) fn missed(&mut self, many: u64) {
+    pub(super) fn missed(&mut self) {
         let Some(active) = &mut self.active else { return };
         active.leaving.missed();
         for service in active.machine.unseen() {
-            let why = format!("the agent did not keep up with {many} events");
-            self.step(Input::Seen(service, Fact::Unseen { why }));
+            let why = "the agent did not keep up with what the kernel told".to_owned();
+            self.step(Input::Seen(service, Fact::Unseen { why, strays: true }));
         }
     }
 }

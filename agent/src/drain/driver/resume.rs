@@ -1,6 +1,6 @@
 //! How the driver takes up a drain that an agent before has left.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use super::{
     super::{
@@ -8,20 +8,33 @@ use super::{
         course::{Fact, Input},
         journal::Journal,
         machine::Machine,
+        report::State,
         service::Target,
-        sockets::Sockets,
+        sockets::{Known, Sockets},
     },
     Driver,
 };
 
 impl Driver {
-    /// Takes up what another agent has left.
+    /// Takes up what another agent has left, or tells that nobody does.
     pub(super) fn resume(&mut self) {
+        self.take_up();
+        let left = self.views.borrow().drain.clone().filter(|drain| drain.state != State::Finished);
+        if let Some(left) = left.filter(|_| self.active.is_none()) {
+            self.report(Arc::unwrap_or_clone(left).interrupted());
+        }
+    }
+
+    fn take_up(&mut self) {
         let (journal, entries) = match Journal::open(&self.settings.run_dir) {
             Ok(Some(found)) => found,
             Ok(None) => return,
             Err(error) => {
-                tracing::error!("the journal of a drain cannot be read: {error}; that drain is given up");
+                let aside = Journal::set_aside(&self.settings.run_dir);
+                tracing::error!(
+                    "the journal of a drain cannot be read: {error}; that drain is given up, and the journal is now {}",
+                    aside.display()
+                );
                 return;
             }
         };
@@ -45,13 +58,14 @@ impl Driver {
             Target::Process(meant) => same(meant),
             _ => None,
         });
-        let sockets = Sockets::begin(&self.ask, machine.runs.len());
+        let sockets = Sockets::begin(&self.ask, machine.runs.len(), Known::new());
         let unseen = machine.unseen();
         self.active = Some(Active::new(machine, Ok(journal), registered, Some(sockets)));
         for service in unseen {
             let why = "the agent was away for a part of it".to_owned();
-            self.step(Input::Seen(service, Fact::Unseen { why }));
+            self.step(Input::Seen(service, Fact::Unseen { why, strays: false }));
         }
+        self.active.iter_mut().for_each(Active::hold_again);
         self.step(Input::Resume);
     }
 }

@@ -193,6 +193,9 @@ fn what_was_known_is_forgotten_when_nobody_follows_any_more() {
     drop(server);
     is_closed(&client);
     stage.expect(slot, "answered", &Told::counting(&[("connected", 1), ("closed_by_service", 1)]));
+    assert_eq!(stage.kernel.closed_conversations().unwrap(), 1);
+    stage.kernel.follow_sockets(false);
+    assert_eq!(stage.kernel.closed_conversations().unwrap(), 0);
 }
 
 #[test]

@@ -128,16 +128,10 @@ fn set<T>(stream: &TcpStream, option: i32, value: &T) {
     set_of(stream, libc::SOL_SOCKET, option, value);
 }
 
-fn set_of<T>(stream: &TcpStream, level: i32, option: i32, value: &T) {
+fn set_of<T>(stream: &impl AsRawFd, level: i32, option: i32, value: &T) {
     // SAFETY: the value is of that size.
     let done = unsafe {
-        libc::setsockopt(
-            stream.as_raw_fd(),
-            level,
-            option,
-            ptr::from_ref(value).cast(),
-            size_of::<T>() as libc::socklen_t,
-        )
+        libc::setsockopt(stream.as_raw_fd(), level, option, ptr::from_ref(value).cast(), len_of(value))
     };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
 }
@@ -157,25 +151,52 @@ pub(super) fn hear_nothing(stream: &TcpStream) {
 
 /// A listener that shares its port with others.
 pub(super) fn listen_beside(at: SocketAddr) -> TcpListener {
-    // SAFETY: what the kernel is given is valid until it returns, and the fd is new.
-    unsafe {
-        let fd = libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-        let (fd, on, SocketAddr::V4(at)) = (OwnedFd::from_raw_fd(fd), 1_i32, at) else { unreachable!() };
-        let len = size_of::<i32>() as libc::socklen_t;
-        let option = libc::SO_REUSEPORT;
-        assert_eq!(
-            libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const on).cast(), len),
-            0
-        );
-        let mut address: libc::sockaddr_in = std::mem::zeroed();
-        address.sin_family = libc::AF_INET as u16;
-        address.sin_port = at.port().to_be();
-        address.sin_addr.s_addr = u32::from(*at.ip()).to_be();
-        let len = size_of::<libc::sockaddr_in>() as libc::socklen_t;
-        assert_eq!(libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len), 0);
-        assert_eq!(libc::listen(fd.as_raw_fd(), 128), 0);
-        TcpListener::from(fd)
+    let socket = bound(at, libc::SO_REUSEPORT);
+    // SAFETY: no preconditions.
+    assert_eq!(unsafe { libc::listen(socket.as_raw_fd(), 128) }, 0);
+    TcpListener::from(socket)
+}
+
+/// A client with a port of its choice, which may have been another connection's just before.
+pub(super) fn connect_from(own: SocketAddr, to: SocketAddr) -> TcpStream {
+    let (socket, address) = (bound(own, libc::SO_REUSEADDR), address(to));
+    // SAFETY: the kernel is given an address of that size.
+    let done = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len_of(&address)) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    TcpStream::from(socket)
+}
+
+/// Nobody is connected, as the service has it, before he has sent something.
+pub(super) fn defer_accept(listener: &TcpListener) {
+    set_of(listener, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, &30_i32);
+}
+
+/// A socket with an address that others may have, too, as the option says.
+fn bound(at: SocketAddr, option: i32) -> OwnedFd {
+    // SAFETY: a new fd.
+    let socket = unsafe {
+        OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0))
+    };
+    set_of(&socket, libc::SOL_SOCKET, option, &1_i32);
+    let address = address(at);
+    // SAFETY: the kernel is given an address of that size.
+    let done = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len_of(&address)) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    socket
+}
+
+fn address(at: SocketAddr) -> libc::sockaddr_in {
+    let SocketAddr::V4(at) = at else { unreachable!() };
+    libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: at.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from(*at.ip()).to_be() },
+        sin_zero: [0; 8],
     }
+}
+
+fn len_of<T>(_: &T) -> libc::socklen_t {
+    size_of::<T>() as libc::socklen_t
 }
 
 /// A process that has some of this one's fds open and nothing else, until it is ended by a signal.

@@ -1,13 +1,17 @@
 //! Many connections: none is missed, and what is kept of them is bounded.
 
 use std::{
-    io::Write,
+    hint::spin_loop,
+    io::{ErrorKind, Write},
     net::TcpStream,
     thread,
     time::{Duration, Instant},
 };
 
-use plumb::{kernel::Plan, losses::Class};
+use plumb::{
+    kernel::{Plan, Program},
+    losses::Class,
+};
 
 use super::{Stage, Told, WAYS_IN, hands::*, listen, port_of};
 
@@ -60,6 +64,60 @@ fn of_ten_thousand_connections_a_second_each_is_counted() {
     assert_eq!(stage.kernel.conversations().unwrap(), 0, "all of them are over");
     stage.is_complete();
     drop(listener);
+}
+
+/// A listener may be closed between any two steps of a handshake: whoever is not refused is lost.
+#[test]
+fn whoever_connects_as_a_listener_closes_is_refused_or_lost() {
+    const ROUNDS: u32 = 300;
+    let mut stage = Stage::new();
+    let (at, _) = WAYS_IN[0];
+    let slot = stage.follow(port_of(&listen(at).unwrap()));
+    let (mut lost, mut refused, mut amid) = (0, 0, 0);
+    let not_run = stage.kernel.not_run_of(Program::is_evidence);
+    for round in 0..ROUNDS {
+        let listener = listen(at).unwrap();
+        let (port, address) = (port_of(&listener), listener.local_addr().unwrap());
+        stage.kernel.follow_port(port, slot).unwrap();
+        let client = thread::spawn(move || {
+            let mut held = Vec::new();
+            let mut reset = 0;
+            loop {
+                match TcpStream::connect(address) {
+                    Ok(stream) => held.push(stream),
+                    // Broken, if its end was told before the reset.
+                    Err(error)
+                        if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) =>
+                    {
+                        reset += 1;
+                    }
+                    Err(error) => break (held, reset, error),
+                }
+            }
+        });
+        let end = Instant::now() + Duration::from_micros(u64::from(100 + round % 50));
+        while Instant::now() < end {
+            spin_loop();
+        }
+        drop(listener);
+        let (held, reset, error) = client.join().unwrap();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+        // The kernel drops some connections without a word: their clients learn of it when they ask.
+        held.iter().filter(|client| (&**client).write_all(REQUEST).is_ok()).for_each(is_reset);
+        lost += held.len() as u64 + reset;
+        refused += 1;
+        amid += reset;
+        stage.kernel.unfollow_port(port).unwrap();
+    }
+    stage.until_counted(slot, "refused", refused);
+    stage.catch_up();
+    // A preemptible kernel skips a program that is already running there: that is counted, and a drain says so.
+    let skipped = stage.kernel.not_run_of(Program::is_evidence) - not_run;
+    eprintln!("{lost} lost, {amid} of them amid the handshake; {skipped} programs skipped");
+    let [(class, told)] = stage.told(slot).lost[..] else { panic!("{:?}", stage.told(slot)) };
+    assert_eq!(class, Class::AcceptQueue.word());
+    assert!(told <= lost && told + skipped >= lost, "{told} of {lost} told, {skipped} programs skipped");
+    stage.is_complete();
 }
 
 #[test]

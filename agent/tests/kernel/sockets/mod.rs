@@ -1,6 +1,7 @@
 //! What becomes of requests, listeners and signals of a followed port: each scenario is scripted, and what the kernel side
 //! tells of it must be that and nothing else.
 
+mod again;
 mod before;
 mod hands;
 mod many;

@@ -357,6 +357,23 @@ fn a_service_that_closes_its_half_first_loses_by_the_same_classes() {
             is_broken(client);
         }),
     );
+    play(
+        &mut stage,
+        "asked once more by who then hangs up, too",
+        &closed(1, 1).losing(Class::KeepAliveRace, 1),
+        |_, _, listener, from| {
+            let (client, server) = pair(&listener, from);
+            serve(&client, &server);
+            half_close(&server);
+            is_closed(&client);
+            ask(&client);
+            drop(client);
+            // It reads what nobody can answer.
+            read_request(&server);
+            is_closed(&server);
+            listener
+        },
+    );
     stage.is_complete();
 }
 
