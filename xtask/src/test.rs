@@ -50,7 +50,7 @@ const FD_PATHS: &str = "fd_paths";
 const MODEL: &str = "model::";
 /// Beside others an emulated machine is too slow to name a stack in the time that it may take.
 const ORIGINS: &str = "origins::";
-/// Likewise.
+/// Likewise. They wait for most of the time, so that they may be beside each other.
 const AGENT_LEAKS: &str = "agent::a_leak";
 const CHECK: &str = "check::";
 /// Another test that forks would hold their sockets open for a moment.
@@ -261,7 +261,9 @@ pub(crate) fn guest(tests: &Path) -> Guest {
             ("PLUMB_MODEL_OPS".to_owned(), EMULATED_OPS.to_string()),
         ],
         commands: iter::once(together)
-            .chain(ALONE.map(|test| vec!["/bin/tests", "--test-threads", "1", test]))
+            .chain(ALONE.map(|test| {
+                vec!["/bin/tests", "--test-threads", if test == AGENT_LEAKS { "2" } else { "1" }, test]
+            }))
             .map(|command| command.into_iter().map(str::to_owned).collect())
             .collect(),
         memory_mb: MEMORY_MB,

@@ -292,7 +292,8 @@ fn a_signal_ends_all_runs() {
     let script = format!("echo run >> {ready}; while :; do :; done");
     let check = ["check", "--iterations", "3", "--report", &report, "--", "/bin/sh", "-c", &script];
     let mut child = Running(plumb().args(check).spawn().unwrap());
-    while !Path::new(&ready).exists() {
+    // The shell makes the file before it writes.
+    while fs::read_to_string(&ready).map_or(true, |runs| runs.is_empty()) {
         sleep(Duration::from_millis(20));
     }
     child.signal(Signal::TERM);

@@ -107,7 +107,7 @@ fn whoever_connects_as_a_listener_closes_is_refused_or_lost() {
         lost += held.len() as u64 + reset;
         refused += 1;
         amid += reset;
-        stage.kernel.unfollow_port(port).unwrap();
+        stage.unfollow(port);
     }
     stage.until_counted(slot, "refused", refused);
     stage.catch_up();

@@ -134,6 +134,10 @@ impl Stage {
         slot
     }
 
+    fn unfollow(&mut self, port: Port) {
+        self.kernel.unfollow_port(port).unwrap();
+    }
+
     /// Reads what there is.
     fn read(&mut self) {
         for event in self.ring.drain(usize::MAX) {
@@ -188,7 +192,7 @@ impl Stage {
         self.kernel.follow_port(port, slot).unwrap();
         drop(listener);
         self.until(slot, "the last event", |told| !told.backlogs.is_empty());
-        self.kernel.unfollow_port(port).unwrap();
+        self.unfollow(port);
     }
 
     /// That this, and nothing else, is told of a slot.
