@@ -165,6 +165,32 @@ fn an_audit_says_what_a_signal_would_do_and_sends_none() {
 }
 
 #[test]
+fn connections_of_workers_are_told_beside_those_of_their_master() {
+    const MASTER: &str = "import os, signal, socket
+listener = socket.create_server(('127.0.0.1', 0))
+print(listener.getsockname()[1], flush=True)
+both = listener.accept()[0]
+for _ in range(2):
+    if os.fork() == 0:
+        import ctypes
+        ctypes.CDLL(None).prctl(1, 9)
+        own = listener.accept()[0]
+        print('ready', flush=True)
+        signal.pause()
+signal.pause()";
+    let mut master = Command::new("/usr/bin/python3");
+    let mut master = Running(master.args(["-c", MASTER]).stdout(Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(master.0.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let port: u16 = lines.next().unwrap().parse().unwrap();
+    let _clients = [(); 3].map(|()| TcpStream::connect(("127.0.0.1", port)).unwrap());
+    assert_eq!(lines.by_ref().take(2).collect::<Vec<_>>(), ["ready", "ready"]);
+    let audit = json(&audit(&master, &["-o", "json"]));
+    assert_eq!((&audit["connections"], &audit["children_connections"]), (&1.into(), &2.into()), "{audit:#}");
+    let text = String::from_utf8(self::audit(&master, &[]).stdout).unwrap();
+    assert!(text.contains("its children have 2 TCP connections of their own"), "{text}");
+}
+
+#[test]
 fn another_signal_than_the_one_that_is_handled_is_judged_by_itself() {
     let (server, _) = server("handler");
     let output = audit(&server, &["--signal", "USR1", "-o", "json"]);

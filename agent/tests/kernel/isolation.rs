@@ -2,7 +2,9 @@
 //! its bounds.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Write,
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::Command,
     thread,
@@ -42,6 +44,16 @@ impl Cgroup {
 
     fn take(&self, pid: u32) {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+
+    /// Starts a workload that is in it with all that it starts.
+    fn start_ready(&self, arguments: &[&str]) -> Workload {
+        let mut procs = File::create(self.0.join("cgroup.procs")).unwrap();
+        let mut command = Command::new(Workload::program());
+        command.args(arguments);
+        // SAFETY: the child writes and does nothing else. 0 is whoever writes.
+        unsafe { command.pre_exec(move || procs.write_all(b"0")) };
+        Workload::start_command(&mut command).ready()
     }
 }
 
@@ -106,18 +118,17 @@ fn known(agent: &Agent, pid: u32) -> Option<(u64, u64)> {
 
 #[test]
 fn a_storm_of_forks_names_and_fds_in_one_cgroup_leaves_the_counts_of_another_exact() {
-    // About half of the room is free when the storm begins.
+    // About half of the room is free before the crowd, which takes it however slow the storm is.
     let capacity = 2 * proc_truth().len() + 100;
     let agent = Agent::start(&["--max-processes", &capacity.to_string(), "--fd-events", "always"]);
     let (loud, quiet) = (Cgroup::new("storm"), Cgroup::new("held"));
-    let crowd = Workload::start_ready(&["hold-processes", "0"]);
-    loud.take(crowd.pid());
-    let mut storm = Workload::start(&["fork-storm", "2000"]);
-    loud.take(storm.pid());
-    storm = storm.ready();
     let mut fds = Workload::start_ready(&["fd-storm", "300000"]);
     loud.take(fds.pid());
     let listened = agent.events(&format!("?pid={}", fds.pid()));
+    let crowd = loud.start_ready(&["hold-processes", &capacity.to_string()]);
+    let mut storm = Workload::start(&["fork-storm", "2000"]);
+    loud.take(storm.pid());
+    storm = storm.ready();
     agent.wait_metric("plumb_untracked_fds", |untracked| untracked > 0.0);
     let end = Instant::now() + Duration::from_secs(20);
     while !agent.get("/readyz").unwrap().1.contains("are beyond the bound") {
@@ -148,9 +159,9 @@ fn a_storm_of_forks_names_and_fds_in_one_cgroup_leaves_the_counts_of_another_exa
     assert!(compared >= 3);
     let memory = agent.metric("process_resident_memory_bytes");
     assert!(memory < 100e6, "{memory}");
-    drop((storm, fds, listened));
+    drop((storm, fds, listened, crowd));
     agent.wait_metric("plumb_untracked_processes", |untracked| untracked == 0.0);
-    drop((held, threads, crowd));
+    drop((held, threads));
     drop((loud, quiet));
 }
 

@@ -102,7 +102,7 @@ impl Workload {
         Self::program().with_file_name(name)
     }
 
-    fn program() -> PathBuf {
+    pub(crate) fn program() -> PathBuf {
         env::var_os("PLUMB_WORKLOAD").map_or_else(
             || env::current_exe().unwrap().parent().unwrap().join("../examples/workload"),
             PathBuf::from,

@@ -88,6 +88,8 @@ struct Audit {
     /// The first 16.
     children: Vec<Child>,
     children_count: usize,
+    /// Established TCP connections that they have open and the process has not, as of workers of a server.
+    children_connections: usize,
     /// `null` when they cannot be listed.
     threads: Option<Left>,
     /// What is not known, and why.
@@ -200,6 +202,9 @@ impl Audit {
         let other_handlers = caught(&status, signal);
         let Facts { is_init, supervisor, .. } = facts;
         let Tcp { listeners, connections, .. } = tcp_of([process]);
+        let looked = children.iter().filter_map(|record| Process::look_at(record.key.tgid).ok());
+        let family: Vec<Process> = looked.filter(|child| child.ppid == pid).collect();
+        let all = tcp_of(family.iter().chain([process])).connections;
         let audit = Self {
             schema: SCHEMA,
             pid,
@@ -221,6 +226,7 @@ impl Audit {
                 .map(|record| Child { pid: record.key.tgid, comm: text::terminated(&record.comm) })
                 .collect(),
             children_count: children.len(),
+            children_connections: all.saturating_sub(connections),
             threads,
             unknown,
         };
@@ -247,11 +253,7 @@ impl Audit {
             if listeners.len() > MAX_CHILDREN {
                 tell(format!("and on {} more", listeners.len() - MAX_CHILDREN));
             }
-            tell(match connections {
-                0 => "no TCP connections".to_owned(),
-                1 => "1 TCP connection".to_owned(),
-                many => format!("{many} TCP connections"),
-            });
+            tell(many_connections(connections));
         }
         if self.children_count > 0 {
             let named = self.children.iter().map(|child| format!("{} ({})", child.pid, child.comm));
@@ -262,6 +264,12 @@ impl Audit {
                 many => format!("{many} children, which get"),
             };
             tell(format!("{children} no signal by this: {named}{more}"));
+            if self.children_connections > 0 {
+                tell(format!(
+                    "its children have {} of their own",
+                    many_connections(self.children_connections)
+                ));
+            }
         }
         for what in &self.unknown {
             tell(format!("unknown: {what}"));
@@ -270,6 +278,14 @@ impl Audit {
             lines.extend(threads.lines());
         }
         lines.join("\n") + "\n"
+    }
+}
+
+fn many_connections(many: usize) -> String {
+    match many {
+        0 => "no TCP connections".to_owned(),
+        1 => "1 TCP connection".to_owned(),
+        many => format!("{many} TCP connections"),
     }
 }
 
