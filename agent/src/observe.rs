@@ -8,7 +8,6 @@ use std::{
 
 use anyhow::{Context, Result};
 use plumb_common::{counts::Counts, task::ProcKey};
-use rustix::process::setpriority_process;
 use tokio::sync::mpsc::Sender;
 use tokio_util::sync::CancellationToken;
 
@@ -39,10 +38,6 @@ const PASS_AT_LAST: Duration = Duration::from_secs(4);
 const TICK: Duration = Duration::from_millis(100);
 /// Events per batch at most: bounds memory and the time between two looks at the clock.
 const BATCH: usize = 4_096;
-
-/// Nice value of the observer, where that is allowed (`CAP_SYS_NICE`): on a host whose processors are all busy the ring
-/// fills while it waits for its turn, and a drain waits for its answers.
-const NICE: i32 = -10;
 
 /// Batches drained before a pass at most: more than the ring holds. In a flood there are always more.
 const BATCHES_BEFORE: usize = 16;
@@ -133,8 +128,6 @@ pub(crate) fn run(
     (inputs, stacks): (&Sender<Input>, &Queue),
     stop: &CancellationToken,
 ) -> Result<()> {
-    // Of this thread alone. It starts no other and no process, which would inherit it.
-    let _ = setpriority_process(None, NICE);
     let ring = kernel.ring()?;
     let Kept { wanted, evidence } = std::mem::take(kept);
     let (describer, follow) = (Describer::new("/proc"), Follow::new(limits.fd_events, wanted));
