@@ -29,6 +29,8 @@ use crate::{
 
 /// For the observer to answer: it may be amid a pass over a large host.
 const ANSWER: Duration = Duration::from_secs(2);
+/// For what was counted of a service that is gone: no signal of its own waits for that, and its verdict depends on it.
+const LAST_ANSWER: Duration = Duration::from_secs(4);
 const KILL: u32 = 9;
 /// Ports of processes that the next drain knows of, at most.
 const MAX_KNOWN: usize = 4096;
@@ -58,9 +60,17 @@ pub(super) struct Sockets {
 }
 
 fn ask<T>(asker: &Asker, request: impl FnOnce(std::sync::mpsc::SyncSender<T>) -> SocketRequest) -> Option<T> {
+    ask_for(ANSWER, asker, request)
+}
+
+fn ask_for<T>(
+    patience: Duration,
+    asker: &Asker,
+    request: impl FnOnce(std::sync::mpsc::SyncSender<T>) -> SocketRequest,
+) -> Option<T> {
     let (reply, answer): (_, Receiver<T>) = sync_channel(1);
     asker.ask(Request::Sockets(request(reply)));
-    answer.recv_timeout(ANSWER).ok()
+    answer.recv_timeout(patience).ok()
 }
 
 /// Follows what processes open, and says whether all of it is seen. Takes a moment.
@@ -200,7 +210,8 @@ impl Sockets {
 
     /// What was counted of a service, or what may be missing.
     pub(super) fn counted(&mut self, service: usize) -> Vec<Fact> {
-        let answer = if self.is_silent { None } else { ask(&self.ask, SocketRequest::Count) };
+        let answer =
+            if self.is_silent { None } else { ask_for(LAST_ANSWER, &self.ask, SocketRequest::Count) };
         self.is_silent = answer.is_none();
         let now = answer.flatten();
         let clones = now.as_ref().map_or(0, |now| now.lost_clones.saturating_sub(self.before.lost_clones));
