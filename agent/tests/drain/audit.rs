@@ -166,7 +166,7 @@ fn an_audit_says_what_a_signal_would_do_and_sends_none() {
 
 #[test]
 fn connections_of_workers_are_told_beside_those_of_their_master() {
-    const MASTER: &str = "import os, signal, socket
+    const MASTER: &str = r"import os, signal, socket
 listener = socket.create_server(('127.0.0.1', 0))
 print(listener.getsockname()[1], flush=True)
 both = listener.accept()[0]
@@ -175,7 +175,7 @@ for _ in range(2):
         import ctypes
         ctypes.CDLL(None).prctl(1, 9)
         own = listener.accept()[0]
-        print('ready', flush=True)
+        os.write(1, b'ready\n')
         signal.pause()
 signal.pause()";
     let mut master = Command::new("/usr/bin/python3");
