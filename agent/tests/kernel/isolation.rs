@@ -122,13 +122,10 @@ fn a_storm_of_forks_names_and_fds_in_one_cgroup_leaves_the_counts_of_another_exa
     let capacity = 2 * proc_truth().len() + 100;
     let agent = Agent::start(&["--max-processes", &capacity.to_string(), "--fd-events", "always"]);
     let (loud, quiet) = (Cgroup::new("storm"), Cgroup::new("held"));
-    let mut fds = Workload::start_ready(&["fd-storm", "300000"]);
-    loud.take(fds.pid());
+    let mut fds = loud.start_ready(&["fd-storm", "300000"]);
     let listened = agent.events(&format!("?pid={}", fds.pid()));
     let crowd = loud.start_ready(&["hold-processes", &capacity.to_string()]);
-    let mut storm = Workload::start(&["fork-storm", "2000"]);
-    loud.take(storm.pid());
-    storm = storm.ready();
+    let storm = loud.start_ready(&["fork-storm", "2000"]);
     agent.wait_metric("plumb_untracked_fds", |untracked| untracked > 0.0);
     let end = Instant::now() + Duration::from_secs(20);
     while !agent.get("/readyz").unwrap().1.contains("are beyond the bound") {

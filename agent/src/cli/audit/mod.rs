@@ -39,6 +39,8 @@ ended by itself and no request was seen to be lost; 124 when it is still there a
 
 /// Children that are named.
 const MAX_CHILDREN: usize = 16;
+/// Whose connections are counted: each is held by a pidfd meanwhile.
+const MAX_FAMILY: usize = 256;
 
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
@@ -88,7 +90,7 @@ struct Audit {
     /// The first 16.
     children: Vec<Child>,
     children_count: usize,
-    /// Established TCP connections that they have open and the process has not, as of workers of a server.
+    /// Established TCP connections that the first 256 have open and the process has not, as of workers of a server.
     children_connections: usize,
     /// `null` when they cannot be listed.
     threads: Option<Left>,
@@ -202,9 +204,18 @@ impl Audit {
         let other_handlers = caught(&status, signal);
         let Facts { is_init, supervisor, .. } = facts;
         let Tcp { listeners, connections, .. } = tcp_of([process]);
-        let looked = children.iter().filter_map(|record| Process::look_at(record.key.tgid).ok());
+        let counted = children.iter().take(MAX_FAMILY);
+        let looked = counted.filter_map(|record| Process::look_at(record.key.tgid).ok());
         let family: Vec<Process> = looked.filter(|child| child.ppid == pid).collect();
-        let all = tcp_of(family.iter().chain([process])).connections;
+        if children.len() > MAX_FAMILY {
+            unknown
+                .push(format!("connections of children: those of the first {MAX_FAMILY} alone are counted"));
+        }
+        // The kernel's tables are read again only where there is somebody to look for.
+        let all = match &family[..] {
+            [] => connections,
+            family => tcp_of(family.iter().chain([process])).connections,
+        };
         let audit = Self {
             schema: SCHEMA,
             pid,
