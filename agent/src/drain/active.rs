@@ -249,7 +249,9 @@ impl Active {
 
     /// What was counted of a service until now.
     pub(super) fn counted(&mut self, service: usize) -> Vec<Input> {
-        let counted = self.sockets.as_mut().map_or_else(Vec::new, |sockets| sockets.counted(service));
+        let is_gone = self.machine.runs[service].gone.is_some();
+        let counted =
+            self.sockets.as_mut().map_or_else(Vec::new, |sockets| sockets.counted(service, is_gone));
         let said = self.said.get(&service);
         let said = said.map(|requests| Fact::InFlight { at: clock::boottime(), requests: *requests });
         counted.into_iter().chain(said).map(|fact| Input::Seen(service, fact)).collect()

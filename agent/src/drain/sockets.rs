@@ -29,7 +29,8 @@ use crate::{
 
 /// For the observer to answer: it may be amid a pass over a large host.
 const ANSWER: Duration = Duration::from_secs(2);
-/// For what was counted of a service that is gone: no signal of its own waits for that, and its verdict depends on it.
+/// For what was counted of a service that is gone, on which its verdict depends. The driver waits, and so do the others'
+/// signals; whoever has not answered is not waited for again in this drain.
 const LAST_ANSWER: Duration = Duration::from_secs(4);
 const KILL: u32 = 9;
 /// Ports of processes that the next drain knows of, at most.
@@ -209,9 +210,9 @@ impl Sockets {
     }
 
     /// What was counted of a service, or what may be missing.
-    pub(super) fn counted(&mut self, service: usize) -> Vec<Fact> {
-        let answer =
-            if self.is_silent { None } else { ask_for(LAST_ANSWER, &self.ask, SocketRequest::Count) };
+    pub(super) fn counted(&mut self, service: usize, is_gone: bool) -> Vec<Fact> {
+        let patience = if is_gone { LAST_ANSWER } else { ANSWER };
+        let answer = if self.is_silent { None } else { ask_for(patience, &self.ask, SocketRequest::Count) };
         self.is_silent = answer.is_none();
         let now = answer.flatten();
         let clones = now.as_ref().map_or(0, |now| now.lost_clones.saturating_sub(self.before.lost_clones));
