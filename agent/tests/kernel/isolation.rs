@@ -145,15 +145,12 @@ fn a_storm_of_forks_names_and_fds_in_one_cgroup_leaves_the_counts_of_another_exa
         assert!(began.elapsed() < Duration::from_secs(15), "they find no room: {}", agent.log());
         thread::sleep(Duration::from_millis(200));
     }
-    let began = Instant::now();
-    let mut compared = 0;
-    while began.elapsed() < Duration::from_secs(8) {
+    // As often as that, not for as long: on a slow machine an answer takes seconds.
+    for _ in 0..5 {
         thread::sleep(Duration::from_millis(1500));
         assert_eq!(known(&agent, held.pid()), Some((own_fds, 1)));
         assert_eq!(known(&agent, threads.pid()).map(|known| known.1), Some(8));
-        compared += 1;
     }
-    assert!(compared >= 3);
     let memory = agent.metric("process_resident_memory_bytes");
     assert!(memory < 100e6, "{memory}");
     drop((storm, fds, listened, crowd));

@@ -14,14 +14,11 @@ mod initramfs;
 mod kernels;
 mod qemu;
 mod queue;
+mod second;
 
-use std::{
-    fs::File,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{fs::File, path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 pub(crate) use self::{
     cli::Arguments,
@@ -84,7 +81,13 @@ pub(crate) fn run_on(kernels: &[Kernel], guest: &Guest) -> Result<()> {
 /// When the kernel cannot be had, when the machine does not end by itself before the deadline, and when
 /// any command did not report exit status 0.
 pub(crate) fn run(kernel: &Kernel, guest: &Guest) -> Result<Vec<String>> {
-    let start = Instant::now();
+    let end = boot(kernel, guest)?;
+    end.judge(kernel, guest)?;
+    Ok(end.lines)
+}
+
+/// Boots `kernel` and runs the commands of `guest`, whatever becomes of them.
+fn boot(kernel: &Kernel, guest: &Guest) -> Result<End> {
     let folder = kernel.folder()?;
     // A second run of the same series would overwrite the image and the log of this one.
     let lock = File::create(folder.join("lock"))?;
@@ -109,16 +112,30 @@ pub(crate) fn run(kernel: &Kernel, guest: &Guest) -> Result<Vec<String>> {
 
     let machine = qemu::Machine { vmlinuz, initrd, console: folder.join("console.log"), guest };
     let end = machine.boot(&kernel.series)?;
-    let problems = problems(&guest.commands, &end);
-    if problems.is_empty() {
-        eprintln!("xtask: kernel {} ({}): passed in {:.1?}", kernel.series, kernel.version, start.elapsed());
-        return Ok(end.lines);
-    }
     // A command that failed has said why; a machine that broke off has only the kernel's log.
     if end.cut_short.is_some() {
         machine.show_console_tail(&kernel.series);
     }
-    bail!("kernel {} ({}): {}", kernel.series, kernel.version, problems.join("; "))
+    Ok(end)
+}
+
+impl End {
+    fn judge(&self, kernel: &Kernel, guest: &Guest) -> Result<()> {
+        let problems = problems(&guest.commands, self);
+        let Kernel { series, version, .. } = kernel;
+        ensure!(problems.is_empty(), "kernel {series} ({version}): {}", problems.join("; "));
+        eprintln!("xtask: kernel {series} ({version}): passed in {:.1?}", self.took);
+        Ok(())
+    }
+
+    /// What a command printed.
+    fn lines_of(&self, command: usize) -> &[String] {
+        let Some(at) = self.reports.iter().position(|(report, _)| report.command == command) else {
+            return &[];
+        };
+        let begin = at.checked_sub(1).map_or(0, |before| self.reports[before].1);
+        &self.lines[begin..self.reports[at].1]
+    }
 }
 
 /// Why a run did not succeed; empty for success, which takes a report of every command and a power-off.
@@ -127,7 +144,8 @@ fn problems(commands: &[Vec<String>], end: &End) -> Vec<String> {
     let mut missing = None;
     for (index, command) in commands.iter().enumerate() {
         let command = command.join(" ");
-        match end.reports.iter().find(|report| report.command == index).map(|report| &report.outcome) {
+        let mut reports = end.reports.iter().map(|(report, _)| report);
+        match reports.find(|report| report.command == index).map(|report| &report.outcome) {
             Some(Outcome::Exit(0)) => {}
             Some(Outcome::Exit(status)) => problems.push(format!("`{command}` exited with {status}")),
             Some(Outcome::Signal(signal)) => {
@@ -159,8 +177,8 @@ mod tests {
 
     fn end(outcomes: Vec<Outcome>, cut_short: Option<&str>) -> End {
         let reports = outcomes.into_iter().enumerate();
-        let reports = reports.map(|(command, outcome)| Report { command, outcome }).collect();
-        End { reports, lines: Vec::new(), cut_short: cut_short.map(ToOwned::to_owned) }
+        let reports = reports.map(|(command, outcome)| (Report { command, outcome }, 0)).collect();
+        End { reports, cut_short: cut_short.map(ToOwned::to_owned), ..End::default() }
     }
 
     #[test]

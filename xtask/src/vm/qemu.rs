@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -32,18 +32,22 @@ pub(super) struct Machine<'a> {
 }
 
 /// How a machine ended and what it reported until then.
+#[derive(Default)]
 pub(super) struct End {
-    pub(super) reports: Vec<Report>,
+    /// In the order of the commands, each with how many lines had been printed by then.
+    pub(super) reports: Vec<(Report, usize)>,
     /// What the commands printed.
     pub(super) lines: Vec<String>,
     /// What happened instead of the power-off that init asks for.
     pub(super) cut_short: Option<String>,
+    pub(super) took: Duration,
 }
 
 impl Machine<'_> {
     /// Runs the machine until it powers off, panics or exceeds its deadline.
     pub(super) fn boot(&self, series: &str) -> Result<End> {
-        let deadline = Instant::now() + self.guest.deadline;
+        let start = Instant::now();
+        let deadline = start + self.guest.deadline;
         let mut qemu = self.command().spawn().context("cannot start qemu-system-x86_64")?;
         let output = qemu.stdout.take().context("qemu has no stdout")?;
         let (sender, lines) = mpsc::channel();
@@ -69,7 +73,7 @@ impl Machine<'_> {
                 let _ = writeln!(io::stdout(), "{series} | {text}");
                 printed.push(text.to_owned());
             }
-            reports.extend(report);
+            reports.extend(report.map(|report| (report, printed.len())));
         }
         let status = qemu.wait()?;
         let cut_short = if timed_out {
@@ -82,7 +86,7 @@ impl Machine<'_> {
         } else {
             None
         };
-        Ok(End { reports, lines: printed, cut_short })
+        Ok(End { reports, lines: printed, cut_short, took: start.elapsed() })
     }
 
     /// The last words of the kernel, on stderr.
