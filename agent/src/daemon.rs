@@ -11,6 +11,7 @@ use std::{
 
 use axum::Extension;
 use rustix::net::sockopt::set_socket_passcred;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{
@@ -48,9 +49,26 @@ const QUEUE: usize = 64;
 /// Time the workers have to stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Fds that the agent may have open: each process of a drain takes two, and whoever starts it may allow 1,024.
+const MAX_FDS: u64 = 65_536;
+
+/// As far as the hard limit lets it.
+fn raise_fd_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.unwrap_or(MAX_FDS).min(MAX_FDS);
+    if current.is_some_and(|current| current < wanted)
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
+    {
+        tracing::warn!(
+            "the limit of open files is not raised: {error}; a drain of many processes may not work"
+        );
+    }
+}
+
 /// Runs the agent until `shutdown`, which names the signal. What it attached goes with it.
 pub(crate) async fn run(config: Config, shutdown: impl Future<Output = &'static str>) -> Result<(), Failure> {
     let usr1 = drain::usr1()?;
+    raise_fd_limit();
     kernel::require_capabilities()?;
     let lock = lock(&config.run_dir).await?;
     let tcp = listen(&config).await?;

@@ -479,7 +479,10 @@ async fn progress(
     let view = services.views.borrow().clone();
     let is_meant =
         |drain: &Arc<Document>| peer.caller.owns(drain.uid) && id.as_ref().is_none_or(|id| *id == drain.id);
-    let drain = view.drain.into_iter().chain(view.past).find(is_meant).map(|drain| (*drain).clone());
+    let all: Vec<_> = view.drain.into_iter().chain(view.past).filter(is_meant).collect();
+    // A drain of nothing is not what anybody looks back at.
+    let drain = all.iter().find(|drain| !drain.services.is_empty()).or(all.first());
+    let drain = drain.map(|drain| Document::clone(drain));
     Ok(Json(Progress { schema: SCHEMA.to_owned(), generation: view.generation, drain }))
 }
 

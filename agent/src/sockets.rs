@@ -157,7 +157,11 @@ fn ledger(kernel: &Kernel, rejected: u64) -> Option<SocketLedger> {
     let ledger = kernel.counts().ok()?;
     let not_run = kernel.not_run_of(Program::is_evidence);
     let lost = ledger.lost(counts::SIGNAL) + ledger.lost(counts::SOCKET) + rejected + not_run;
-    let lost_clones = ledger.lost(counts::CLONE) + rejected + kernel.not_run_of(Program::is_of_children);
+    // Whose end was lost may have crashed.
+    let lost_clones = ledger.lost(counts::CLONE)
+        + ledger.lost(counts::EXIT)
+        + rejected
+        + kernel.not_run_of(Program::is_of_children);
     Some(SocketLedger { counts, lost, lost_acts: lost_acts(kernel, rejected), lost_clones })
 }
 

@@ -33,7 +33,7 @@ Examples:
   what came of the last one
     plumb drain --last
 
-Exit code: 0 when all ended well, 124 when a deadline passed, else 1. Interrupting this command does not end the drain: \
+Exit code: 0 when all ended well, 124 when a deadline passed, else 1, also by --last of one that is under way. Interrupting this command does not end the drain: \
 `plumb drain --cancel` does, before its next stage, and at once if the administrator says so of a user's.";
 
 #[derive(Args)]
@@ -157,9 +157,10 @@ fn report(drain: &Document, format: Format) -> Outcome {
     let text = if format == Format::Table { report_text(drain) } else { output::json(drain)? + "\n" };
     output::data(&text)?;
     Ok(match (drain.state, drain.is_clean(), drain.is_late()) {
-        (State::Running | State::Ended, ..) | (State::Finished, true, _) => Exit::Ok,
+        (State::Finished, true, _) => Exit::Ok,
         (State::Finished, false, true) => Exit::Command(124),
-        (State::Finished, false, false) => Exit::Error,
+        // Of one that is not over it is not known that all end well.
+        (State::Finished, false, false) | (State::Running | State::Ended, ..) => Exit::Error,
     })
 }
 

@@ -122,8 +122,8 @@ impl Driver {
                 None
             }
             Action::Look(service) => {
-                let (more, again) = active.look_again(*service);
-                Some(Input::Looked(*service, more, again))
+                let rest = active.look_again(*service);
+                Some(Input::Looked(*service, rest))
             }
         }
     }
@@ -146,6 +146,7 @@ impl Driver {
             let registered = registered.filter(|process| process.identity.is_same_process(&meant));
             let held = held.or_else(|| registered.cloned()).or_else(|| same(&meant));
             let (id, gone) = (active.machine.begun.id.clone(), held.as_deref().and_then(gone));
+            let over = active.over.clone();
             let is_there = held.is_some();
             if let Some(process) = held {
                 active.hold(service, member, process);
@@ -156,7 +157,7 @@ impl Driver {
             }
             self.waits.push(Box::pin(async move {
                 if let Some(gone) = gone {
-                    gone.await;
+                    over.run_until_cancelled(gone).await;
                 }
                 Waited::Member(id, service, member)
             }));

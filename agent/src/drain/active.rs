@@ -1,5 +1,7 @@
 //! A drain under way: what the driver holds for it, and how it looks at services.
 
+mod again;
+
 use std::{
     collections::{HashMap, HashSet},
     io,
@@ -10,25 +12,26 @@ use std::{
 
 use plumb_common::{event::Header, task::ProcKey};
 use tokio::{io::unix::AsyncFd, time};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     command::{Listed, Preflight},
     course::{Entry, Fact, Found, Input, Member, MemberRun, Phase, Run},
     facts,
     family::{self, Claims, Tree},
-    identity::{Identity, ticks},
+    identity::Identity,
     journal::Journal,
     leaving::Leaving,
     machine::Machine,
     matching::{self, Match},
     preflight,
-    process::Process,
+    process::{self, Process},
     report::Document,
     service::{Service, Target},
     sockets::Sockets,
     systemd::Unit,
     units,
+    verdict::is_crash,
 };
 use crate::{
     clock::{self, Calendar},
@@ -57,6 +60,9 @@ pub(super) struct Active {
     claims: Option<(Option<usize>, Claims)>,
     /// On how many requests services have said last that they work.
     pub(super) said: HashMap<usize, u64>,
+    /// What is waited for is, until this drain is over: what does not stop would be waited for, and its pidfd held, without end.
+    pub(super) over: CancellationToken,
+    _over: DropGuard,
 }
 
 impl Active {
@@ -72,6 +78,7 @@ impl Active {
         let (processes, watched, prestops) = Default::default();
         let leaving = Leaving::new(sockets.as_ref().map_or(0, Sockets::lost_acts));
         let (tree, claims, untold, said) = Default::default();
+        let over = CancellationToken::new();
         Self {
             machine,
             journal,
@@ -85,6 +92,8 @@ impl Active {
             tree,
             claims,
             said,
+            _over: over.clone().drop_guard(),
+            over,
         }
     }
 
@@ -229,6 +238,9 @@ impl Active {
     pub(super) fn seen(&mut self, events: &[Event]) -> Vec<Input> {
         let mut inputs = Vec::new();
         for event in events {
+            if let Some((service, signal)) = self.crashed(event) {
+                inputs.push(Input::Seen(service, Fact::ChildDied { at: event.header().time, signal }));
+            }
             if let Some(service) = self.tree.take(event) {
                 let why = "it started more processes than are followed".to_owned();
                 inputs.push(Input::Seen(service, Fact::Unseen { why, strays: true }));
@@ -245,6 +257,18 @@ impl Active {
         let is_over = |service: usize, time: u64| machine.runs[service].gone.is_some_and(|gone| gone < time);
         inputs.extend(sockets.iter_mut().flat_map(|sockets| sockets.take(events, of, is_over)));
         inputs
+    }
+
+    /// The service of which a process has crashed, or got KILL, that was started after that was found, and by what; those that
+    /// were found are its members, and a service of its own is not its.
+    fn crashed(&self, event: &Event) -> Option<(usize, i32)> {
+        let Event::Exit(exit) = event else { return None };
+        let process = exit.header.process;
+        let signal = exit.code as i32 & 0x7f;
+        let service = self.tree.of(process).filter(|_| exit.group_dead != 0 && is_crash(signal))?;
+        let is_named = self.claims.as_ref().is_some_and(|(_, claims)| claims.has(process));
+        let is_new = self.machine.runs[service].gone.is_none() && owner(&self.machine, process).is_none();
+        (is_new && !is_named).then_some((service, signal))
     }
 
     /// What was counted of a service until now.
@@ -301,48 +325,6 @@ impl Active {
     pub(super) fn next(&self) -> Option<u64> {
         self.leaving.next(&self.machine, clock::boottime())
     }
-
-    /// Children of a service that are left, and what runs in its place.
-    pub(super) fn look_again(&mut self, service: usize) -> (Vec<Member>, Option<String>) {
-        let target = self.machine.begun.services[service].target.clone();
-        let run = &self.machine.runs[service];
-        // A supervisor may be quicker than this task: the kernel's word on when it ended comes first.
-        let end = |one: &MemberRun| one.exited.or(one.gone);
-        let last = run.members.iter().filter_map(end).max().or(run.gone).unwrap_or(0);
-        let ended = ticks(last);
-        let known =
-            |identity: &Identity| run.members.iter().any(|one| one.member.identity.is_same_process(identity));
-        let found = match &target {
-            // Nobody but that one is named.
-            Target::Process(_) if run.phase == Phase::Confirming => Vec::new(),
-            Target::Process(meant) => match run.members.first() {
-                Some(known) => {
-                    let parent = self.processes.get(&(service, 0)).map(|process| process.ppid);
-                    successors(meant, (&known.member.command, parent), ended)
-                }
-                None => Vec::new(),
-            },
-            target => find(target, None).map(|(found, _)| found).unwrap_or_default(),
-        };
-        let fresh: Vec<Match> = found.into_iter().filter(|one| !known(&one.process.identity)).collect();
-        let (again, left): (Vec<_>, Vec<_>) =
-            fresh.into_iter().partition(|one| one.process.identity.start_ticks >= ended);
-        let again = again
-            .first()
-            .map(|one| format!("pid {} ({})", one.process.identity.pid, one.process.identity.comm));
-        if run.phase != Phase::Confirming {
-            return (Vec::new(), again);
-        }
-        let born = self.started(service).into_iter().filter(|one| !known(&one.process.identity));
-        let left: Vec<Match> = left.into_iter().chain(born).collect();
-        let first = run.members.len();
-        let members = left.iter().map(|one| Member { is_root: false, ..member(one) }).collect();
-        if let Some(sockets) = &mut self.sockets {
-            sockets.add(service, left.iter().map(|one| &one.process), true);
-        }
-        self.take(service, first, left.into_iter().map(|one| one.process).collect());
-        (members, again)
-    }
 }
 
 /// The service of a drain to which a process belongs.
@@ -368,26 +350,6 @@ pub(super) fn by_place(
 pub(super) fn same(meant: &Identity) -> Option<Arc<Process>> {
     let process = Process::open(meant.pid).ok()?;
     meant.is_same_process(&process.identity).then(|| Arc::new(process))
-}
-
-/// Processes that do what one did that has ended: its program, with its arguments, in its cgroup. Not what another one of
-/// the kind has started, which may serve somebody else all the time, unless that had started the one that has ended.
-fn successors(meant: &Identity, (command, parent): (&str, Option<u32>), ended: u64) -> Vec<Match> {
-    let same = |process: &Process| {
-        let identity = &process.identity;
-        identity.exe == meant.exe && identity.cgroup == meant.cgroup && process.command == command
-    };
-    let all = super::process::all().into_iter().filter(|pid| matching::runs(*pid, meant.exe, &[]));
-    let all: Vec<Process> =
-        all.filter_map(|pid| Process::open(pid).ok()).filter(|process| same(process)).collect();
-    let others: HashSet<u32> = all.iter().map(|process| process.identity.pid).collect();
-    let is_anothers = |process: &Process| {
-        others.contains(&process.ppid) && parent.is_some_and(|parent| parent != process.ppid)
-    };
-    all.into_iter()
-        .filter(|process| process.identity.start_ticks >= ended && !is_anothers(process))
-        .map(|process| Match { process, is_root: true, is_descendant: false })
-        .collect()
 }
 
 fn member(found: &Match) -> Member {
@@ -435,7 +397,7 @@ pub(super) fn look(
     // A unit without a process may be between two runs, or have something to do when it is stopped.
     if found.is_empty() && unit.as_ref().is_none_or(units::is_stopped) {
         return match service.target {
-            Target::Port(port) if matching::has_connections(port) => {
+            Target::Port(port) if matching::has_connections(port) != Ok(false) => {
                 let why = format!(
                     "nobody listens on port {port} any more, and somebody still has connections on it: name it by its \
                      pidfile or exe to stop it"

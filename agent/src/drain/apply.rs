@@ -170,12 +170,13 @@ impl Machine {
                     run.timeline.push((*at, format!("{pid} is gone")));
                 }
             }
-            Entry::More { at, service, members } => {
+            Entry::More { at, service, members, ports } => {
                 let many = if members.len() == 1 { "process" } else { "processes" };
                 tell(*at, *service, format!("{} more {many}", members.len()));
                 let run = &mut self.runs[*service];
                 run.phase = if run.killed.is_some() { Phase::Killing } else { Phase::Stopping };
                 run.members.extend(members.iter().cloned().map(of_member));
+                run.found.ports.extend(ports);
             }
             Entry::AllGone { at, service } => {
                 let run = &mut self.runs[*service];
@@ -238,6 +239,10 @@ pub(super) fn saw(run: &mut Run, fact: &Fact) {
         Fact::NoMemory { at } => {
             tell(*at, "is killed by the kernel: there is no memory".to_owned());
             seen.killed_by = Some("the kernel for want of memory".to_owned());
+        }
+        Fact::ChildDied { at, signal } => {
+            tell(*at, format!("a process that it has started dies of {}", signal_name(*signal)));
+            seen.child_died = Some(*signal);
         }
         Fact::Listener { at, port, is_ipv6, waiting } => {
             let which = if *is_ipv6 { " (IPv6)" } else { "" };

@@ -106,6 +106,8 @@ pub(crate) enum Fact {
     Killed { at: u64, by: String },
     /// The kernel killed it because there was no memory.
     NoMemory { at: u64 },
+    /// A process that it has started crashed, or got KILL, and was none of those that were found.
+    ChildDied { at: u64, signal: i32 },
     /// It listens on a port no longer; so many connections were waiting to be accepted.
     Listener {
         at: u64,
@@ -148,6 +150,17 @@ pub(crate) struct LostRequest {
 pub(crate) enum NotSent {
     Gone,
     Refused(String),
+}
+
+/// What is found of a service when all that were known of it have gone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rest {
+    /// What it has started, and is left.
+    pub members: Vec<Member>,
+    /// On which these listen.
+    pub ports: Vec<u32>,
+    /// What runs in its place.
+    pub again: Option<String>,
 }
 
 /// What has happened.
@@ -235,11 +248,13 @@ pub(crate) enum Entry {
         service: usize,
         member: usize,
     },
-    /// Children that were started after the service was found.
+    /// Children that were started after the service was found, and the ports on which they listen.
     More {
         at: u64,
         service: usize,
         members: Vec<Member>,
+        #[serde(default)]
+        ports: Vec<u32>,
     },
     /// None of its processes is left.
     AllGone {
@@ -295,8 +310,8 @@ pub(crate) enum Input {
     /// The answer to `StopUnit`.
     Unit(usize, UnitEnd),
     Gone(usize, usize),
-    /// The answer to `Look`: children that are left, and who runs in its place.
-    Looked(usize, Vec<Member>, Option<String>),
+    /// The answer to `Look`.
+    Looked(usize, Rest),
     Seen(usize, Fact),
 }
 
@@ -409,6 +424,8 @@ pub(crate) struct Seen {
     pub listeners: Vec<(u32, u64, u32)>,
     /// Signals that a thread of it has taken.
     pub taken: Vec<i32>,
+    /// What ended one that it had started, which was none of its members.
+    pub child_died: Option<i32>,
     /// Who has killed it, but plumb.
     pub killed_by: Option<String>,
     pub counts: BTreeMap<String, u64>,

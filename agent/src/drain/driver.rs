@@ -1,6 +1,7 @@
 //! The one task that owns the registry and carries out drains: it does what the machine wants, and tells it what has
 //! happened. It waits for pidfds, timers, events and commands, and polls nothing.
 
+mod events;
 mod late;
 mod resume;
 
@@ -23,7 +24,7 @@ use tokio_util::{
 };
 
 use super::{
-    active::{Active, by_place, gone, listed, look, owner},
+    active::{Active, by_place, gone, listed, look},
     command::{Asked, Command, Plan, Registration, Settings, View},
     course::{Begun, Fact, Input, UnitEnd, nanos},
     family::Claims,
@@ -41,13 +42,7 @@ use super::{
     service::{Name, Service, Target},
     sockets::{Known, Sockets},
 };
-use crate::{
-    ask::Asker,
-    clock,
-    decode::Event,
-    losses::{self, By},
-    subscribe::{Item, Subscription},
-};
+use crate::{ask::Asker, clock, losses::By, subscribe::Subscription};
 
 /// Drains that are over and of which those who wait for them are told.
 const PAST: usize = 8;
@@ -189,10 +184,16 @@ impl Driver {
                     block_in_place(|| self.waited(waited));
                 }
                 command = commands.recv() => match command {
-                    Some(command) => block_in_place(|| self.command(command)),
+                    Some(command) => block_in_place(|| {
+                        self.told_until_now(&mut events);
+                        self.command(command);
+                    }),
                     None => return,
                 },
-                () = timer => block_in_place(|| self.due()),
+                () = timer => block_in_place(|| {
+                    self.told_until_now(&mut events);
+                    self.due();
+                }),
                 item = next_event => match item {
                     Some(item) => block_in_place(|| self.events(&item)),
                     None => events = None,
@@ -348,7 +349,12 @@ impl Driver {
         let (deadline, mut signalled) = (asked.deadline.unwrap_or(self.settings.deadline), Vec::new());
         if let Some(active) = self.active.as_ref().filter(|active| active.machine.ended.is_none()) {
             let under_way = &active.machine.begun;
-            let covers = selected.iter().all(|name| under_way.services.iter().any(|one| one.name == *name));
+            // What has been registered by the same name meanwhile is another one.
+            let is_same =
+                |one: &Service| self.registry.get(&one.name).is_some_and(|now| now.target == one.target);
+            let is_in = |name: &Name| under_way.services.iter().any(|one| one.name == *name && is_same(one));
+            // Nobody is told of a drain that is not his.
+            let covers = asked.caller.owns(under_way.uid) && selected.iter().all(is_in);
             // An hour of a user's is not what the administrator has asked for.
             let is_in_time = under_way.deadline <= clock::boottime().saturating_add(nanos(deadline));
             if !self.is_below(asked.caller) || covers && is_in_time {
@@ -357,7 +363,11 @@ impl Driver {
             }
             signalled = self.give_up("the administrator drains");
         }
-        // One that only watches whether something comes back makes room.
+        // One that only watches whether something comes back makes room, unless that is somebody else's.
+        if let Some(other) = self.active.as_ref().filter(|other| !asked.caller.owns(other.machine.begun.uid))
+        {
+            return Err(under_way(&other.machine.begun, asked.caller));
+        }
         self.settle();
         let began = clock::boottime();
         let services: Vec<Service> =
@@ -491,55 +501,6 @@ impl Driver {
         self.registry.died(name);
         self.save();
         self.publish();
-    }
-
-    fn events(&mut self, item: &Item) {
-        let events = match item {
-            Item::Events(events) => events,
-            Item::Gap(_) => {
-                self.missed();
-                return;
-            }
-            // The kernel's ledger tells of these.
-            Item::Lost(_) => return,
-        };
-        for (signal, by) in losses::kills(events) {
-            let is_in_drain =
-                self.active.as_ref().is_some_and(|active| owner(&active.machine, signal.target).is_some());
-            // Workers of the agent are nobody's service.
-            if by == By::Plumb && !is_in_drain {
-                continue;
-            }
-            (self.tell)(Told::Killed(by));
-            let held = self.held.iter().map(|(name, held)| (name, &held.process.identity));
-            let mut registered = held.chain(self.ended.iter().map(|(name, identity)| (name, identity)));
-            if by != By::Plumb
-                && let Some((name, _)) = registered.find(|(_, identity)| identity.is(signal.target))
-            {
-                tracing::warn!(service = %name, pid = signal.target.tgid, "{} sends KILL to a service", losses::sender(signal));
-            }
-        }
-        let seen = self.active.as_mut().map(|active| active.seen(events));
-        seen.into_iter().flatten().for_each(|input| self.step(input));
-        self.all_told();
-        for event in events.iter().filter(|event| matches!(event, Event::Exec(_))) {
-            let tgid = event.header().process.tgid;
-            self.forget_changed(|pid| pid == tgid);
-        }
-    }
-
-    /// A process that runs another program, or is in another cgroup, is not what was registered.
-    fn forget_changed(&mut self, is_asked: impl Fn(u32) -> bool) {
-        let changed = |(name, held): (&Name, &Held)| {
-            let meant = &held.process.identity;
-            let now = is_asked(meant.pid).then(|| held.process.again().ok())??;
-            meant.differs(&now.identity).map(|why| (name.clone(), why))
-        };
-        let changed: Vec<_> = self.held.iter().filter_map(changed).collect();
-        for (name, why) in &changed {
-            tracing::warn!(service = %name, "a registration ends: {why}");
-            self.forget(name);
-        }
     }
 
     fn step(&mut self, input: Input) {

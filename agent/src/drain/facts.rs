@@ -15,7 +15,7 @@ use procfs::net::{TcpNetEntry, TcpState};
 use serde::Serialize;
 
 use super::{
-    matching::{own_sockets, sockets_of},
+    matching::{all_of, own_sockets, sockets_of},
     process::Process,
 };
 use crate::text;
@@ -131,7 +131,7 @@ pub(crate) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tc
     let (mut listeners, mut sum) = (BTreeSet::new(), Tcp::default());
     for (pid, sockets) in by_namespace.values().filter(|(_, sockets)| !sockets.is_empty()) {
         // These take the kernel milliseconds, however few sockets there are.
-        for entry in tcp(*pid).iter().filter(|entry| sockets.contains(&entry.inode)) {
+        for entry in tcp(*pid).iter().flatten().filter(|entry| sockets.contains(&entry.inode)) {
             let address = || entry.local_address.to_string();
             match entry.state {
                 // Of a listener that is the length of its accept queue (net/ipv4/tcp_ipv4.c, get_tcp4_sock).
@@ -162,7 +162,7 @@ pub(crate) fn ports(pids: &[u32]) -> Vec<Option<HashSet<Port>>> {
     let all: Vec<Option<(u64, HashSet<u64>)>> = pids.iter().map(sockets).collect();
     let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).ok();
     let of_clients = ports_of_clients();
-    let mut tables: HashMap<u64, Vec<TcpNetEntry>> = HashMap::new();
+    let mut tables: HashMap<u64, Option<Vec<TcpNetEntry>>> = HashMap::new();
     let of = |(pid, found): (&u32, Option<(u64, HashSet<u64>)>)| {
         let (namespace, sockets) = found?;
         let netns = u32::try_from(namespace).ok()?;
@@ -170,7 +170,12 @@ pub(crate) fn ports(pids: &[u32]) -> Vec<Option<HashSet<Port>>> {
             return Some(HashSet::new());
         }
         // With many connections, also closed ones, these take the kernel a while.
-        let table = tables.entry(namespace).or_insert_with(|| tcp(*pid));
+        let table = tables.entry(namespace).or_default();
+        if table.is_none() {
+            // Whoever was asked before may have gone.
+            *table = tcp(*pid);
+        }
+        let table = table.as_ref()?;
         // Another namespace may have other ones.
         let clients = if own == Some(namespace) { of_clients.clone() } else { 0..=u16::MAX };
         let is_its = |entry: &&TcpNetEntry| match entry.state {
@@ -259,11 +264,12 @@ fn is_init(status: &str) -> bool {
     pids.split_whitespace().last() == Some("1")
 }
 
-/// The TCP sockets of the network namespace of a process.
-fn tcp(pid: u32) -> Vec<TcpNetEntry> {
-    let process = i32::try_from(pid).ok().and_then(|pid| procfs::process::Process::new(pid).ok());
-    let Some(process) = process else { return Vec::new() };
-    [process.tcp(), process.tcp6()].into_iter().filter_map(Result::ok).flatten().collect()
+/// The TCP sockets of the network namespace of a process; nothing where these cannot be read.
+fn tcp(pid: u32) -> Option<Vec<TcpNetEntry>> {
+    let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
+    let all = all_of(process.tcp(), process.tcp6()).ok();
+    // Where it has gone in between there is no table of IPv6 either.
+    all.filter(|_| process.is_alive())
 }
 
 /// Who may start a process again.

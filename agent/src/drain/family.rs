@@ -12,7 +12,7 @@ use super::{
     active,
     identity::{Identity, ticks},
     matching::Match,
-    process::{self, Process},
+    process::{self, NoProcess, Process},
     service::{Service, Target},
 };
 use crate::decode::Event;
@@ -77,6 +77,11 @@ impl Claims {
         (0..self.0.len()).find(|at| *at != own && self.0[*at].names(identity))
     }
 
+    /// Whether a service names a process, as far as that is known without its cgroup.
+    pub(super) fn has(&self, process: ProcKey) -> bool {
+        self.0.iter().flat_map(|claim| &claim.roots).any(|root| root.is(process))
+    }
+
     /// Another service that names a process with better right: the administrator's, or that of which plumb heard first.
     pub(super) fn better(&self, own: usize, identity: &Identity) -> Option<usize> {
         let rank = |at: usize| (!self.0[at].is_admins, at);
@@ -110,21 +115,28 @@ impl Tree {
         self.0.insert(pid, Node { service, start_ticks, since: process.looked });
     }
 
+    fn node(&self, key: ProcKey) -> Option<&Node> {
+        self.0.get(&key.tgid).filter(|node| node.start_ticks == ticks(key.start_boottime))
+    }
+
+    /// The service that has started a process, or has it.
+    pub(super) fn of(&self, key: ProcKey) -> Option<usize> {
+        self.node(key).map(|node| node.service)
+    }
+
     /// The service of which something has been started for which there is no room.
     pub(super) fn take(&mut self, event: &Event) -> Option<usize> {
-        let of =
-            |key: ProcKey| self.0.get(&key.tgid).filter(|node| node.start_ticks == ticks(key.start_boottime));
         match event {
             Event::Clone(clone) if clone.child != clone.header.process => {
-                let service =
-                    of(clone.header.process).filter(|node| node.since <= clone.header.time)?.service;
+                let parent = self.node(clone.header.process)?;
+                let service = (parent.since <= clone.header.time).then_some(parent.service)?;
                 if self.0.len() == MAX_TREE {
                     return Some(service);
                 }
                 let start_ticks = ticks(clone.child.start_boottime);
                 self.0.insert(clone.child.tgid, Node { service, start_ticks, since: 0 });
             }
-            Event::Exit(exit) if exit.group_dead != 0 && of(exit.header.process).is_some() => {
+            Event::Exit(exit) if exit.group_dead != 0 && self.node(exit.header.process).is_some() => {
                 self.0.remove(&exit.header.process.tgid);
             }
             _ => {}
@@ -147,7 +159,7 @@ impl Tree {
 pub(super) fn descendants(found: &[Match], claims: &Claims, own: usize) -> (Vec<Match>, bool) {
     let mut known: HashSet<u32> = found.iter().map(|one| one.process.identity.pid).collect();
     let mut todo: Vec<u32> = known.iter().copied().collect();
-    let (mut more, mut parents) = (Vec::new(), None);
+    let (mut more, mut parents, mut are_all) = (Vec::new(), None, true);
     while let Some(parent) = todo.pop() {
         for pid in children(parent).unwrap_or_else(|| {
             parents
@@ -157,8 +169,15 @@ pub(super) fn descendants(found: &[Match], claims: &Claims, own: usize) -> (Vec<
                 .map(|(_, pid)| *pid)
                 .collect()
         }) {
-            // Plumb and its parent are denied; so is who has gone.
-            let Ok(process) = Process::open(pid) else { continue };
+            let process = match Process::open(pid) {
+                Ok(process) => process,
+                // Plumb and its parent are denied.
+                Err(NoProcess::Gone(_) | NoProcess::Denied(..)) => continue,
+                Err(NoProcess::Unreadable(..)) => {
+                    are_all = false;
+                    continue;
+                }
+            };
             let is_child = process.ppid == parent && claims.other(own, &process.identity).is_none();
             if !is_child || !known.insert(pid) {
                 continue;
@@ -170,7 +189,7 @@ pub(super) fn descendants(found: &[Match], claims: &Claims, own: usize) -> (Vec<
             more.push(Match { process, is_root: false, is_descendant: true });
         }
     }
-    (more, true)
+    (more, are_all)
 }
 
 /// The children of a process, of each of its threads; `None` where the kernel does not list them
@@ -194,7 +213,11 @@ fn children(pid: u32) -> Option<BTreeSet<u32>> {
 
 /// Each process of the host, behind its parent.
 fn parents_of_all() -> Vec<(u32, u32)> {
-    process::all().into_iter().filter_map(|pid| Some((process::parent(pid)?, pid))).collect()
+    process::all()
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|pid| Some((process::parent(pid)?, pid)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -26,12 +26,13 @@
 //! that reads them again is where the one before it was. A signal is announced by an entry of its own: one that was
 //! announced and of which nothing more is known may have been sent, and is not sent again.
 
+mod resume;
+
 use std::{iter, time::Duration};
 
 use super::{
     course::{
-        Action, Begun, Entry, Fact, Found, Input, Member, MemberRun, NotSent, Phase, Run, Sent, UnitEnd,
-        nanos,
+        Action, Begun, Entry, Fact, Found, Input, MemberRun, NotSent, Phase, Rest, Run, Sent, UnitEnd, nanos,
     },
     grants,
     identity::Identity,
@@ -48,8 +49,10 @@ pub(crate) const KILL_GRACE: Duration = Duration::from_secs(2);
 const MAX_LISTENERS: usize = 64;
 /// How often a service can say on how many requests it works.
 const MAX_SAID: usize = 512;
-/// With less time left a stage does not begin.
+/// With less time left a stage does not begin, and nobody is asked to stop.
 const TOO_LATE: Duration = Duration::from_millis(10);
+/// An agent that takes up a drain so long after a deadline sends no KILL for it: nobody may want that any more.
+const MAX_OVERDUE: Duration = Duration::from_secs(30);
 
 /// A drain under way.
 #[derive(Clone, Debug)]
@@ -185,13 +188,6 @@ impl Machine {
         self.runs.iter().enumerate().filter_map(due).min()
     }
 
-    /// Services of which something may have happened while no agent was there.
-    pub(crate) fn unseen(&self) -> Vec<usize> {
-        let is_under_way =
-            |run: &Run| !run.members.is_empty() && !matches!(run.phase, Phase::Settled | Phase::Late);
-        (0..self.runs.len()).filter(|service| is_under_way(&self.runs[*service])).collect()
-    }
-
     /// Services that the next `Input::Time` gives up.
     pub(crate) fn about_to_be_late(&self, now: u64) -> Vec<usize> {
         let is_due =
@@ -248,7 +244,7 @@ impl Machine {
                     self.confirm(service, &mut out);
                 }
             }
-            Input::Looked(service, more, again) => self.looked(now, service, more, again, &mut out),
+            Input::Looked(service, rest) => self.looked(now, service, rest, &mut out),
             Input::Seen(service, fact) => {
                 if self.is_news(service, &fact) {
                     self.record(&mut out, Entry::Seen { at: now, service, fact });
@@ -267,6 +263,7 @@ impl Machine {
             Fact::Exit { member, .. } => members.get(*member).is_some_and(|one| one.status.is_none()),
             Fact::Taken { signal, .. } => signals.contains(signal) && !seen.taken.contains(signal),
             Fact::Killed { .. } => seen.killed_by.is_none(),
+            Fact::ChildDied { .. } => seen.child_died.is_none(),
             Fact::Listener { .. } => seen.listeners.len() < MAX_LISTENERS,
             Fact::Unseen { why, strays } => !seen.unseen.contains(why) || *strays && !seen.has_strays,
             // Whoever says it too often is heard once more, when it has gone.
@@ -331,6 +328,10 @@ impl Machine {
         if self.runs[service].phase != Phase::Checking {
             return;
         }
+        if self.is_too_late(now, service) {
+            self.record(out, Entry::NoTime { at: now, service });
+            return;
+        }
         if self.begun.services[service].has_prestop() && !self.runs[service].prestopped {
             self.record(out, Entry::Prestop { at: now, service });
             // What becomes of it meanwhile is its end, too.
@@ -341,6 +342,11 @@ impl Machine {
         self.record(out, Entry::Found { at: now, service, found: Box::new(found) });
         out.push(Action::Watch(service));
         self.ask_to_stop(now, service, out);
+    }
+
+    /// Whoever is asked now would be given up, or killed, at once: it was looked for too long, or no agent was there.
+    fn is_too_late(&self, now: u64, service: usize) -> bool {
+        now + nanos(TOO_LATE) > self.runs[service].deadline()
     }
 
     /// For the first time.
@@ -445,18 +451,12 @@ impl Machine {
         out.push(Action::Look(service));
     }
 
-    fn looked(
-        &mut self,
-        now: u64,
-        service: usize,
-        more: Vec<Member>,
-        again: Option<String>,
-        out: &mut Vec<Action>,
-    ) {
+    fn looked(&mut self, now: u64, service: usize, rest: Rest, out: &mut Vec<Action>) {
+        let Rest { members, ports, again } = rest;
         let (phase, is_known) = (self.runs[service].phase, self.runs[service].again.is_some());
         match phase {
-            Phase::Confirming if !more.is_empty() => {
-                self.record(out, Entry::More { at: now, service, members: more });
+            Phase::Confirming if !members.is_empty() => {
+                self.record(out, Entry::More { at: now, service, members, ports });
                 out.push(Action::Watch(service));
                 // What gets no signal is not waited for after KILL.
                 if self.runs[service].killed.is_none() || !self.runs[service].killable().is_empty() {
@@ -513,14 +513,16 @@ impl Machine {
                 self.record(out, Entry::PrestopEnded { at: now, service, why: Some(why) });
                 out.push(Action::Find(service));
             }
-            Phase::Stopping if now >= run.deadline() => {
-                // Of a unit there may be no process left, and still it is not stopped.
-                if self.will_be_killed(service) && !run.killable().is_empty() {
-                    self.signal(now, service, libc::SIGKILL, out);
-                } else {
-                    self.record(out, Entry::Late { at: now, service });
-                }
+            // Of a unit there may be no process left, and still it is not stopped.
+            Phase::Stopping
+                if now >= run.deadline()
+                    && self.will_be_killed(service)
+                    && !run.killable().is_empty()
+                    && now <= run.deadline() + nanos(MAX_OVERDUE) =>
+            {
+                self.signal(now, service, libc::SIGKILL, out);
             }
+            Phase::Stopping if now >= run.deadline() => self.record(out, Entry::Late { at: now, service }),
             Phase::Stopping => {
                 if let Some((due, signal)) = self.late_signal(service)
                     && now >= due
@@ -540,37 +542,6 @@ impl Machine {
                 out.push(Action::Look(service));
             }
             _ => {}
-        }
-    }
-
-    /// Goes on where another agent had come to.
-    fn resume(&mut self, now: u64, out: &mut Vec<Action>) {
-        self.record(out, Entry::Resumed { at: now });
-        for service in 0..self.runs.len() {
-            match self.runs[service].phase {
-                Phase::Checking => out.push(Action::Find(service)),
-                Phase::Prestop => out.push(Action::Prestop(service)),
-                Phase::Stopping | Phase::Killing => {
-                    let perhaps =
-                        self.runs[service].members.iter_mut().filter(|one| one.sent == Sent::Perhaps);
-                    if perhaps.count() > 0 {
-                        let note = "the agent ended while it sent the signal: it may not have been sent, and is not \
-                                    sent again";
-                        self.runs[service].notes.push(note.to_owned());
-                    }
-                    out.push(Action::Watch(service));
-                    let run = &self.runs[service];
-                    if run.signalled.is_none() {
-                        // It was found, and that agent has not come further.
-                        self.ask_to_stop(now, service, out);
-                    } else if let Some(unit) = run.found.unit.clone().filter(|_| !run.unit_stopped) {
-                        // Asking twice stops it once.
-                        out.push(Action::StopUnit(service, unit));
-                    }
-                    self.confirm(service, out);
-                }
-                _ => {}
-            }
         }
     }
 

@@ -174,3 +174,31 @@ fn who_says_without_end_how_much_he_works_on_is_heard_at_his_end() {
     world.machine.step(world.now, Input::Seen(0, Fact::InFlight { at: world.now, requests: 7 }));
     assert_eq!(world.machine.runs[0].seen.in_flight, Some(7));
 }
+
+/// An agent that is started again long afterwards, be it only upgraded, stops nobody.
+#[test]
+fn nobody_is_asked_to_stop_or_killed_for_a_deadline_that_is_long_past() {
+    let waits = Behaviour { prestop: Some(5_000), kill: true, deadline: Some(2_000), ..simple(None) };
+    let world = World::begin(vec![waits], vec![vec![0]], 30_000, Vec::new());
+    let later = |world: &World, after: u64| {
+        let mut machine = Machine::replay(world.journal.clone()).unwrap();
+        let now = machine.runs[0].deadline() + after;
+        let mut actions = machine.step(now, Input::Resume);
+        actions.extend(machine.step(now, Input::Time));
+        let does = |action: &Action| {
+            matches!(action, Action::Send { .. } | Action::Prestop(_) | Action::StopUnit(..))
+        };
+        (actions.iter().any(does), verdict(&machine.runs[0]))
+    };
+    let (acts, found) = later(&world, 0);
+    assert!(
+        !acts && found == Some((Verdict::Timeout, "no time was left to ask it to stop".to_owned())),
+        "{found:?}"
+    );
+
+    let deaf = Behaviour { kill: true, deadline: Some(2_000), ..simple(None) };
+    let world = World::begin(vec![deaf], vec![vec![0]], 30_000, Vec::new());
+    assert_eq!(later(&world, 20_000 * MS), (true, None), "KILL, which is due");
+    let (acts, found) = later(&world, 40_000 * MS);
+    assert!(!acts && found.unwrap().0 == Verdict::Timeout);
+}

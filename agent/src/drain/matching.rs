@@ -4,16 +4,22 @@ use std::{
     collections::HashSet,
     fs::{self, File},
     io::Read,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::Path,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
     time::{Duration, UNIX_EPOCH},
 };
 
-use procfs::net::{self, TcpNetEntry, TcpState};
+use procfs::{
+    ProcError, ProcResult,
+    net::{self, TcpNetEntry, TcpState},
+};
 
 use super::{
     identity::TICKS,
-    process::{self, NoProcess, Process},
+    process::{self, NoProcess, Process, folder},
     service::Target,
 };
 
@@ -48,13 +54,20 @@ pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<Vec<Match>
         },
         Target::Pidfile(path) => of_pidfile(path)?.into_iter().collect(),
         Target::Exe(path, arguments) => match fs::metadata(path) {
-            Ok(found) => where_(|pid| runs(pid, (found.dev(), found.ino()), arguments))?,
+            Ok(found) => {
+                let exe = (found.dev(), found.ino());
+                where_(|pid| (runs(pid, exe) || ran(pid, path)) && has_arguments(pid, arguments))?
+            }
             Err(error) => return Err(format!("{}: {error}", path.display())),
         },
         Target::Cgroup(path) => where_(|pid| is_in_cgroup(pid, path))?,
         Target::Port(port) => {
-            let sockets = listening(*port);
-            where_(|pid| holds(pid, &sockets))?
+            let sockets = listening(*port)?;
+            let found = where_(|pid| holds(pid, &sockets))?;
+            if found.is_empty() && !sockets.is_disjoint(&listening(*port)?) {
+                return Err(format!("somebody listens on port {port} whom plumb cannot see"));
+            }
+            found
         }
         Target::Unit(unit) => return Err(format!("no systemd answers here: {unit} cannot be stopped")),
     };
@@ -79,7 +92,7 @@ pub(super) fn find_roots(found: &mut [Match]) {
 /// All processes for which something holds, before and after they were taken hold of.
 fn where_(mut holds: impl FnMut(u32) -> bool) -> Result<Vec<Process>, String> {
     let mut found = Vec::new();
-    for pid in process::all() {
+    for pid in process::all().map_err(|error| format!("/proc cannot be read: {error}"))? {
         if !holds(pid) {
             continue;
         }
@@ -100,16 +113,27 @@ fn where_(mut holds: impl FnMut(u32) -> bool) -> Result<Vec<Process>, String> {
 }
 
 /// By device and inode: the same path in a container is another program.
-pub(super) fn runs(pid: u32, exe: (u64, u64), arguments: &[String]) -> bool {
-    let folder = Path::new("/proc").join(pid.to_string());
-    let Ok(found) = fs::metadata(folder.join("exe")) else { return false };
-    if (found.dev(), found.ino()) != exe {
-        return false;
-    }
+pub(super) fn runs(pid: u32, exe: (u64, u64)) -> bool {
+    fs::metadata(folder(pid).join("exe")).is_ok_and(|found| (found.dev(), found.ino()) == exe)
+}
+
+/// Whether it runs what was at a path before: an upgrade has put another file there.
+fn ran(pid: u32, path: &Path) -> bool {
+    // What the kernel says of a file that is there no longer (fs/d_path.c, d_path).
+    let is_it = |found: PathBuf| {
+        let gone = found.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+        gone.is_some_and(|gone| gone == path.as_os_str().as_bytes())
+    };
+    // In a container the path is another file's.
+    let mounts = |of: &str| fs::read_link(format!("/proc/{of}/ns/mnt")).ok();
+    fs::read_link(folder(pid).join("exe")).is_ok_and(is_it) && mounts(&pid.to_string()) == mounts("self")
+}
+
+fn has_arguments(pid: u32, arguments: &[String]) -> bool {
     if arguments.is_empty() {
         return true;
     }
-    let given = fs::read(folder.join("cmdline")).unwrap_or_default();
+    let given = fs::read(folder(pid).join("cmdline")).unwrap_or_default();
     let mut given = given.split(|byte| *byte == 0).skip(1);
     arguments.iter().all(|argument| given.next() == Some(argument.as_bytes()))
 }
@@ -123,19 +147,33 @@ fn is_in_cgroup(pid: u32, path: &str) -> bool {
 }
 
 /// Inodes of the TCP sockets that listen on a port, in the agent's network namespace.
-fn listening(port: u16) -> HashSet<u64> {
-    on_port(port).filter(|entry| entry.state == TcpState::Listen).map(|entry| entry.inode).collect()
+fn listening(port: u16) -> Result<HashSet<u64>, String> {
+    let listens = |entry: &TcpNetEntry| entry.state == TcpState::Listen;
+    Ok(on_port(port)?.filter(listens).map(|entry| entry.inode).collect())
 }
 
 /// Whether somebody has a connection on a port, in the agent's network namespace.
-pub(super) fn has_connections(port: u16) -> bool {
+pub(super) fn has_connections(port: u16) -> Result<bool, String> {
     let is_open = |entry: &TcpNetEntry| matches!(entry.state, TcpState::Established | TcpState::CloseWait);
-    on_port(port).any(|entry| is_open(&entry) && entry.inode != 0)
+    Ok(on_port(port)?.any(|entry| is_open(&entry) && entry.inode != 0))
 }
 
-fn on_port(port: u16) -> impl Iterator<Item = TcpNetEntry> {
-    let entries = [net::tcp(), net::tcp6()].into_iter().filter_map(Result::ok).flatten();
-    entries.filter(move |entry| entry.local_address.port() == port)
+fn on_port(port: u16) -> Result<impl Iterator<Item = TcpNetEntry>, String> {
+    let entries = all_of(net::tcp(), net::tcp6());
+    let entries = entries.map_err(|error| format!("the host's TCP sockets cannot be read: {error}"))?;
+    Ok(entries.into_iter().filter(move |entry| entry.local_address.port() == port))
+}
+
+/// The TCP sockets of a network namespace; a kernel without IPv6 has no table of those.
+pub(super) fn all_of(
+    tcp: ProcResult<Vec<TcpNetEntry>>,
+    tcp6: ProcResult<Vec<TcpNetEntry>>,
+) -> ProcResult<Vec<TcpNetEntry>> {
+    let tcp6 = match tcp6 {
+        Err(ProcError::NotFound(_)) => Vec::new(),
+        tcp6 => tcp6?,
+    };
+    Ok(tcp?.into_iter().chain(tcp6).collect())
 }
 
 fn holds(pid: u32, sockets: &HashSet<u64>) -> bool {
@@ -248,6 +286,21 @@ mod tests {
         for one in found.iter().filter(|one| !one.is_root) {
             rustix::process::pidfd_send_signal(one.process.pidfd(), rustix::process::Signal::KILL).unwrap();
         }
+    }
+
+    #[test]
+    fn what_runs_is_found_by_its_executable_after_an_upgrade_of_that() {
+        let folder = std::env::temp_dir().join(format!("plumb-upgrade-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let (path, new) = (folder.join("web"), folder.join("new"));
+        fs::copy("/bin/sleep", &path).unwrap();
+        let running = Running(Command::new(&path).arg("30").spawn().unwrap());
+        let target = Target::Exe(path.clone(), vec!["30".to_owned()]);
+        assert_eq!(pids(&target), [running.0.id()]);
+        fs::copy("/bin/sleep", &new).unwrap();
+        fs::rename(&new, &path).unwrap();
+        assert_eq!(pids(&target), [running.0.id()]);
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

@@ -143,7 +143,8 @@ impl Process {
     }
 }
 
-fn folder(pid: u32) -> PathBuf {
+/// Below /proc.
+pub(super) fn folder(pid: u32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
 
@@ -200,6 +201,13 @@ pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
     fields.get(22 - 3)?.parse().ok()
 }
 
+/// The name of the process that has a number now, as `Identity` has it; empty when it has gone.
+#[must_use]
+pub(crate) fn comm(pid: u32) -> String {
+    let stat = fs::read(folder(pid).join("stat")).unwrap_or_default();
+    stat_fields(&stat).map_or_else(String::new, |(comm, _)| comm)
+}
+
 /// The parent of the process that has a number now.
 #[must_use]
 pub(crate) fn parent(pid: u32) -> Option<u32> {
@@ -235,11 +243,9 @@ pub(crate) fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
 }
 
 /// Every process of the host.
-#[must_use]
-pub(crate) fn all() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").map(|entries| entries.filter_map(Result::ok).collect::<Vec<_>>());
-    let number = |entry: &fs::DirEntry| entry.file_name().to_str()?.parse().ok();
-    entries.unwrap_or_default().iter().filter_map(number).collect()
+pub(crate) fn all() -> io::Result<Vec<u32>> {
+    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    fs::read_dir("/proc")?.filter_map(|entry| entry.map(number).transpose()).collect()
 }
 
 #[cfg(test)]

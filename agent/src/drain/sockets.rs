@@ -217,7 +217,9 @@ impl Sockets {
         let now = answer.flatten();
         let clones = now.as_ref().map_or(0, |now| now.lost_clones.saturating_sub(self.before.lost_clones));
         let strays = (clones > 0).then(|| {
-            let why = format!("{clones} events of new processes were lost, and one of them may be its own");
+            let why = format!(
+                "{clones} events of new or ended processes were lost, and one of them may be its own"
+            );
             Fact::Unseen { why, strays: true }
         });
         iter::once(self.counted_of(service, now)).chain(strays).collect()

@@ -58,7 +58,9 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
         }
         let left = run.members.iter().filter(|one| one.gone.is_none()).count();
         let why = match (run.signalled, left) {
-            (None, 0) => "no time was left to ask it to stop".to_owned(),
+            (None, left) if left == 0 || run.phase == Phase::Settled => {
+                "no time was left to ask it to stop".to_owned()
+            }
             (None, _) => {
                 "whom to ask had ended, and what that had started still ran at its deadline".to_owned()
             }
@@ -98,7 +100,8 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
             let requests = run.seen.in_flight.unwrap_or(0);
             (Verdict::Lossy, format!("it said that it worked on {requests} requests, and ended"))
         }
-        End::ChildDied(signal) => {
+        _ if child_died(run).is_some() => {
+            let signal = child_died(run).unwrap_or(0);
             let by = run.seen.killed_by.as_ref().filter(|_| signal == libc::SIGKILL);
             let by = by.map_or_else(String::new, |by| format!(": {by} sent it"));
             (Verdict::Lossy, format!("a process that it had started died of {}{by}", signal_name(signal)))
@@ -141,22 +144,9 @@ pub(crate) fn verdict(run: &Run) -> Option<(Verdict, String)> {
     (run.phase == Phase::Settled).then_some(verdict)
 }
 
-/// How a service ended: the worst end of its processes, the least bad first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum End {
-    /// By itself.
-    Exited(i32),
-    /// By the signal by which it was asked.
-    Asked(i32),
-    /// What one of its processes has started crashed, or got KILL. Its parent may end it by any other signal.
-    ChildDied(i32),
-    Unseen,
-    Died(i32),
-    Killed,
-}
-
-fn end(run: &Run) -> End {
-    const CRASHES: [i32; 8] = [
+/// Whether a signal by which a process ended says that it did not end well.
+pub(super) fn is_crash(signal: i32) -> bool {
+    [
         libc::SIGKILL,
         libc::SIGSEGV,
         libc::SIGBUS,
@@ -165,7 +155,23 @@ fn end(run: &Run) -> End {
         libc::SIGFPE,
         libc::SIGSYS,
         libc::SIGTRAP,
-    ];
+    ]
+    .contains(&signal)
+}
+
+/// How a service ended: the worst end of its processes, the least bad first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum End {
+    /// By itself.
+    Exited(i32),
+    /// By the signal by which it was asked.
+    Asked(i32),
+    Unseen,
+    Died(i32),
+    Killed,
+}
+
+fn end(run: &Run) -> End {
     let is_asked = |signal| {
         run.signals.contains(&signal) || run.stops.contains(&signal) || run.found.kill_signal == Some(signal)
     };
@@ -177,10 +183,17 @@ fn end(run: &Run) -> End {
             signal if is_asked(signal) => End::Asked(signal),
             signal => End::Died(signal),
         },
-        (false, Some(status)) if CRASHES.contains(&(status & 0x7f)) => End::ChildDied(status & 0x7f),
         (false, _) => End::Exited(0),
     };
     run.members.iter().chain(&run.earlier).map(end).max().unwrap_or(End::Exited(0))
+}
+
+/// By what a process that it had started crashed, or KILL. Its parent may end it by any other signal.
+fn child_died(run: &Run) -> Option<i32> {
+    let children = run.members.iter().chain(&run.earlier).filter(|one| !one.member.is_root);
+    let signal =
+        children.filter_map(|one| one.status).map(|status| status & 0x7f).find(|signal| is_crash(*signal));
+    signal.or(run.seen.child_died)
 }
 
 /// By how much its last process outlived its deadline, as far as somebody saw that.

@@ -257,6 +257,39 @@ fn a_user_does_not_hold_up_the_administrator() {
 }
 
 #[test]
+fn a_user_does_not_end_the_watch_over_what_the_administrator_has_drained() {
+    let host = Host::new("");
+    let web = host.server("web", "0.1");
+    host.register("web", web.pid());
+    let mut admin = host.admin();
+    let (status, begun) = admin.ask("POST", "/v1/drain", Some(&json!({ "all": true, "deadline": "20s" })));
+    assert_eq!(status, 202, "{begun}");
+    let told = host.dir.join("told");
+    fs::write(&told, "").unwrap();
+    fs::set_permissions(&told, fs::Permissions::from_mode(0o666)).unwrap();
+    let drains = || {
+        let _shell =
+            as_nobody(&host, &format!("plumb drain --all > {told} 2>&1; echo $? >> {told}; sleep 60"));
+        let text = || fs::read_to_string(&told).unwrap();
+        host.until("he is told", || text().ends_with("0\n") || text().ends_with("1\n"));
+        text()
+    };
+    admin.drain_when(|drain| drain["state"] == "ended");
+    assert_eq!(host.plumb(&["drain", "--last"]).status.code(), Some(1), "it may run again");
+    let refused = drains();
+    assert!(refused.contains("under-way") && refused.ends_with("1\n"), "{refused}");
+    let report = admin.drain_when(|drain| drain["state"] == "finished");
+    let notes = service(&report, "web")["notes"].to_string();
+    assert!(!notes.contains("not watched"), "{report:#}");
+
+    // Nothing of his is there to be drained, and nobody looks back at that.
+    assert!(drains().ends_with("0\n"));
+    let last = host.plumb(&["drain", "--last", "-o", "json"]);
+    let last: Value = serde_json::from_slice(&last.stdout).unwrap();
+    assert_eq!((&last["id"], &last["services"][0]["name"]), (&begun["id"], &json!("web")));
+}
+
+#[test]
 fn prestop_runs_before_the_signal_and_what_it_says_is_told() {
     let dir = super::support::TempDir::new();
     let (pidfile, events) = (dir.join("pid"), dir.join("events"));

@@ -13,7 +13,10 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
-use super::{Host, support::free_port};
+use super::{
+    Host,
+    support::{TempDir, free_port},
+};
 
 /// A program whose process group ends with it.
 struct Group(std::process::Child);
@@ -124,6 +127,49 @@ fn what_a_service_starts_when_it_is_asked_to_stop_is_waited_for() {
     assert_eq!(job["verdict"], "clean", "{job:#}");
     assert_eq!(job["pids"].as_array().unwrap().len(), 2, "{job:#}");
     assert!(job["seconds"].as_f64().unwrap() >= 0.9, "{job:#}");
+}
+
+#[test]
+fn a_crash_of_what_a_service_starts_when_it_is_asked_to_stop_is_told() {
+    let host = Host::new("");
+    let script = "import os, signal, time\n\
+                  def stop(*_):\n\
+                  \x20   if os.fork() == 0: os.kill(os.getpid(), signal.SIGSEGV)\n\
+                  \x20   os.wait(); os._exit(0)\n\
+                  signal.signal(signal.SIGTERM, stop); print(flush=True)\n\
+                  while True: time.sleep(60)";
+    let server = Group::python(script);
+    host.register("job", server.pid());
+    let report = host.json(&["drain", "job", "--deadline", "30s"]);
+    let job = service(&report, "job");
+    let why = "a process that it had started died of SEGV";
+    assert_eq!((&job["verdict"], &job["why"]), (&"lossy".into(), &why.into()), "{job:#}");
+}
+
+/// A deploy has begun before the old one is gone.
+#[test]
+fn who_takes_the_place_of_a_service_meanwhile_is_told_and_gets_no_signal() {
+    let dir = TempDir::new();
+    let pidfile = dir.join("pid");
+    let settings = format!(
+        "[[service]]\nname = 'web'\npidfile = '{pidfile}'\nsignal = 'TERM'\ndeadline = '3s'\non_deadline = 'kill'\n"
+    );
+    let host = Host::new(&settings);
+    let old = host.server("old", "1");
+    std::fs::write(&pidfile, old.0.id().to_string()).unwrap();
+    let drain = || host.json(&["drain", "web", "--deadline", "20s"]);
+    let (report, new) = std::thread::scope(|scope| {
+        let report = scope.spawn(drain);
+        host.until("the old one is asked to stop", || host.events() == ["old TERM"]);
+        let new = host.server("new", "0");
+        std::fs::write(&pidfile, new.0.id().to_string()).unwrap();
+        (report.join().unwrap(), new)
+    });
+    let web = service(&report, "web");
+    assert_eq!(web["verdict"], "restarted", "{web:#}");
+    assert!(web["why"].to_string().contains(&format!("pid {}", new.0.id())), "{web:#}");
+    assert_eq!(host.events(), ["old TERM", "old gone"]);
+    assert!(is_alive(new.0.id().into()));
 }
 
 #[test]

@@ -317,7 +317,23 @@ pub(crate) fn kernel_is_before(version: (u32, u32)) -> bool {
 
 /// A port that nobody listens on now.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Below those that the kernel gives to clients and to whoever binds to any, and each of them once in this process.
+    let (first, many) = (10_000, 20_000);
+    let next = || NEXT.fetch_add(1, Ordering::Relaxed) + std::process::id();
+    // Not by a listener: while another test forks, that one would be there a moment longer.
+    let sockets =
+        ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default());
+    loop {
+        let port = u16::try_from(first + next() % many).unwrap();
+        let has_it = |line: &str| {
+            line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&format!(":{port:04X}")))
+        };
+        if !sockets.iter().flat_map(|table| table.lines()).any(has_it) {
+            return port;
+        }
+    }
 }
 
 /// One process as /proc shows it.
