@@ -15,13 +15,16 @@ use procfs::net::{TcpNetEntry, TcpState};
 use serde::Serialize;
 
 use super::{
-    matching::{all_of, own_sockets, sockets_of},
+    matching::{all_of, sockets_of},
     process::Process,
 };
 use crate::text;
 
 /// Threads whose signal mask is read at most.
 const MAX_THREADS: usize = 1024;
+/// Fds of all processes of a service that are looked at, each time: a second or two. A user may have any number of processes
+/// that share any number of fds.
+const MAX_FDS: usize = 1 << 20;
 
 /// Between two looks at what may be blocked for a moment only.
 const MOMENT: Duration = Duration::from_millis(2);
@@ -123,10 +126,15 @@ pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
 #[must_use]
 pub(crate) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tcp {
     let mut by_namespace: HashMap<u64, (u32, HashSet<u64>)> = HashMap::new();
+    let mut left = MAX_FDS;
     for process in processes {
         let pid = process.identity.pid;
         let Ok(namespace) = fs::metadata(format!("/proc/{pid}/ns/net")) else { continue };
-        by_namespace.entry(namespace.ino()).or_insert((pid, HashSet::new())).1.extend(own_sockets(pid));
+        by_namespace
+            .entry(namespace.ino())
+            .or_insert((pid, HashSet::new()))
+            .1
+            .extend(sockets_of(pid, &mut left).unwrap_or_default());
     }
     let (mut listeners, mut sum) = (BTreeSet::new(), Tcp::default());
     for (pid, sockets) in by_namespace.values().filter(|(_, sockets)| !sockets.is_empty()) {
@@ -155,9 +163,10 @@ pub(crate) fn tcp_of<'a>(processes: impl IntoIterator<Item = &'a Process>) -> Tc
 /// accepted.
 #[must_use]
 pub(crate) fn ports(pids: &[u32]) -> Vec<Option<HashSet<Port>>> {
+    let mut left = MAX_FDS;
     let sockets = |pid: &u32| {
         let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?;
-        Some((namespace.ino(), sockets_of(*pid)?))
+        Some((namespace.ino(), sockets_of(*pid, &mut left)?))
     };
     let all: Vec<Option<(u64, HashSet<u64>)>> = pids.iter().map(sockets).collect();
     let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).ok();
@@ -237,7 +246,7 @@ fn has_signalfd(folder: &Path, signal: i32) -> bool {
         // One of which this cannot be read may be for this signal.
         is_one && info().and_then(|info| mask(&info, "sigmask:")).is_none_or(|mask| has(mask, signal))
     };
-    fds.into_iter().any(reads)
+    fds.take(MAX_FDS).any(reads)
 }
 
 /// While a thread waits for a signal the kernel shows it as not blocked: it takes it, and nothing handles it.

@@ -177,22 +177,23 @@ pub(super) fn all_of(
 }
 
 fn holds(pid: u32, sockets: &HashSet<u64>) -> bool {
-    !sockets.is_empty() && own_sockets(pid).iter().any(|inode| sockets.contains(inode))
+    let own = || sockets_of(pid, &mut { usize::MAX }).unwrap_or_default();
+    !sockets.is_empty() && own().iter().any(|inode| sockets.contains(inode))
 }
 
-/// Inodes of the sockets that a process has open.
-pub(super) fn own_sockets(pid: u32) -> HashSet<u64> {
-    sockets_of(pid).unwrap_or_default()
-}
-
-/// As `own_sockets`; nothing where that cannot be read.
-pub(super) fn sockets_of(pid: u32) -> Option<HashSet<u64>> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd"));
+/// Inodes of the sockets that a process has open; nothing where that cannot be read, or when more fds than are left have been
+/// looked at.
+pub(super) fn sockets_of(pid: u32, left: &mut usize) -> Option<HashSet<u64>> {
     let inode = |entry: std::io::Result<fs::DirEntry>| {
         let target = fs::read_link(entry.ok()?.path()).ok()?;
-        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()
     };
-    Some(entries.ok()?.filter_map(inode).collect())
+    let mut found = HashSet::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).ok()? {
+        *left = left.checked_sub(1)?;
+        found.extend(inode(entry));
+    }
+    Some(found)
 }
 
 /// The process that a pidfile names, if the file was written by it or root, and for it: an older process has left
@@ -351,6 +352,9 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         // It is plumb's own here, which is found and refused.
         assert!(find(&Target::Port(port), None).unwrap_err().contains("plumb itself"));
+        let sockets = |mut left| sockets_of(std::process::id(), &mut left);
+        assert!(!sockets(1 << 20).unwrap().is_empty());
+        assert_eq!(sockets(1), None, "there are more");
         drop(listener);
         assert!(pids(&Target::Port(port)).is_empty());
     }
