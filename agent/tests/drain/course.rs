@@ -265,9 +265,9 @@ fn a_user_does_not_end_the_watch_over_what_the_administrator_has_drained() {
     let (status, begun) = admin.ask("POST", "/v1/drain", Some(&json!({ "all": true, "deadline": "20s" })));
     assert_eq!(status, 202, "{begun}");
     let told = host.dir.join("told");
-    fs::write(&told, "").unwrap();
-    fs::set_permissions(&told, fs::Permissions::from_mode(0o666)).unwrap();
     let drains = || {
+        fs::write(&told, "").unwrap();
+        fs::set_permissions(&told, fs::Permissions::from_mode(0o666)).unwrap();
         let _shell =
             as_nobody(&host, &format!("plumb drain --all > {told} 2>&1; echo $? >> {told}; sleep 60"));
         let text = || fs::read_to_string(&told).unwrap();
