@@ -212,6 +212,12 @@ impl Detector {
                 match step {
                     Step::Ends(why) => {
                         track.end(why);
+                        if case.is_leaking()
+                            && let Some(mark) = self.marks.get_mut(&(row.key, resource, Rule::Trend))
+                        {
+                            // It was of this leak. A silence is for a time.
+                            mark.acknowledged = None;
+                        }
                         if let Some((base, rise)) = case.rise().filter(|_| why == Why::GivenBack) {
                             self.precedents.entry(at).or_default().expect(base, rise);
                         }
