@@ -331,7 +331,7 @@ fn a_perf_map_is_bounded_and_must_be_a_file() {
             match what {
                 "sparse" => File::create(&map).unwrap().set_len(1 << 30).unwrap(),
                 "long" => {
-                    fs::write(&map, format!("0 ffffffffffffffff {}\n", "x".repeat(32 << 20))).unwrap();
+                    fs::write(&map, format!("0 ffffffffffffffff {}\n", "x".repeat(31 << 20))).unwrap();
                 }
                 "link" => {
                     fs::write(dir.0.join("names"), "0 ffffffffffffffff elsewhere\n").unwrap();
