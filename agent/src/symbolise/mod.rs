@@ -9,6 +9,7 @@ pub(crate) mod child;
 mod images;
 mod maps;
 mod modules;
+mod names;
 mod origin;
 mod process;
 mod protocol;
@@ -23,22 +24,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use foldhash::HashMap;
 use plumb_common::task::ProcKey;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::origin::{is_go_standard, is_runtime_file};
+use self::{
+    books::{Asked, Books, Process},
+    modules::Trust,
+    names::Names,
+    protocol::{Content, FromWorker, MAX_FRAMES, RawLine, ToWorker, Walk},
+    worker::{Failed, Worker},
+};
 pub use self::{
     images::Images,
     origin::{is_in_runtime_file, origin_frame},
 };
-use self::{
-    books::{Asked, Books, Process},
-    modules::Trust,
-    protocol::{Content, FromWorker, MAX_FRAMES, MAX_LINES, RawLine, ToWorker, Walk},
-    worker::{Failed, Worker},
-};
-use crate::text;
 
 /// Time for the stacks of one call, and for the names in one file: with debug information, then without.
 const UNWIND: Duration = Duration::from_millis(1000);
@@ -50,8 +50,8 @@ const MAX_STACK: usize = 64 << 10;
 const BATCH: usize = 512 << 10;
 /// Processes remembered at most.
 const MAX_PROCESSES: usize = 1024;
-/// Places whose names are remembered: between this and twice as many.
-const MAX_NAMES: usize = 32 << 10;
+/// Addresses in memory that are named at once.
+const MAX_ADDRESSES: usize = 256;
 /// Files of one process that may do harm before its stacks are no longer looked at.
 const MAX_HARM: u32 = 4;
 
@@ -145,7 +145,8 @@ pub struct Counters {
     pub timeouts: u64,
     /// Requests that killed the worker.
     pub crashes: u64,
-    /// Questions that were not asked, because the file or the process has done harm before or cannot be read.
+    /// Questions that were not asked, because the file or the process has done harm before or cannot be read; and names
+    /// for which there was no room.
     pub refused: u64,
     /// Workers replaced because they held too much.
     pub recycled: u64,
@@ -192,6 +193,7 @@ impl Symboliser {
 
     /// Nothing more will be asked about this process: files that only it uses are closed.
     pub fn forget(&mut self, process: ProcKey) {
+        self.names.forget(process);
         if self.books.processes.remove(&process).is_some() {
             let mappings = self.books.processes.values().flat_map(|known| known.maps.mappings());
             let used = mappings.filter_map(|mapping| match mapping.content {
@@ -229,6 +231,16 @@ impl Symboliser {
             }
         }
         self.books.keep_perf_map(process, &found);
+        let mut wanted: Vec<u64> = Vec::new();
+        for (place, _) in found.iter().flat_map(|stack| &*stack.places) {
+            if let Place::Memory { address, .. } = place
+                && wanted.len() < MAX_ADDRESSES
+                && !wanted.contains(address)
+            {
+                wanted.push(*address);
+            }
+        }
+        self.names.begin(process, told::is_told(process), wanted);
         found
     }
 
@@ -298,8 +310,14 @@ impl Symboliser {
 
     /// The frames of a stack in words; names are remembered.
     pub fn symbolise(&mut self, stack: &Stack) -> Vec<Frame> {
+        self.name_stack(stack).0
+    }
+
+    /// As `symbolise`, and whether all was answered: if not, there may be more names another time.
+    pub(crate) fn name_stack(&mut self, stack: &Stack) -> (Vec<Frame>, bool) {
         let mut wanted: Vec<(u32, Vec<u64>)> = Vec::new();
         let mut in_memory: Vec<(ProcKey, Vec<u64>)> = Vec::new();
+        let mut is_answered = true;
         for (place, _) in stack.places.iter().filter(|(place, _)| self.names.get(place).is_none()) {
             match *place {
                 Place::File { module, offset } => collect(&mut wanted, module, offset),
@@ -308,18 +326,29 @@ impl Symboliser {
         }
         for (module, offsets) in wanted {
             let places = self.name(module, &offsets);
+            is_answered &= places.is_some();
             for (offset, lines) in offsets.into_iter().zip(places.unwrap_or_default()) {
-                self.names.keep(Place::File { module, offset }, lines);
+                self.keep(Place::File { module, offset }, lines);
             }
         }
-        for (process, addresses) in in_memory {
-            let places = self.name_in_memory(process, &addresses).unwrap_or_default();
-            // What has no name yet may get one.
-            for (address, lines) in addresses.into_iter().zip(places).filter(|(_, lines)| !lines.is_empty()) {
-                self.names.keep(Place::Memory { process, address }, lines);
+        for (process, mut addresses) in in_memory {
+            // The map is read once for all stacks of a time, if they are not too many.
+            for address in self.names.wanted(process) {
+                if addresses.len() < MAX_ADDRESSES && !addresses.contains(&address) {
+                    addresses.push(address);
+                }
+            }
+            let places = self.name_in_memory(process, &addresses);
+            is_answered &= places.is_some();
+            for (address, lines) in addresses.into_iter().zip(places.unwrap_or_default()) {
+                self.keep(Place::Memory { process, address }, lines);
             }
         }
-        stack.places.iter().map(|(place, how)| self.frame(place, *how)).collect()
+        (stack.places.iter().map(|(place, how)| self.frame(place, *how)).collect(), is_answered)
+    }
+
+    fn keep(&mut self, place: Place, lines: Vec<RawLine>) {
+        self.counters.refused += u64::from(!self.names.keep(place, lines));
     }
 
     fn frame(&self, place: &Place, how: How) -> Frame {
@@ -341,7 +370,8 @@ impl Symboliser {
     fn name(&mut self, module: u32, offsets: &[u64]) -> Option<Vec<Vec<RawLine>>> {
         let mut stale = false;
         loop {
-            let known = self.books.table.get(module)?;
+            // What is forgotten is not read any more.
+            let Some(known) = self.books.table.get(module) else { return Some(Vec::new()) };
             let (debug, time, less) = match known.trust {
                 Trust::Full => (true, NAME_WITH_DEBUG, Trust::NoDebug),
                 Trust::NoDebug => (false, NAME, Trust::Sealed),
@@ -369,9 +399,12 @@ impl Symboliser {
         }
     }
 
+    /// Names places in memory; `None` if that may work another time.
     fn name_in_memory(&mut self, process: ProcKey, addresses: &[u64]) -> Option<Vec<Vec<RawLine>>> {
-        let known = self.books.processes.get_mut(&process).filter(|known| known.harm < MAX_HARM)?;
-        let map = known.perf_map(process)?;
+        let known = self.books.processes.get_mut(&process).filter(|known| known.harm < MAX_HARM);
+        let Some(map) = known.and_then(|known| known.perf_map(process)) else {
+            return Some(vec![Vec::new(); addresses.len()]);
+        };
         let request = ToWorker::PerfMap { addresses: addresses.to_vec() };
         let asked = Asked { books: &mut self.books, process: Some(process), path: None };
         match ask(&mut self.worker, &request, Some(&map), NAME, asked, &mut self.counters) {
@@ -407,31 +440,5 @@ fn collect<K: PartialEq>(groups: &mut Vec<(K, Vec<u64>)>, key: K, value: u64) {
         Some((_, values)) if values.contains(&value) => {}
         Some((_, values)) => values.push(value),
         None => groups.push((key, vec![value])),
-    }
-}
-
-/// Names of places, in two halves: when the younger is full, the older is forgotten.
-#[derive(Default)]
-struct Names {
-    young: HashMap<Place, Arc<[Line]>>,
-    old: HashMap<Place, Arc<[Line]>>,
-}
-
-impl Names {
-    fn get(&self, place: &Place) -> Option<Arc<[Line]>> {
-        self.young.get(place).or_else(|| self.old.get(place)).cloned()
-    }
-
-    fn keep(&mut self, place: Place, lines: Vec<RawLine>) {
-        if self.young.len() >= MAX_NAMES {
-            self.old = std::mem::take(&mut self.young);
-        }
-        let lines = lines.into_iter().take(MAX_LINES).map(|line| Line {
-            function: text::printable(&line.function),
-            file: (!line.file.is_empty()).then(|| text::printable(&line.file)),
-            line: (line.line != 0).then_some(line.line),
-            inlined: line.inlined,
-        });
-        self.young.insert(place, lines.collect());
     }
 }
