@@ -18,7 +18,7 @@ pub const STACK: u32 = 7;
 pub const OUTCOMES: [&str; 6] = ["sent", "filtered", "ring_full", "forged", "fault", "quota"];
 /// Written to the ring.
 pub const SENT: u32 = 0;
-/// The listener asked for another process; of a stack, the thread has no 64-bit user registers.
+/// The listener asked for another process; of a stack, the thread has no 64-bit user registers or is in no call.
 pub const FILTERED: u32 = 1;
 /// Lost: the ring had no room.
 pub const RING_FULL: u32 = 2;

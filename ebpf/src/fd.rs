@@ -48,9 +48,9 @@ pub(crate) struct Added {
     pub marks: u32,
 }
 
+/// Its stack has been taken before.
 #[inline(always)]
 pub(crate) fn added(header: Header, added: &Added) {
-    stack::take(&header, added.fd);
     emit::send_filled::<FdChange>(counts::FD, |event| {
         // SAFETY: the record has been reserved.
         let event = unsafe { begin(event, header) };

@@ -13,7 +13,7 @@ use plumb_common::{
 
 use crate::{
     fd::{Added, Removed, added, call, header, is_compat, removed},
-    kernel, regs,
+    kernel, regs, stack,
 };
 
 /// Table and call of the running task; `OTHER` for a call that is not followed.
@@ -32,6 +32,7 @@ pub(crate) fn fd_install(ctx: FEntryContext) -> i32 {
     if let Some(header) = header() {
         let (files, how, _) = caller();
         let (fd, file): (u32, *const u8) = (ctx.arg(0), ctx.arg(1));
+        stack::take_in_call(&header, fd);
         added(header, &Added { files, file: file as u64, fd, change: FD_OPENED, how, marks: 0 });
     }
     0
@@ -48,6 +49,7 @@ pub(crate) fn do_dup2(ctx: FExitContext) -> i32 {
     {
         let (_, how, _) = caller();
         let (files, file, fd): (*const u8, *const u8, u32) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
+        stack::take_in_call(&header, fd);
         added(
             header,
             &Added { files: files as u64, file: file as u64, fd, change: FD_REPLACED, how, marks: 0 },

@@ -14,6 +14,7 @@ use crate::{
     fd::{Added, Removed, added, call, header, is_compat, removed},
     kernel, maps,
     regs::{self, PtRegs},
+    stack,
 };
 
 const F_DUPFD: u32 = 0;
@@ -217,7 +218,10 @@ extern "C" fn plumb_filled(fd: u64, change: u64, how: u64, marks: u64) -> u64 {
     match slot(fd) {
         None => emit::count(counts::FD, counts::FAULT),
         Some((_, 0)) => emit::count(counts::FD, counts::FORGED),
-        Some((files, file)) => added(header, &Added { files, file, fd, change, how, marks }),
+        Some((files, file)) => {
+            stack::take(&header, fd);
+            added(header, &Added { files, file, fd, change, how, marks });
+        }
     }
     0
 }

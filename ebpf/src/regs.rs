@@ -123,7 +123,26 @@ pub(crate) struct Place {
     pub bp: u64,
 }
 
-/// Where the running task entered the kernel; `None` for one that did not come from 64-bit user space.
+/// What the entry of a system call puts where its result will be, until it has one.
+const ENOSYS: i64 = 38;
+
+/// Whether the running task is inside a system call: neither in what is done on the way back to user space, nor in an
+/// interrupt, nor a thread that never was in user space.
+#[inline(always)]
+pub(crate) fn is_in_call() -> bool {
+    let ax = match kernel::typed_current() {
+        // SAFETY: the running task has registers, and the verifier knows their type.
+        Some(task) => unsafe {
+            let regs = bpf_task_pt_regs(task.cast_mut().cast()) as *const PtRegs;
+            core::ptr::read_volatile(&raw const (*regs).ax)
+        },
+        None => kernel::read_at_or_zero(user_registers() + core::mem::offset_of!(PtRegs, ax) as u64),
+    };
+    ax as i64 == -ENOSYS
+}
+
+/// Where the running task entered the kernel; `None` for one that did not come from 64-bit user space. A worker of io_uring
+/// has the segment of its maker, and no instruction.
 #[inline(always)]
 pub(crate) fn place() -> Option<Place> {
     let (cs, place) = match kernel::typed_current() {
@@ -143,7 +162,7 @@ pub(crate) fn place() -> Option<Place> {
             (cs, Place { ip, sp, bp })
         }
     };
-    if cs == USER_CS { Some(place) } else { None }
+    if cs == USER_CS && place.ip != 0 { Some(place) } else { None }
 }
 
 /// `__NR_vfork`, and the instructions behind the syscall in the C library's vfork: child and parent share a stack, so it

@@ -41,6 +41,20 @@ pub(crate) fn take(header: &Header, made: u32) {
     }
 }
 
+/// As `take`, where the kernel's own function is followed: outside of a system call it completes something that began
+/// elsewhere, such as an accept of io_uring, and what it interrupts is not who made it.
+#[inline(always)]
+pub(crate) fn take_in_call(header: &Header, made: u32) {
+    if !is_asked(header) {
+        return;
+    }
+    if regs::is_in_call() {
+        copy::<false>(header, made);
+    } else {
+        emit::count(counts::STACK, counts::FILTERED);
+    }
+}
+
 /// As `take`, of whoever made a child, where trees are followed.
 #[inline(always)]
 pub(crate) fn take_of_fork(header: &Header, child: u32, flags: u64) {

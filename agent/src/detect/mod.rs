@@ -212,6 +212,12 @@ impl Detector {
                 match step {
                     Step::Ends(why) => {
                         track.end(why);
+                        if case.is_leaking()
+                            && let Some(mark) = self.marks.get_mut(&(row.key, resource, Rule::Trend))
+                        {
+                            // It was of this leak. A silence is for a time.
+                            mark.acknowledged = None;
+                        }
                         if let Some((base, rise)) = case.rise().filter(|_| why == Why::GivenBack) {
                             self.precedents.entry(at).or_default().expect(base, rise);
                         }
@@ -370,9 +376,11 @@ fn usage(row: &Row, resource: Resource, host: HostLimits) -> (u32, Option<u64>) 
         Resource::Fd => (row.fds, (row.fd_limit != u64::MAX).then_some(row.fd_limit)),
         // The kernel does not apply RLIMIT_NPROC to root.
         Resource::Thread if row.uid == 0 => (row.threads, Some(host.threads)),
-        // A limit that one process has reached already was set so that it starts nothing, as sandboxes do.
+        // A limit that one process is beyond, or that leaves it one thread, was set so that it starts nothing, as
+        // sandboxes do.
         Resource::Thread => {
-            let own = if row.nproc_limit > u64::from(row.threads) { row.nproc_limit } else { u64::MAX };
+            let is_meant = row.nproc_limit >= u64::from(row.threads.max(2));
+            let own = if is_meant { row.nproc_limit } else { u64::MAX };
             (row.threads, Some(host.threads.min(own)))
         }
     }

@@ -96,6 +96,24 @@ fn what_is_silenced_or_acknowledged_is_not_told_and_a_silence_puts_off() {
 }
 
 #[test]
+fn an_acknowledgement_ends_with_its_leak_and_a_silence_with_its_time() {
+    let mut play = Play::new().counts(leak());
+    let id = trend(&play).id();
+    play.detector.ack(&id, None, 0).unwrap();
+    let mut play = play.counts(std::iter::repeat_n(8, 100));
+    assert_eq!((play.why(), trend(&play).mark), (Some(Why::GivenBack), Mark::default()));
+    let until = (BEGIN + 100_000) * SECOND;
+    play.detector.silence(&id, until).unwrap();
+    play.detector.unsilence(&id, 0).unwrap();
+    // Less than twice as many as were acknowledged.
+    let mut play = play.counts((0..395).map(|second| 8 + second));
+    assert_eq!(play.leaking.len(), 2);
+    play.detector.silence(&id, until).unwrap();
+    let play = play.counts(std::iter::repeat_n(8, 100));
+    assert_eq!((play.why(), trend(&play).mark.silenced_until), (Some(Why::GivenBack), Some(until)));
+}
+
+#[test]
 fn the_end_of_a_leak_that_was_told_is_told() {
     let play = Play::new().counts(leak().chain(std::iter::repeat_n(8, 100)));
     let whats: Vec<_> = play.told.iter().map(|told| told.1).collect();

@@ -238,8 +238,12 @@ fn without_a_witness_the_trend_speaks_for_itself_later() {
     assert_eq!((finding.resource, finding.limit), (Resource::Thread, Some(32_768)));
     let user = Row { uid: 1000, nproc_limit: 500, ..row(5, 5) };
     assert_eq!(usage(&user, Resource::Thread, LIMITS).1, Some(500));
-    let sandbox = Row { uid: 65534, nproc_limit: 0, ..row(5, 1) };
-    assert_eq!(usage(&sandbox, Resource::Thread, LIMITS).1, Some(32_768));
+    let full = Row { threads: 500, ..user.clone() };
+    assert_eq!(usage(&full, Resource::Thread, LIMITS).1, Some(500), "the kernel refuses the next one");
+    for (nproc_limit, threads) in [(0, 1), (1, 1), (4, 5)] {
+        let sandbox = Row { uid: 65534, nproc_limit, ..row(5, threads) };
+        assert_eq!(usage(&sandbox, Resource::Thread, LIMITS).1, Some(32_768));
+    }
 }
 
 #[test]

@@ -242,9 +242,12 @@ impl Origins {
     pub(crate) fn merge(&mut self, process: ProcKey, listing: &Listing) {
         let mut drift = FdDrift::default();
         self.change(process, |process, room| {
+            let most = process.held() + room;
             if let Some(fds) = &mut process.fds {
                 drift = fds.merge(listing, room);
             }
+            // What the fds have taken is no room any more.
+            let room = most.saturating_sub(process.held());
             if let (Some(threads), Some(listed)) = (&mut process.threads, &listing.threads) {
                 threads.merge(listed, listing.began, room);
             }
@@ -267,7 +270,7 @@ impl Origins {
     fn change(&mut self, process: ProcKey, change: impl FnOnce(&mut Process, usize)) {
         if let Some(process) = self.processes.get_mut(&process) {
             let before = process.held();
-            change(process, MAX_ORIGINS - self.held);
+            change(process, MAX_ORIGINS.saturating_sub(self.held));
             self.held = self.held + process.held() - before;
         }
     }

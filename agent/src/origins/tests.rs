@@ -153,6 +153,18 @@ fn the_number_of_origins_is_bounded_and_a_cut_is_no_drift() {
 }
 
 #[test]
+fn fds_and_threads_share_what_room_there_is() {
+    let mut origins = Origins::default();
+    Resource::ALL.into_iter().for_each(|resource| origins.watch(PROCESS, resource));
+    let fds: Vec<(u32, u64)> = (0..MAX_ORIGINS as u32 - 2).map(|fd| (fd, 1)).collect();
+    let threads = (0..5).map(|tid| (tid, 1)).collect();
+    origins.merge(PROCESS, &Listing { threads: Some(threads), ..listing(SECOND, &fds) });
+    assert_eq!(origins.held(), MAX_ORIGINS);
+    origins.apply(&change(FD_OPENED, MAX_ORIGINS as u32, 11, 2 * SECOND));
+    assert_eq!(origins.held(), MAX_ORIGINS);
+}
+
+#[test]
 fn a_listing_that_was_cut_takes_nothing_away() {
     let mut origins = watched(&[(3, 10), (4, 11)]);
     let cut = Listing { cut: true, ..listing(2 * SECOND, &[(3, 10), (5, 12)]) };

@@ -37,6 +37,8 @@ const MAX_WAITING: usize = 512;
 const MAX_WAITING_OF_ONE: usize = MAX_WAITING / 2;
 /// Different stacks kept at a time: a process that makes them up as it goes must not fill the agent's memory.
 const MAX_STACKS: usize = 4096;
+/// Names that could not be had, since there was no worker or it got no time, are asked for again after this.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// After some work the worker rests so many times as long, and so long at most.
 const REST: u32 = 9;
 const LONGEST_REST: Duration = Duration::from_secs(1);
@@ -266,15 +268,44 @@ pub(crate) fn run(inbox: &Inbox, give: impl Fn(Done) -> bool, stop: &Cancellatio
 }
 
 /// Each stack that is in use somewhere, with its names.
-#[derive(Default)]
 pub(crate) struct Names {
     symboliser: Symboliser,
-    known: HashMap<symbolise::Stack, Weak<Stack>>,
+    known: HashMap<symbolise::Stack, Known>,
+    /// In use, and known under other names by now.
+    renamed: Vec<Weak<Stack>>,
+    /// Names that could not be had are not asked for again before.
+    not_before: Instant,
     /// Not kept.
     too_many: u64,
 }
 
+struct Known {
+    stack: Weak<Stack>,
+    names: Lasting,
+}
+
+/// How long names hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lasting {
+    ForEver,
+    /// Code in memory is made and freed: until the next look.
+    Now,
+    /// Not all could be had.
+    UntilAsked,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self::with(Symboliser::default())
+    }
+}
+
 impl Names {
+    fn with(symboliser: Symboliser) -> Self {
+        let not_before = Instant::now();
+        Self { symboliser, known: HashMap::new(), renamed: Vec::new(), not_before, too_many: 0 }
+    }
+
     /// Remembers the files of a process, as they are now.
     pub(crate) fn watch(&mut self, process: ProcKey) {
         self.symboliser.attach(process);
@@ -318,18 +349,45 @@ impl Names {
 
     /// The one copy of a stack in words; `None` when there are too many.
     fn name(&mut self, walked: symbolise::Stack) -> Option<Arc<Stack>> {
-        if let Some(stack) = self.known.get(&walked).and_then(Weak::upgrade) {
-            return Some(stack);
+        let known = self.known.get(&walked).and_then(|known| Some((known.stack.upgrade()?, known.names)));
+        if let Some((stack, names)) = &known
+            && (*names == Lasting::ForEver
+                || (*names == Lasting::UntilAsked && Instant::now() < self.not_before))
+        {
+            return Some(Arc::clone(stack));
         }
-        if self.known.len() >= MAX_STACKS {
-            self.known.retain(|_, stack| stack.strong_count() > 0);
-            if self.known.len() >= MAX_STACKS {
-                return None;
+        let has_room = self.has_room();
+        if known.is_none() && !has_room {
+            return None;
+        }
+        let (frames, is_answered) = self.symboliser.name_stack(&walked);
+        let names = match (is_answered, walked.is_in_memory()) {
+            (false, _) => Lasting::UntilAsked,
+            (true, true) => Lasting::Now,
+            (true, false) => Lasting::ForEver,
+        };
+        if !is_answered {
+            self.not_before = Instant::now() + ASK_AGAIN;
+        }
+        let mut stack = Arc::new(Stack::new(frames, walked.complete));
+        if let Some((before, _)) = known {
+            // Under the same names, or better ones, it is the same.
+            if before == stack || !is_answered || !has_room {
+                stack = before;
+            } else {
+                self.renamed.push(Arc::downgrade(&before));
             }
         }
-        let stack = Arc::new(Stack::new(self.symboliser.symbolise(&walked), walked.complete));
-        self.known.insert(walked, Arc::downgrade(&stack));
+        self.known.insert(walked, Known { stack: Arc::downgrade(&stack), names });
         Some(stack)
+    }
+
+    fn has_room(&mut self) -> bool {
+        if self.known.len() + self.renamed.len() >= MAX_STACKS {
+            self.known.retain(|_, known| known.stack.strong_count() > 0);
+            self.renamed.retain(|stack| stack.strong_count() > 0);
+        }
+        self.known.len() + self.renamed.len() < MAX_STACKS
     }
 }
 
@@ -348,5 +406,49 @@ mod tests {
         (0..MAX_WAITING_OF_ONE).for_each(|_| waiting.leave(fast));
         waiting.leave(slow);
         assert_eq!((waiting.all, waiting.of.len()), (0, 0));
+    }
+
+    /// A stack of this process, without a worker to name it.
+    fn walked(symboliser: &mut Symboliser, ip: u64) -> symbolise::Stack {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let fields = stat.rsplit_once(')').unwrap().1;
+        let ticks: u64 = fields.split_ascii_whitespace().nth(19).unwrap().parse().unwrap();
+        let process = ProcKey::new(std::process::id(), ticks * 10_000_000);
+        symboliser.unwind(process, &[RawStack { ip, ..RawStack::default() }]).remove(0)
+    }
+
+    fn nobody() -> Symboliser {
+        Symboliser::with("/nonexistent", "/nonexistent")
+    }
+
+    #[test]
+    fn names_that_could_not_be_had_are_asked_for_again() {
+        let mut names = Names::with(nobody());
+        let here = walked as *const () as u64;
+        let walked = walked(&mut names.symboliser, here);
+        assert!(!walked.is_in_memory());
+        let first = names.name(walked.clone()).unwrap();
+        let state = |names: &Names| names.known[&walked].names;
+        assert_eq!((first.frames[0].lines.len(), state(&names)), (0, Lasting::UntilAsked));
+        assert!(names.symboliser.counters().not_started > 0 && names.not_before > Instant::now());
+        assert!(Arc::ptr_eq(&first, &names.name(walked.clone()).unwrap()));
+        assert_eq!(state(&names), Lasting::UntilAsked);
+        // Who knows nothing of the file answers that it has no names.
+        (names.symboliser, names.not_before) = (nobody(), Instant::now());
+        let again = names.name(walked.clone()).unwrap();
+        assert_eq!((state(&names), again.frames[0].module.clone()), (Lasting::ForEver, None));
+        assert_eq!((Arc::ptr_eq(&first, &again), names.renamed.len()), (false, 1));
+        drop(first);
+        assert!(names.has_room());
+    }
+
+    #[test]
+    fn code_in_memory_may_have_another_name_another_time() {
+        let mut names = Names::with(nobody());
+        let walked = walked(&mut names.symboliser, 8);
+        assert!(walked.is_in_memory());
+        let first = names.name(walked.clone()).unwrap();
+        assert_eq!(names.known[&walked].names, Lasting::Now);
+        assert!(Arc::ptr_eq(&first, &names.name(walked).unwrap()), "it has the same one");
     }
 }

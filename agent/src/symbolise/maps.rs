@@ -33,6 +33,12 @@ impl Maps {
         self.mapped.get(index)
     }
 
+    /// Whether mappings may be of the same image: each exec puts the vDSO somewhere else.
+    pub(super) fn is_same_image(&self, mapped: &[Mapped]) -> bool {
+        let vdso = |mapped: &[Mapped]| mapped.iter().find(|one| one.path == b"[vdso]").map(|one| one.start);
+        !mapped.is_empty() && vdso(&self.mapped) == vdso(mapped)
+    }
+
     /// What has been found out about this file before.
     pub(super) fn known(&self, mapped: &Mapped) -> Option<Content> {
         let is_same =

@@ -4,10 +4,12 @@
 //! or kill; `worker` starts and ends it, `process`, `maps` and `modules` know the files, `images` what the kernel told
 //! about processes that may be gone (`told`), `origin` picks the frame that matters. Everything here blocks.
 
+mod books;
 pub(crate) mod child;
 mod images;
 mod maps;
 mod modules;
+mod names;
 mod origin;
 mod process;
 mod protocol;
@@ -17,29 +19,26 @@ mod worker;
 use std::{
     ffi::OsString,
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use foldhash::{HashMap, HashMapExt};
 use plumb_common::task::ProcKey;
-use rustix::fs::makedev;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::origin::{is_go_standard, is_runtime_file};
+use self::{
+    books::{Asked, Books, Process},
+    modules::Trust,
+    names::Names,
+    protocol::{Content, FromWorker, MAX_FRAMES, RawLine, ToWorker, Walk},
+    worker::{Failed, Worker},
+};
 pub use self::{
     images::Images,
     origin::{is_in_runtime_file, origin_frame},
 };
-use self::{
-    maps::Maps,
-    modules::{Table, Trust},
-    process::{FileKey, Mapped},
-    protocol::{Content, FromWorker, MAX_FRAMES, MAX_LINES, Mapping, RawLine, ToWorker, Walk},
-    worker::{Failed, Library, Worker},
-};
-use crate::text;
 
 /// Time for the stacks of one call, and for the names in one file: with debug information, then without.
 const UNWIND: Duration = Duration::from_millis(1000);
@@ -51,14 +50,10 @@ const MAX_STACK: usize = 64 << 10;
 const BATCH: usize = 512 << 10;
 /// Processes remembered at most.
 const MAX_PROCESSES: usize = 1024;
-/// Places whose names are remembered: between this and twice as many.
-const MAX_NAMES: usize = 32 << 10;
+/// Addresses in memory that are named at once.
+const MAX_ADDRESSES: usize = 256;
 /// Files of one process that may do harm before its stacks are no longer looked at.
 const MAX_HARM: u32 = 4;
-/// Looking at the mappings again costs at most one part in so many of the time.
-const REFRESH_SHARE: u32 = 20;
-/// Bytes of code shown to the worker.
-const CODE: usize = 16;
 
 /// Registers and stack of one thread at one syscall.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +106,13 @@ pub struct Stack {
     pub complete: bool,
 }
 
+impl Stack {
+    /// Whether some of it is in memory without a file: what is there may have another name another time.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        self.places.iter().any(|(place, _)| matches!(place, Place::Memory { .. }))
+    }
+}
+
 /// One frame of a stack, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
@@ -143,7 +145,8 @@ pub struct Counters {
     pub timeouts: u64,
     /// Requests that killed the worker.
     pub crashes: u64,
-    /// Questions that were not asked, because the file or the process has done harm before or cannot be read.
+    /// Questions that were not asked, because the file or the process has done harm before or cannot be read; and names
+    /// for which there was no room.
     pub refused: u64,
     /// Workers replaced because they held too much.
     pub recycled: u64,
@@ -171,12 +174,7 @@ impl Symboliser {
     pub fn with(program: impl Into<OsString>, debug_files: impl Into<PathBuf>) -> Self {
         Self {
             worker: Worker::new(program),
-            books: Books {
-                table: Table::new(),
-                processes: HashMap::new(),
-                debug_files: debug_files.into(),
-                clock: 0,
-            },
+            books: Books::new(debug_files.into()),
             names: Names::default(),
             counters: Counters::default(),
         }
@@ -195,6 +193,7 @@ impl Symboliser {
 
     /// Nothing more will be asked about this process: files that only it uses are closed.
     pub fn forget(&mut self, process: ProcKey) {
+        self.names.forget(process);
         if self.books.processes.remove(&process).is_some() {
             let mappings = self.books.processes.values().flat_map(|known| known.maps.mappings());
             let used = mappings.filter_map(|mapping| match mapping.content {
@@ -211,17 +210,51 @@ impl Symboliser {
         if !self.books.processes.contains_key(&process) {
             self.books.look(process);
         }
+        let before = if stacks.is_empty() { None } else { self.books.refresh(process) };
         let mut walks = self.walk(process, &stacks.iter().collect::<Vec<_>>(), until);
-        let lost: Vec<_> = (0..walks.len()).filter(|index| walks[*index].lost).collect();
-        if !lost.is_empty() && self.books.look_again(process) {
-            let again: Vec<_> = lost.iter().map(|index| &stacks[*index]).collect();
-            for (index, walk) in lost.into_iter().zip(self.walk(process, &again, until)) {
+        if walks.iter().any(|walk| walk.lost) && self.books.look_again(process) {
+            for (index, walk) in self.walk_lost(process, stacks, &walks, until) {
                 walks[index] = walk;
             }
         }
-        let stacks: Vec<_> = walks.into_iter().map(|walk| self.books.stack(process, &walk)).collect();
-        self.books.keep_perf_map(process, &stacks);
-        stacks
+        let mut found: Vec<_> = walks.iter().map(|walk| self.books.stack(process, walk)).collect();
+        // What is gone by now was there when the stacks were taken, maybe.
+        if let Some(before) = before.filter(|_| walks.iter().any(|walk| walk.lost)) {
+            let now = self.books.exchange(process, before);
+            for (index, walk) in self.walk_lost(process, stacks, &walks, until) {
+                if !walk.lost {
+                    found[index] = self.books.stack(process, &walk);
+                }
+            }
+            if let Some(now) = now {
+                self.books.exchange(process, now);
+            }
+        }
+        self.books.keep_perf_map(process, &found);
+        let mut wanted: Vec<u64> = Vec::new();
+        for (place, _) in found.iter().flat_map(|stack| &*stack.places) {
+            if let Place::Memory { address, .. } = place
+                && wanted.len() < MAX_ADDRESSES
+                && !wanted.contains(address)
+            {
+                wanted.push(*address);
+            }
+        }
+        self.names.begin(process, told::is_told(process), wanted);
+        found
+    }
+
+    /// Walks those again that came to an address that is in no mapping.
+    fn walk_lost(
+        &mut self,
+        process: ProcKey,
+        stacks: &[RawStack],
+        walks: &[Walk],
+        until: Instant,
+    ) -> Vec<(usize, Walk)> {
+        let lost: Vec<_> = (0..walks.len()).filter(|index| walks[*index].lost).collect();
+        let again: Vec<_> = lost.iter().map(|index| &stacks[*index]).collect();
+        lost.into_iter().zip(self.walk(process, &again, until)).collect()
     }
 
     fn walk(&mut self, process: ProcKey, stacks: &[&RawStack], until: Instant) -> Vec<Walk> {
@@ -277,8 +310,14 @@ impl Symboliser {
 
     /// The frames of a stack in words; names are remembered.
     pub fn symbolise(&mut self, stack: &Stack) -> Vec<Frame> {
+        self.name_stack(stack).0
+    }
+
+    /// As `symbolise`, and whether all was answered: if not, there may be more names another time.
+    pub(crate) fn name_stack(&mut self, stack: &Stack) -> (Vec<Frame>, bool) {
         let mut wanted: Vec<(u32, Vec<u64>)> = Vec::new();
         let mut in_memory: Vec<(ProcKey, Vec<u64>)> = Vec::new();
+        let mut is_answered = true;
         for (place, _) in stack.places.iter().filter(|(place, _)| self.names.get(place).is_none()) {
             match *place {
                 Place::File { module, offset } => collect(&mut wanted, module, offset),
@@ -287,18 +326,29 @@ impl Symboliser {
         }
         for (module, offsets) in wanted {
             let places = self.name(module, &offsets);
+            is_answered &= places.is_some();
             for (offset, lines) in offsets.into_iter().zip(places.unwrap_or_default()) {
-                self.names.keep(Place::File { module, offset }, lines);
+                self.keep(Place::File { module, offset }, lines);
             }
         }
-        for (process, addresses) in in_memory {
-            let places = self.name_in_memory(process, &addresses).unwrap_or_default();
-            // What has no name yet may get one.
-            for (address, lines) in addresses.into_iter().zip(places).filter(|(_, lines)| !lines.is_empty()) {
-                self.names.keep(Place::Memory { process, address }, lines);
+        for (process, mut addresses) in in_memory {
+            // The map is read once for all stacks of a time, if they are not too many.
+            for address in self.names.wanted(process) {
+                if addresses.len() < MAX_ADDRESSES && !addresses.contains(&address) {
+                    addresses.push(address);
+                }
+            }
+            let places = self.name_in_memory(process, &addresses);
+            is_answered &= places.is_some();
+            for (address, lines) in addresses.into_iter().zip(places.unwrap_or_default()) {
+                self.keep(Place::Memory { process, address }, lines);
             }
         }
-        stack.places.iter().map(|(place, how)| self.frame(place, *how)).collect()
+        (stack.places.iter().map(|(place, how)| self.frame(place, *how)).collect(), is_answered)
+    }
+
+    fn keep(&mut self, place: Place, lines: Vec<RawLine>) {
+        self.counters.refused += u64::from(!self.names.keep(place, lines));
     }
 
     fn frame(&self, place: &Place, how: How) -> Frame {
@@ -320,7 +370,8 @@ impl Symboliser {
     fn name(&mut self, module: u32, offsets: &[u64]) -> Option<Vec<Vec<RawLine>>> {
         let mut stale = false;
         loop {
-            let known = self.books.table.get(module)?;
+            // What is forgotten is not read any more.
+            let Some(known) = self.books.table.get(module) else { return Some(Vec::new()) };
             let (debug, time, less) = match known.trust {
                 Trust::Full => (true, NAME_WITH_DEBUG, Trust::NoDebug),
                 Trust::NoDebug => (false, NAME, Trust::Sealed),
@@ -348,9 +399,12 @@ impl Symboliser {
         }
     }
 
+    /// Names places in memory; `None` if that may work another time.
     fn name_in_memory(&mut self, process: ProcKey, addresses: &[u64]) -> Option<Vec<Vec<RawLine>>> {
-        let known = self.books.processes.get_mut(&process).filter(|known| known.harm < MAX_HARM)?;
-        let map = known.perf_map(process)?;
+        let known = self.books.processes.get_mut(&process).filter(|known| known.harm < MAX_HARM);
+        let Some(map) = known.and_then(|known| known.perf_map(process)) else {
+            return Some(vec![Vec::new(); addresses.len()]);
+        };
         let request = ToWorker::PerfMap { addresses: addresses.to_vec() };
         let asked = Asked { books: &mut self.books, process: Some(process), path: None };
         match ask(&mut self.worker, &request, Some(&map), NAME, asked, &mut self.counters) {
@@ -386,196 +440,5 @@ fn collect<K: PartialEq>(groups: &mut Vec<(K, Vec<u64>)>, key: K, value: u64) {
         Some((_, values)) if values.contains(&value) => {}
         Some((_, values)) => values.push(value),
         None => groups.push((key, vec![value])),
-    }
-}
-
-/// Processes and files.
-struct Books {
-    table: Table,
-    processes: HashMap<ProcKey, Process>,
-    debug_files: PathBuf,
-    clock: u64,
-}
-
-/// What is remembered of a process.
-struct Process {
-    maps: Arc<Maps>,
-    /// Its mappings are not looked at again before.
-    not_before: Instant,
-    /// Of an image that is told of: when its process was made, in nanoseconds since boot.
-    made: Option<u64>,
-    perf_map: Option<Arc<OwnedFd>>,
-    /// Files of it that have slowed down or killed the worker.
-    harm: u32,
-    used: u64,
-}
-
-impl Process {
-    fn new(maps: Arc<Maps>, used: u64) -> Self {
-        Self { maps, not_before: Instant::now(), made: None, perf_map: None, harm: 0, used }
-    }
-
-    fn perf_map(&mut self, key: ProcKey) -> Option<Arc<OwnedFd>> {
-        // It may be another by now; the one that is open lasts longer than the process.
-        let map = if told::is_told(key) {
-            told::open_perf_map(key, self.made)
-        } else {
-            process::open_perf_map(key).ok()
-        };
-        self.perf_map = map.map(Arc::new).or(self.perf_map.take());
-        let map = self.perf_map.clone()?;
-        rustix::fs::seek(&*map, rustix::fs::SeekFrom::Start(0)).ok()?;
-        Some(map)
-    }
-}
-
-impl Books {
-    /// Reads the mappings of a process and opens its files.
-    fn look(&mut self, key: ProcKey) {
-        let begun = Instant::now();
-        self.clock += 1;
-        // What is told of is not in /proc under its key.
-        let Ok(mapped) = process::mappings(key) else { return };
-        let mut seen: Vec<((u32, u32), u64, Content)> = Vec::new();
-        let mut contents = Vec::with_capacity(mapped.len());
-        for one in &mapped {
-            let known =
-                seen.iter().find(|known| one.inode != 0 && (known.0, known.1) == (one.device, one.inode));
-            let content = match known {
-                Some(known) => known.2,
-                None => self.content(key, one),
-            };
-            if known.is_none() {
-                seen.push((one.device, one.inode, content));
-            }
-            contents.push(content);
-        }
-        self.make_room(key);
-        let not_before = Instant::now() + begun.elapsed() * REFRESH_SHARE;
-        let before = self.processes.remove(&key);
-        let (perf_map, harm) = before.map(|before| (before.perf_map, before.harm)).unwrap_or_default();
-        let maps = Arc::new(Maps::new(mapped, contents));
-        let known = Process { not_before, perf_map, harm, ..Process::new(maps, self.clock) };
-        self.processes.insert(key, known);
-    }
-
-    /// Whether it was time to look again.
-    fn look_again(&mut self, key: ProcKey) -> bool {
-        let is_due = self.processes.get(&key).is_none_or(|known| known.not_before <= Instant::now());
-        let looks = is_due && !told::is_told(key);
-        if looks {
-            self.look(key);
-        }
-        looks
-    }
-
-    fn open(key: ProcKey, mapped: &Mapped) -> std::io::Result<(OwnedFd, FileKey)> {
-        if told::is_told(key) { told::open(key, mapped) } else { process::open_mapped(key, mapped) }
-    }
-
-    fn content(&mut self, key: ProcKey, mapped: &Mapped) -> Content {
-        if mapped.inode == 0 {
-            // Such as [vdso]: the kernel's.
-            let is_special = mapped.path.first() == Some(&b'[') && !mapped.path.starts_with(b"[anon");
-            return if is_special { Content::Sealed } else { Content::Anonymous };
-        }
-        let path = text::printable(&mapped.path).into();
-        let id = match Self::open(key, mapped) {
-            Ok((file, found)) => self.table.add(found, &path, Some(file)),
-            Err(_) => {
-                let device = makedev(mapped.device.0, mapped.device.1);
-                let unread = FileKey { device, inode: mapped.inode, size: 0, modified: (0, 0) };
-                self.table.add(unread, &path, None)
-            }
-        };
-        Content::File(id)
-    }
-
-    fn stack(&self, key: ProcKey, walk: &Walk) -> Stack {
-        let mappings = self.processes.get(&key).map(|known| known.maps.mappings()).unwrap_or_default();
-        let place = |address: u64| {
-            let after = mappings.partition_point(|mapping| mapping.start <= address);
-            let mapping = after.checked_sub(1).and_then(|index| mappings.get(index));
-            match mapping.filter(|mapping| address < mapping.end) {
-                Some(Mapping { start, offset, content: Content::File(module), .. }) => {
-                    Place::File { module: *module, offset: (address - start).wrapping_add(*offset) }
-                }
-                _ => Place::Memory { process: key, address },
-            }
-        };
-        let places = walk.frames.iter().map(|(address, how)| (place(*address), *how)).collect();
-        Stack { places, complete: walk.complete }
-    }
-}
-
-impl Table {
-    /// What the worker may know.
-    fn content(&self, content: Content) -> Content {
-        match content {
-            Content::File(id) if self.get(id).is_none_or(|module| module.trust == Trust::Sealed) => {
-                Content::Sealed
-            }
-            other => other,
-        }
-    }
-}
-
-/// What the worker may ask for.
-struct Asked<'a> {
-    books: &'a mut Books,
-    process: Option<ProcKey>,
-    /// Of the file that is being named.
-    path: Option<Arc<str>>,
-}
-
-impl Library for Asked<'_> {
-    fn module(&mut self, id: u32) -> Option<Arc<OwnedFd>> {
-        let module = self.books.table.get(id).filter(|module| module.trust != Trust::Sealed)?;
-        let wanted = module.key;
-        if let Some(file) = self.books.table.file(id) {
-            return Some(file);
-        }
-        let mut users =
-            self.books.processes.iter().filter_map(|(key, known)| Books::open(*key, known.maps.of(id)?).ok());
-        let (file, _) = users.find(|(_, found)| *found == wanted)?;
-        let file = Arc::new(file);
-        self.books.table.keep_open(id, Arc::clone(&file));
-        Some(file)
-    }
-
-    fn debug(&mut self, build_id: &[u8], link: &[u8]) -> Option<OwnedFd> {
-        process::open_debug(Path::new(&self.books.debug_files), self.path.as_deref()?, build_id, link)
-    }
-
-    fn code(&mut self, address: u64) -> Vec<u8> {
-        // The memory of whoever has the number now is no image's.
-        let process = self.process.filter(|key| !told::is_told(*key));
-        process.map(|key| process::code(key, address, CODE)).unwrap_or_default()
-    }
-}
-
-/// Names of places, in two halves: when the younger is full, the older is forgotten.
-#[derive(Default)]
-struct Names {
-    young: HashMap<Place, Arc<[Line]>>,
-    old: HashMap<Place, Arc<[Line]>>,
-}
-
-impl Names {
-    fn get(&self, place: &Place) -> Option<Arc<[Line]>> {
-        self.young.get(place).or_else(|| self.old.get(place)).cloned()
-    }
-
-    fn keep(&mut self, place: Place, lines: Vec<RawLine>) {
-        if self.young.len() >= MAX_NAMES {
-            self.old = std::mem::take(&mut self.young);
-        }
-        let lines = lines.into_iter().take(MAX_LINES).map(|line| Line {
-            function: text::printable(&line.function),
-            file: (!line.file.is_empty()).then(|| text::printable(&line.file)),
-            line: (line.line != 0).then_some(line.line),
-            inlined: line.inlined,
-        });
-        self.young.insert(place, lines.collect());
     }
 }

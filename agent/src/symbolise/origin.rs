@@ -82,6 +82,32 @@ const LIBC_FUNCTIONS: &[&str] = &[
     "do_system",
 ];
 
+/// How the sources of C libraries begin that are told without the folder in which they were built: glibc's, then musl's.
+const LIBC_SOURCES: &[&str] = &[
+    "./dirent/",
+    "./io/",
+    "./libio/",
+    "./misc/",
+    "./nptl/",
+    "./posix/",
+    "./rt/",
+    "./socket/",
+    "./stdio-common/",
+    "./stdlib/",
+    "./sysdeps/",
+    "src/dirent/",
+    "src/fcntl/",
+    "src/linux/",
+    "src/misc/",
+    "src/mman/",
+    "src/network/",
+    "src/process/",
+    "src/stdio/",
+    "src/temp/",
+    "src/thread/",
+    "src/unistd/",
+];
+
 /// Crates that come between a Rust program and the kernel, beside std.
 const RUST_RUNTIME: &[&str] = &["std", "core", "alloc", "tokio", "mio", "rustix", "nix", "libc", "socket2"];
 
@@ -113,7 +139,8 @@ fn own_line(frame: &Frame) -> Option<usize> {
     if is_in_runtime_file(frame) {
         return None;
     }
-    frame.lines.iter().position(|line| !line.function.is_empty() && !is_runtime(line))
+    let is_node = is_node_file(file_name(frame));
+    frame.lines.iter().position(|line| !line.function.is_empty() && !is_runtime(line, is_node))
 }
 
 fn file_name(frame: &Frame) -> &str {
@@ -126,18 +153,26 @@ fn is_interpreter(frame: &Frame) -> bool {
     file.starts_with("python") || file.starts_with("libpython") || is_standard
 }
 
-fn is_runtime(line: &Line) -> bool {
+fn is_runtime(line: &Line, is_node: bool) -> bool {
     let function = line.function.as_str();
     let is_go = line.file.as_deref().is_some_and(|file| file.ends_with(".go") || file.ends_with(".s"));
     if is_go {
         return is_go_standard(function);
     }
     let plain = function.trim_start_matches('_').split("@@").next().unwrap_or_default();
-    LIBC_FUNCTIONS.contains(&plain)
+    (LIBC_FUNCTIONS.contains(&plain) && line.file.as_deref().is_none_or(is_libc_source))
         || C_RUNTIME.iter().any(|start| function.starts_with(start))
         || is_rust_runtime(function)
         || line.file.as_deref().is_some_and(is_rust_source)
-        || is_node_internal(line)
+        || is_node_internal(line, is_node)
+}
+
+/// Whether a source is one of a C library: a program may have functions of the same names.
+fn is_libc_source(file: &str) -> bool {
+    let is_built = file.split('/').any(|part| part.starts_with("glibc") || part.starts_with("musl"));
+    // Relative ones are those of a package that was built without its folder.
+    let is_relative = !file.starts_with('/') && LIBC_SOURCES.iter().any(|start| file.starts_with(start));
+    is_built || file.contains("/sysdeps/") || is_relative
 }
 
 /// `std::…`, and `<std::fs::File as …>` or `<F as std::…>`: the type decides, unless it is a parameter.
@@ -233,13 +268,24 @@ pub(crate) fn is_go_standard(function: &str) -> bool {
     head.split(['/', '.']).next().is_some_and(|first| GO_STANDARD.contains(&first))
 }
 
-fn is_node_internal(line: &Line) -> bool {
-    line.function.starts_with("Builtin:")
-        || line.function.starts_with("Builtins_")
-        || line.function.starts_with("BytecodeHandler:")
-        || line.function.starts_with("node::")
-        || line.function.starts_with("v8::")
-        || line.function.starts_with("uv_")
+/// Whether a file of this name is Node, or a library of it: others may have a namespace `node`.
+fn is_node_file(name: &str) -> bool {
+    let rest = ["nodejs", "node", "libnode.so", "libuv.so"].iter().find_map(|start| name.strip_prefix(start));
+    rest.is_some_and(|version| {
+        version.chars().all(|char| char.is_ascii_digit() || char == '.' || char == '-')
+    })
+}
+
+fn is_node_internal(line: &Line, is_node: bool) -> bool {
+    let function = line.function.as_str();
+    let has_file = |part: &str| line.file.as_deref().is_none_or(|file| file.contains(part));
+    function.starts_with("Builtin:")
+        || function.starts_with("Builtins_")
+        || function.starts_with("BytecodeHandler:")
+        || function.starts_with("v8::")
+        || (function.starts_with("node::") && is_node)
+        // Many programs have it linked into them.
+        || (function.starts_with("uv_") && (is_node || has_file("uv/")))
         || line.file.as_deref().is_some_and(|file| file.starts_with("node:"))
 }
 

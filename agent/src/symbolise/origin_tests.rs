@@ -21,12 +21,27 @@ fn the_headline_is_the_programs_own() {
     const LIBC: &str = "/usr/lib/x86_64-linux-gnu/libc.so.6";
     const APP: &str = "/srv/app";
     type Case<'a> = (&'a str, &'a [(&'a str, &'a [(&'a str, &'a str)])], Option<(usize, usize)>);
-    let cases: [Case<'_>; 17] = [
+    let cases: [Case<'_>; 20] = [
         ("C", &[(LIBC, &[("open", "")]), (APP, &[("leak", "a.c")]), (APP, &[("main", "a.c")])], Some((1, 0))),
         (
             "static C",
             &[(APP, &[("__open64", "")]), (APP, &[("_IO_file_open", "")]), (APP, &[("leak", "")])],
             Some((2, 0)),
+        ),
+        (
+            "static C with lines",
+            &[
+                (APP, &[("__socket", "../sysdeps/unix/sysv/linux/socket.c")]),
+                (APP, &[("create_thread", "./nptl/pthread_create.c")]),
+                (APP, &[("open", "/build/musl-1.2.5/src/fcntl/open.c")]),
+                (APP, &[("socket", "/srv/src/socket.c")]),
+            ],
+            Some((3, 0)),
+        ),
+        (
+            "C with functions like those of libc",
+            &[(LIBC, &[("accept", "")]), (APP, &[("accept", "a.c")]), (APP, &[("main", "a.c")])],
+            Some((1, 0)),
         ),
         ("stripped C", &[(LIBC, &[("open", "")]), (APP, &[])], None),
         (
@@ -142,6 +157,11 @@ fn the_headline_is_the_programs_own() {
                 ("", &[("JS:*leak", "/srv/a.js")]),
             ],
             Some((4, 0)),
+        ),
+        (
+            "C++ with nodes",
+            &[(LIBC, &[("open", "")]), (APP, &[("uv_fs_open", "")]), (APP, &[("node::Pool::get()", "")])],
+            Some((2, 0)),
         ),
         ("nothing", &[], None),
     ];

@@ -15,6 +15,7 @@ use plumb_common::task::ProcKey;
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, makedev, open, openat, openat2, statx,
 };
+use rustix::time::{ClockId, Timespec, clock_gettime};
 
 /// Read of one file of /proc at most, in bytes.
 const MAX_TEXT: u64 = 16 << 20;
@@ -22,6 +23,8 @@ const MAX_TEXT: u64 = 16 << 20;
 pub(super) const MAX_MAPPINGS: usize = 8192;
 /// Nanoseconds in the unit of start times in /proc.
 const TICK: u64 = 10_000_000;
+/// How far the times of files and of processes may be apart, in nanoseconds.
+const MAX_OFF: i128 = 2_000_000_000;
 
 /// An executable mapping, as /proc/PID/maps has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,7 +179,20 @@ pub(super) fn open_perf_map(key: ProcKey) -> io::Result<OwnedFd> {
     if owner != 0 && Some(owner) != user {
         return Err(io::Error::other("somebody else's perf map"));
     }
-    Ok(open_regular(&place)?.0)
+    let (file, found) = open_regular(&place)?;
+    if is_before(key, found.modified) {
+        return Err(io::Error::other("the perf map of an earlier process"));
+    }
+    Ok(file)
+}
+
+/// Whether a file was written before a process was made, and so not by it. Its clock goes by the tick, and is set.
+fn is_before(key: ProcKey, modified: (i64, u32)) -> bool {
+    let nanos = |time: Timespec| i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec);
+    let clock = |id| nanos(clock_gettime(id));
+    let made = clock(ClockId::Realtime) - clock(ClockId::Boottime) + i128::from(key.start_boottime);
+    let modified = Timespec { tv_sec: modified.0, tv_nsec: modified.1.into() };
+    nanos(modified) + MAX_OFF < made
 }
 
 /// A few bytes of a process's memory; empty if they cannot be had.
@@ -234,5 +250,15 @@ mod tests {
             let place = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
             assert!(open_regular(&place).is_err(), "{path}");
         }
+    }
+
+    #[test]
+    fn a_perf_map_that_is_older_than_its_process_is_anothers() {
+        let (now, booted) = (clock_gettime(ClockId::Realtime), clock_gettime(ClockId::Boottime));
+        let key = |seconds: i64| ProcKey::new(1, (booted.tv_sec - seconds).unsigned_abs() * 1_000_000_000);
+        let begun = 100.min(booted.tv_sec);
+        assert!(is_before(key(begun), (now.tv_sec - begun - 10, 0)));
+        assert!(!is_before(key(begun), (now.tv_sec - begun, 0)), "as it began");
+        assert!(!is_before(key(begun), (now.tv_sec, 0)));
     }
 }

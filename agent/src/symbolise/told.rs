@@ -13,7 +13,7 @@ use plumb_common::task::ProcKey;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::{
-    Books, MAX_PROCESSES, Place, Process, Stack, Symboliser,
+    Books, MAX_PROCESSES, Process, Stack, Symboliser,
     maps::Maps,
     process::{self, FileKey, Mapped},
 };
@@ -77,10 +77,8 @@ impl Books {
     /// Opens the perf map of an image with stacks in compiled code, since it is found only as long as the process is
     /// there.
     pub(super) fn keep_perf_map(&mut self, image: ProcKey, stacks: &[Stack]) {
-        let in_memory =
-            |stack: &Stack| stack.places.iter().any(|(place, _)| matches!(place, Place::Memory { .. }));
         if is_told(image)
-            && stacks.iter().any(in_memory)
+            && stacks.iter().any(Stack::is_in_memory)
             && let Some(known) = self.processes.get_mut(&image)
             && known.perf_map.is_none()
         {

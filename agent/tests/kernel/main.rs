@@ -19,4 +19,5 @@ mod paths;
 mod snapshot;
 mod sockets;
 mod stacks;
+mod uring;
 mod watch;

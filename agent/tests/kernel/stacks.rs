@@ -1,7 +1,15 @@
 //! The stack of whoever makes an fd or a thread: the right registers, the right bytes, of watched processes only,
 //! and each one that is missing is counted.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    net::{TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    time::{Duration, Instant},
+};
 
 use plumb::{
     decode::{Event, Sample},
@@ -14,7 +22,10 @@ use plumb_common::{
     task::ProcKey,
 };
 
-use crate::support::Workload;
+use crate::{
+    support::Workload,
+    uring::{Entry, Uring},
+};
 
 /// The word of `workload stacks`.
 const WORD: u64 = 0x706c_756d_6221;
@@ -147,5 +158,52 @@ fn stacks_are_taken_of_watched_processes_and_no_more_than_their_number() {
         assert!(of(counts::SENT) + of(counts::RING_FULL) <= u64::from(STACKS_PER_SECOND) * seconds);
         let seen = of(counts::SENT) + of(counts::RING_FULL) + of(counts::QUOTA);
         assert!(seen <= PAIRS && seen + kernel.not_run() >= PAIRS, "{counted:?}");
+    });
+}
+
+#[test]
+fn an_fd_that_the_kernel_makes_between_two_calls_of_a_thread_has_no_stack() {
+    /// `IORING_OP_ACCEPT`.
+    const ACCEPT: u8 = 13;
+    let Some(accept) = Uring::new() else { return };
+    each_way(|seam| {
+        if seam == Seam::SysExit {
+            // Which does not see it.
+            return;
+        }
+        let filter = Filter { tgid: Some(std::process::id()), comm: None };
+        let fds = Fds::All(Some(seam));
+        let plan = Plan { programs: Some(&[]), fds, stacks: true, ..Plan::watch(filter) };
+        let mut kernel = Kernel::load_all(plan).unwrap();
+        let mut ring = kernel.ring().unwrap();
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let fd = listener.as_raw_fd();
+        accept.submit(Entry { opcode: ACCEPT, fd, offset: 0, bytes: &[] }, false);
+        assert_eq!(accept.result(), None, "nobody is there yet");
+        let address = listener.local_addr().unwrap();
+        let client = std::thread::spawn(move || TcpStream::connect(address).unwrap());
+        let began = Instant::now();
+        let accepted = loop {
+            // An interrupt of this is what completes it.
+            if let Some(result) = accept.result() {
+                break result;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "it is not accepted");
+        };
+        client.join().unwrap();
+        // SAFETY: it has just been accepted, and is nobody else's.
+        let accepted = unsafe { OwnedFd::from_raw_fd(accepted) };
+        let thread = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+        let opened = |event: &Event| match event {
+            Event::Fd(change) if change.fd == accepted.as_raw_fd() as u32 && change.header.tid == thread => {
+                (change.change == FD_OPENED).then_some(change.header.time)
+            }
+            _ => None,
+        };
+        let time = ring.drain(usize::MAX).iter().find_map(opened).expect("it is seen");
+        let samples = ring.drain_stacks();
+        let of_it = |sample: &&Sample| (sample.head.header.time, sample.head.header.tid) == (time, thread);
+        assert_eq!(samples.iter().find(of_it), None);
+        assert!(kernel.counts().unwrap().of(counts::STACK, counts::FILTERED) > 0);
     });
 }

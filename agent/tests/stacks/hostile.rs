@@ -331,7 +331,7 @@ fn a_perf_map_is_bounded_and_must_be_a_file() {
             match what {
                 "sparse" => File::create(&map).unwrap().set_len(1 << 30).unwrap(),
                 "long" => {
-                    fs::write(&map, format!("0 ffffffffffffffff {}\n", "x".repeat(32 << 20))).unwrap();
+                    fs::write(&map, format!("0 ffffffffffffffff {}\n", "x".repeat(31 << 20))).unwrap();
                 }
                 "link" => {
                     fs::write(dir.0.join("names"), "0 ffffffffffffffff elsewhere\n").unwrap();
@@ -346,6 +346,29 @@ fn a_perf_map_is_bounded_and_must_be_a_file() {
             assert_eq!(name, (what == "long").then_some(256), "{}", brief(&frames));
         });
     }
+}
+
+#[test]
+fn a_perf_map_names_code_for_the_stacks_of_its_time_and_is_no_older_than_its_process() {
+    let dir = TempDir::new();
+    let program = dir.join("jit");
+    compile("gcc", &["-g", "-O2"], &source("jit.c"), &program);
+    let mut symboliser = symboliser();
+    once(&program, &mut |process, raw| {
+        let map = format!("/tmp/perf-{}.map", process.tgid);
+        let mut name = || {
+            let frames = named(&mut symboliser, process, raw);
+            frames[2].lines.first().map(|line| line.function.clone())
+        };
+        assert_eq!(name().as_deref(), Some("py::Pool.get"));
+        fs::write(&map, "0 ffffffffffffffff py::another:/srv/app.py\n").unwrap();
+        assert_eq!(name().as_deref(), Some("py::another"), "the code is another's by now");
+    });
+    once(&program, &mut |process, raw| {
+        let map = format!("/tmp/perf-{}.map", process.tgid);
+        File::open(&map).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        assert!(named(&mut symboliser, process, raw)[2].lines.is_empty());
+    });
 }
 
 #[test]

@@ -126,7 +126,8 @@ impl Document for WatchedOrigins {
 
 impl Watching {
     /// Puts stacks to what the events made; returns them by thread and time.
-    fn take(&mut self, events: &[Event], stacks: Vec<Sample>) -> HashMap<(u32, u64), Arc<Stack>> {
+    fn take(&mut self, events: &[Event], mut stacks: Vec<Sample>) -> HashMap<(u32, u64), Arc<Stack>> {
+        let mut named = Vec::new();
         for event in events {
             let process = event.header().process;
             if self.process.is_none() {
@@ -138,14 +139,42 @@ impl Watching {
                 self.origins.apply(event);
             }
             if matches!(event, Event::Exec(_)) {
+                // What came before belongs to the files of then.
+                named.extend(self.names.of(taken_before(&mut stacks, event.header().time)));
                 self.names.watch(process);
             }
         }
+        named.extend(self.names.of(stacks));
         let mut found = HashMap::new();
-        for Named { process, made, stack } in self.matched.of(events, self.names.of(stacks)) {
+        for Named { process, made, stack } in self.matched.of(events, named) {
             self.origins.name(process, &made, &stack);
             found.insert((made.by, made.time), stack);
         }
         found
+    }
+}
+
+/// Takes those out that are older.
+fn taken_before(stacks: &mut Vec<Sample>, time: u64) -> Vec<Sample> {
+    stacks.extract_if(.., |sample| sample.head.header.time < time).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable;
+
+    use super::*;
+
+    #[test]
+    fn stacks_of_before_an_exec_are_named_by_the_image_of_then() {
+        let sample = |time| {
+            let mut head = plumb_common::event::Stack::zeroed();
+            head.header.time = time;
+            Sample { head, bytes: Vec::new() }
+        };
+        let mut stacks = vec![sample(3), sample(8), sample(5), sample(6)];
+        let times = |stacks: &[Sample]| stacks.iter().map(|one| one.head.header.time).collect::<Vec<_>>();
+        assert_eq!(times(&taken_before(&mut stacks, 6)), [3, 5]);
+        assert_eq!(times(&stacks), [8, 6]);
     }
 }

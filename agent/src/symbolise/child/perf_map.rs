@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
     os::fd::OwnedFd,
 };
 
@@ -12,30 +12,46 @@ use crate::symbolise::protocol::RawLine;
 const MAX_BYTES: u64 = 32 << 20;
 /// A longer line is cut.
 const MAX_LINE: u64 = 4096;
+/// Longest name of a function or file sent, in bytes; the agent shows less.
+const MAX_NAME: usize = 512;
 
-/// Names addresses. Code is compiled again at the same place: the last line that covers an address holds.
+/// Names addresses. Code is compiled again at the same place: the last line that covers an address holds, and of a map
+/// that is too long the end counts.
 pub(super) fn names(map: OwnedFd, addresses: &[u64]) -> Vec<Vec<RawLine>> {
+    names_in_last(MAX_BYTES, map, addresses).unwrap_or_else(|_| vec![Vec::new(); addresses.len()])
+}
+
+fn names_in_last(most: u64, map: OwnedFd, addresses: &[u64]) -> io::Result<Vec<Vec<RawLine>>> {
+    let mut wanted: Vec<_> = addresses.iter().copied().zip(0..).collect::<Vec<(u64, usize)>>();
+    wanted.sort_unstable();
     let mut found = vec![Vec::new(); addresses.len()];
-    let mut map = BufReader::with_capacity(1 << 16, File::from(map).take(MAX_BYTES));
+    let mut map = File::from(map);
+    // By the end, and not by what the file system says: the worker may ask for no more than this.
+    let begin = map.seek(SeekFrom::End(0))?.saturating_sub(most);
+    // The byte before says whether the first line is whole.
+    map.seek(SeekFrom::Start(begin.saturating_sub(1)))?;
+    let mut map = BufReader::with_capacity(1 << 16, map.take(most + 1));
+    if begin > 0 {
+        map.skip_until(b'\n')?;
+    }
     let mut line = Vec::new();
     loop {
         line.clear();
-        match map.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => break,
-            Ok(_) => {}
-        }
-        if line.last() != Some(&b'\n') && map.skip_until(b'\n').is_err() {
+        if map.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
             break;
         }
+        if line.last() != Some(&b'\n') {
+            map.skip_until(b'\n')?;
+        }
         let Some((start, size, name)) = parse(line.trim_ascii()) else { continue };
-        for (address, names) in addresses.iter().zip(&mut found) {
-            if address.checked_sub(start).is_some_and(|within| within < size) {
-                *names = name.to_vec();
-            }
+        let first = wanted.partition_point(|(address, _)| *address < start);
+        let within = wanted[first..].iter().take_while(|(address, _)| address - start < size);
+        for (_, index) in within {
+            found[*index] = name.to_vec();
         }
     }
     let named = |name: Vec<u8>| if name.is_empty() { Vec::new() } else { vec![line_of(&name)] };
-    found.into_iter().map(named).collect()
+    Ok(found.into_iter().map(named).collect())
 }
 
 fn parse(line: &[u8]) -> Option<(u64, u64, &[u8])> {
@@ -48,8 +64,15 @@ fn parse(line: &[u8]) -> Option<(u64, u64, &[u8])> {
     Some((start, size, words.next()?))
 }
 
-/// Python writes `py::function:file`, Node `kind:function file:line:column`.
 fn line_of(name: &[u8]) -> RawLine {
+    let mut line = line_as_written(name);
+    line.function.truncate(MAX_NAME);
+    line.file.truncate(MAX_NAME);
+    line
+}
+
+/// Python writes `py::function:file`, Node `kind:function file:line:column`.
+fn line_as_written(name: &[u8]) -> RawLine {
     let split = |text: &[u8], at: u8| {
         let at = text.iter().rposition(|byte| *byte == at)?;
         Some((text[..at].to_vec(), text[at + 1..].to_vec()))
@@ -88,5 +111,23 @@ mod tests {
         assert_eq!(line_of(b"Builtin:Call"), line("Builtin:Call", "", 0));
         assert_eq!(parse(b"7f00 1a py::x y:/z"), Some((0x7f00, 0x1a, &b"py::x y:/z"[..])));
         assert_eq!(parse(b"7f00 nonsense"), None);
+    }
+
+    #[test]
+    fn the_end_of_a_long_map_counts_from_its_first_whole_line() {
+        let text = b"10 10 first\n20 10 second\n10 8 third\n";
+        let named = |most| {
+            let map = rustix::fs::memfd_create(c"map", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::io::pwrite(&map, text, 0).unwrap();
+            let names = names_in_last(most, map, &[0x25, 0x12, 0x1f, 0x30]).unwrap();
+            let name = |lines: &Vec<RawLine>| lines.first().map(|line| line.function.clone());
+            names.iter().map(|lines| name(lines).unwrap_or_default()).collect::<Vec<_>>()
+        };
+        assert_eq!(named(1000), [&b"second"[..], b"third", b"first", b""]);
+        assert_eq!(named(text.len() as u64), named(1000));
+        assert_eq!(named(text.len() as u64 - 1), [&b"second"[..], b"third", b"", b""]);
+        assert_eq!(named(24), [&b"second"[..], b"third", b"", b""], "which begins there");
+        assert_eq!(named(23), [&b""[..], b"third", b"", b""]);
+        assert_eq!(named(3), [b""; 4]);
     }
 }

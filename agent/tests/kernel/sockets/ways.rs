@@ -8,12 +8,12 @@ use std::{
     fs::File,
     io::{Write, pipe},
     net::TcpStream,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::AsRawFd,
     ptr,
-    sync::atomic::{AtomicU32, Ordering},
 };
 
 use super::{Stage, Told, WAYS_IN, hands::*, listen, port_of};
+use crate::uring::{Entry, Uring};
 
 type Way = (&'static str, fn(&TcpStream) -> Option<isize>);
 
@@ -73,56 +73,13 @@ fn file() -> File {
 /// `IORING_OP_*` of linux/io_uring.h, since 5.6.
 const OPCODE_WRITE: u8 = 23;
 const OPCODE_SEND: u8 = 26;
-/// `IORING_OFF_*`, and `IORING_ENTER_GETEVENTS`.
-const OFFSET_RING: libc::off_t = 0;
-const OFFSET_ENTRIES: libc::off_t = 0x1000_0000;
-const GET_EVENTS: u32 = 1;
 
 /// One operation through a ring of its own; nothing where the kernel has or allows none.
 fn uring(opcode: u8, to: &TcpStream) -> Option<isize> {
-    const PAGE: usize = 4096;
-    // `struct io_uring_params`: five words, five reserved, then the offsets of either ring, ten words each.
-    let mut params = [0_u32; 30];
-    // SAFETY: what the kernel is given is as large as it expects; the rings of one entry lie within their first page.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr());
-        if fd < 0 {
-            return None;
-        }
-        let fd = OwnedFd::from_raw_fd(fd as i32);
-        let map = |offset| {
-            let access = libc::PROT_READ | libc::PROT_WRITE;
-            let at = libc::mmap(ptr::null_mut(), PAGE, access, libc::MAP_SHARED, fd.as_raw_fd(), offset);
-            assert_ne!(at, libc::MAP_FAILED);
-            at.cast::<u8>()
-        };
-        // `IORING_FEAT_SINGLE_MMAP`, since 5.4.
-        assert_eq!(params[5] & 1, 1);
-        let (ring, entry) = (map(OFFSET_RING), map(OFFSET_ENTRIES));
-        let word = |offset: u32| ring.add(offset as usize).cast::<u32>();
-        let (submit, complete) = (&params[10..20], &params[20..30]);
-        ptr::write_bytes(entry, 0, 64);
-        // `struct io_uring_sqe`: opcode, fd, offset (of no consequence), address, length.
-        entry.write(opcode);
-        entry.add(4).cast::<i32>().write(to.as_raw_fd());
-        if opcode == OPCODE_WRITE {
-            entry.add(8).cast::<u64>().write(u64::MAX);
-        }
-        entry.add(16).cast::<u64>().write(ANSWER.as_ptr() as u64);
-        entry.add(24).cast::<u32>().write(ANSWER.len() as u32);
-        // Head, tail, mask, entries, flags, dropped, array.
-        word(submit[6]).write(0);
-        AtomicU32::from_ptr(word(submit[1])).store(1, Ordering::Release);
-        let null = ptr::null::<u8>();
-        let entered = libc::syscall(libc::SYS_io_uring_enter, fd.as_raw_fd(), 1, 1, GET_EVENTS, null, 0);
-        assert_eq!(entered, 1, "{}", std::io::Error::last_os_error());
-        // Head, tail, mask, entries, overflow, completions: of each, what was given and the result.
-        assert_eq!(AtomicU32::from_ptr(word(complete[1])).load(Ordering::Acquire), 1);
-        let result = ring.add(complete[5] as usize + 8).cast::<i32>().read();
-        libc::munmap(ring.cast(), PAGE);
-        libc::munmap(entry.cast(), PAGE);
-        Some(result as isize)
-    }
+    let ring = Uring::new()?;
+    let offset = if opcode == OPCODE_WRITE { u64::MAX } else { 0 };
+    ring.submit(Entry { opcode, fd: to.as_raw_fd(), offset, bytes: ANSWER }, true);
+    ring.result().map(|result| result as isize)
 }
 
 #[test]
