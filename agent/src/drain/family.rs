@@ -171,12 +171,12 @@ pub(super) fn descendants(found: &[Match], claims: &Claims, own: usize) -> (Vec<
         }) {
             let process = match Process::open(pid) {
                 Ok(process) => process,
-                // Plumb and its parent are denied.
-                Err(NoProcess::Gone(_) | NoProcess::Denied(..)) => continue,
-                Err(NoProcess::Unreadable(..)) => {
+                Err(NoProcess::NoRoom(..)) => {
                     are_all = false;
                     continue;
                 }
+                // It has gone, or ends; plumb and its parent are denied.
+                Err(_) => continue,
             };
             let is_child = process.ppid == parent && claims.other(own, &process.identity).is_none();
             if !is_child || !known.insert(pid) {

@@ -30,6 +30,19 @@ pub(crate) enum NoProcess {
     Denied(u32, &'static str),
     #[error("process {0} cannot be looked at: {1}")]
     Unreadable(u32, String),
+    /// Plumb has no more fds, or the host no memory.
+    #[error("process {0} cannot be looked at: {1}")]
+    NoRoom(u32, String),
+}
+
+impl NoProcess {
+    /// Whoever ends has no executable any more a moment before it is gone.
+    fn unreadable(pid: u32, error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Self::NoRoom(pid, error.to_string()),
+            _ => Self::Unreadable(pid, error.to_string()),
+        }
+    }
 }
 
 /// A process, looked at.
@@ -70,7 +83,7 @@ impl Process {
             rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOENT => {
                 NoProcess::Gone(pid)
             }
-            error => NoProcess::Unreadable(pid, error.to_string()),
+            error => NoProcess::unreadable(pid, &error.into()),
         })
     }
 
@@ -104,8 +117,7 @@ impl Process {
         if !is_alive(&pidfd) {
             return Err(NoProcess::Gone(pid));
         }
-        let (identity, ppid, uids, flags) =
-            read.map_err(|error| NoProcess::Unreadable(pid, error.to_string()))?;
+        let (identity, ppid, uids, flags) = read.map_err(|error| NoProcess::unreadable(pid, &error))?;
         let command = command(pid);
         if !is_alive(&pidfd) {
             return Err(NoProcess::Gone(pid));
@@ -118,7 +130,7 @@ impl Process {
     pub(crate) fn again(&self) -> Result<Self, NoProcess> {
         let pid = self.identity.pid;
         let pidfd = self.pidfd.try_clone();
-        Self::of_pidfd(pid, pidfd.map_err(|error| NoProcess::Unreadable(pid, error.to_string()))?)
+        Self::of_pidfd(pid, pidfd.map_err(|error| NoProcess::unreadable(pid, &error))?)
     }
 
     #[must_use]

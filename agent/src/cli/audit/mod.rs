@@ -141,7 +141,7 @@ fn refused(pid: u32, why: &NoProcess) -> Failure {
     match why {
         NoProcess::Gone(_) => no_such_process(pid),
         NoProcess::Denied(..) => Failure::new(Exit::Error, why.to_string(), "leave out --send to look at it"),
-        NoProcess::Unreadable(..) => Failure::new(
+        NoProcess::Unreadable(..) | NoProcess::NoRoom(..) => Failure::new(
             Exit::Error,
             why.to_string(),
             "take another one: it is ending, or plumb may not read its files in /proc (run it with sudo)",
