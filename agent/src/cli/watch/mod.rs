@@ -138,7 +138,8 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         if !more {
             ring.wait(TICK).map_err(|error| bug(&error))?;
         }
-        // Whatever was sent before the end was asked for is still printed.
+        // Whatever was sent before the end was asked for, or came, is still printed.
+        let has_ended = target.as_ref().is_some_and(|target| !target.is_alive());
         let now = Instant::now();
         let ending = stop.is_cancelled() || end.is_some_and(|end| now >= end);
         events.clear();
@@ -149,8 +150,7 @@ pub(super) fn run(arguments: &Arguments) -> Outcome {
         let is_read = printer.take(&events, stacks)? && !output::is_hung_up();
         let ends = |event: &Event| matches!(event, Event::Exit(exit) if exit.group_dead != 0);
         let gone = arguments.pid.is_some() && events.iter().any(ends);
-        let is_over = target.as_ref().is_some_and(|target| !target.is_alive()) && events.is_empty();
-        let is_last = gone || is_over || !is_read || (ending && !more);
+        let is_last = gone || (has_ended && events.is_empty()) || !is_read || (ending && !more);
         if is_last || now >= next_look {
             next_look = now + LEDGER_EVERY;
             let losses = view::lost(&kernel.counts()?) + ring.ledger().rejected + kernel.not_run();
