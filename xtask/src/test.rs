@@ -53,8 +53,6 @@ const ORIGINS: &str = "origins::";
 /// Likewise. They wait for most of the time, so that they may be beside each other.
 const AGENT_LEAKS: &str = "agent::a_leak";
 const CHECK: &str = "check::";
-/// What plays something else each time, or counts what is in the documents: there, a failure is one.
-const ONCE: [&str; 3] = [STORM, MODEL, PATHS];
 /// Another test that forks would hold their sockets open for a moment.
 const SOCKETS: &str = "sockets::";
 /// Unit tests that need a real systemd: those with `#[ignore]`, in a virtual machine that has one.
@@ -204,7 +202,7 @@ fn below_systemd(drain: &Path, asked: &[String]) -> Result<Vec<Machine>> {
             systemd: true,
             ..Guest::default()
         };
-        machines.push(Machine { kernel: kernel(series)?, guest, each_has_tests: true, once: &ONCE });
+        machines.push(Machine { kernel: kernel(series)?, guest, each_has_tests: true });
     }
     if is_asked(SYSTEMD_KERNEL) {
         let tests = ["/usr/bin/unit-tests", "--ignored", "--test-threads", "1"];
@@ -215,7 +213,7 @@ fn below_systemd(drain: &Path, asked: &[String]) -> Result<Vec<Machine>> {
             systemd: true,
             ..Guest::default()
         };
-        machines.push(Machine { kernel: kernel(SYSTEMD_KERNEL)?, guest, each_has_tests: true, once: &ONCE });
+        machines.push(Machine { kernel: kernel(SYSTEMD_KERNEL)?, guest, each_has_tests: true });
     }
     Ok(machines)
 }
@@ -289,12 +287,8 @@ fn beside(
 ) -> Result<Vec<(String, Vec<String>)>> {
     let kernels = vm::select(series)?;
     let first = others.len();
-    let machine = |kernel: &Kernel| Machine {
-        kernel: kernel.clone(),
-        guest: guest.clone(),
-        each_has_tests: false,
-        once: &ONCE,
-    };
+    let machine =
+        |kernel: &Kernel| Machine { kernel: kernel.clone(), guest: guest.clone(), each_has_tests: false };
     others.extend(kernels.iter().map(machine));
     let printed = vm::run_all(others, here)?.into_iter().skip(first);
     Ok(kernels.into_iter().map(|kernel| kernel.series).zip(printed).collect())

@@ -16,8 +16,6 @@ pub(crate) struct Machine {
     /// Whether a command in which no test runs is a failure: a name that nothing has any more is a success for the test
     /// harness.
     pub(crate) each_has_tests: bool,
-    /// Tests that get no second try, by a part of their names.
-    pub(crate) once: &'static [&'static str],
 }
 
 /// What a machine printed, and which tests passed only in the second try.
@@ -31,7 +29,7 @@ impl Machine {
         let Self { kernel, guest, .. } = self;
         let end = boot(kernel, guest)?;
         let (mut second, mut lines) = (Vec::new(), end.lines.clone());
-        if let Some((alone, failed)) = second::try_of(guest, &end, self.once) {
+        if let Some((alone, failed)) = second::try_of(guest, &end) {
             let names = failed.join(", ");
             eprintln!("xtask: kernel {}: failed, and is tried once more, alone: {names}", kernel.series);
             lines.extend(run(kernel, &alone)?);

@@ -9,10 +9,11 @@ use super::{Guest, init::Outcome, qemu::End};
 /// What the test harness prints before and after the names of those that failed.
 const FAILURES: &str = "failures:";
 const RESULT: &str = "test result: FAILED.";
+const THREADS: &str = "--test-threads";
 
 /// The same machine with nothing but the tests that failed, and their names. None when anything else failed, or a test
-/// whose name has one of `once` in it: another run of it would play something else.
-pub(super) fn try_of(guest: &Guest, end: &End, once: &[&str]) -> Option<(Guest, Vec<String>)> {
+/// that was alone already.
+pub(super) fn try_of(guest: &Guest, end: &End) -> Option<(Guest, Vec<String>)> {
     if end.cut_short.is_some() || end.reports.len() != guest.commands.len() {
         return None;
     }
@@ -20,7 +21,7 @@ pub(super) fn try_of(guest: &Guest, end: &End, once: &[&str]) -> Option<(Guest, 
     for (report, _) in &end.reports {
         match report.outcome {
             Outcome::Exit(0) => {}
-            Outcome::Exit(_) => {
+            Outcome::Exit(_) if is_crowd(&guest.commands[report.command]) => {
                 let failed = failed(end.lines_of(report.command))?;
                 commands.push(alone(&guest.commands[report.command], &failed)?);
                 all.extend(failed);
@@ -28,8 +29,13 @@ pub(super) fn try_of(guest: &Guest, end: &End, once: &[&str]) -> Option<(Guest, 
             _ => return None,
         }
     }
-    let is_fit = !all.is_empty() && !all.iter().any(|name| once.iter().any(|one| name.contains(one)));
-    is_fit.then(|| (Guest { commands, ..guest.clone() }, all))
+    (!all.is_empty()).then(|| (Guest { commands, ..guest.clone() }, all))
+}
+
+/// Whether the tests of a command run side by side.
+fn is_crowd(command: &[String]) -> bool {
+    let threads = command.iter().skip_while(|word| *word != THREADS).nth(1);
+    threads.and_then(|threads| threads.parse::<u32>().ok()).is_some_and(|threads| threads > 1)
 }
 
 /// The names of the tests that failed, of what a command printed; None when it is not a test harness that came to its
@@ -42,7 +48,7 @@ fn failed(lines: &[String]) -> Option<Vec<String>> {
 }
 
 fn alone(command: &[String], names: &[String]) -> Option<Vec<String>> {
-    let words = ["--ignored", "--test-threads", "1", "--exact"];
+    let words = ["--ignored", THREADS, "1", "--exact"];
     let skipped = usize::from(!command.iter().any(|word| word == words[0]));
     let words = words[skipped..].iter().map(|word| (*word).to_owned());
     Some(command.first().cloned().into_iter().chain(words).chain(names.iter().cloned()).collect())
@@ -66,34 +72,38 @@ failures:
 
 test result: FAILED. 1 passed; 2 failed; 0 ignored";
 
+    const CROWD: &str = " --test-threads 4";
+
     fn words(words: &str) -> Vec<String> {
         words.split(' ').map(str::to_owned).collect()
     }
 
     /// The first command passes, the second prints and ends as given.
-    fn tried(printed: &str, outcome: Outcome, once: &[&str]) -> Option<(Vec<Vec<String>>, Vec<String>)> {
-        let commands = vec![words("/bin/other x"), words("/bin/tests --ignored --skip d")];
+    fn tried(threads: &str, printed: &str, outcome: Outcome) -> Option<(Vec<Vec<String>>, Vec<String>)> {
+        let commands = vec![words("/bin/other x"), words(&format!("/bin/tests --ignored{threads} --skip d"))];
         let lines: Vec<String> = PRINTED.lines().chain(printed.lines()).map(str::to_owned).collect();
         let (before, all) = (PRINTED.lines().count(), lines.len());
         let reports = [(0, Outcome::Exit(0), before), (1, outcome, all)];
         let reports = reports.map(|(command, outcome, lines)| (Report { command, outcome }, lines)).into();
         let end = End { reports, lines, ..End::default() };
-        let (guest, names) = try_of(&Guest { commands, ..Guest::default() }, &end, once)?;
+        let (guest, names) = try_of(&Guest { commands, ..Guest::default() }, &end)?;
         Some((guest.commands, names))
     }
 
     #[test]
     fn only_what_failed_is_tried_once_more() {
-        let (commands, names) = tried(PRINTED, Outcome::Exit(101), &["model::"]).unwrap();
+        let (commands, names) = tried(CROWD, PRINTED, Outcome::Exit(101)).unwrap();
         assert_eq!(names, ["a::b", "c"]);
         assert_eq!(commands, [words("/bin/tests --ignored --test-threads 1 --exact a::b c")]);
     }
 
     #[test]
-    fn a_failure_that_another_run_may_not_show_again_is_final() {
-        assert!(tried(PRINTED, Outcome::Exit(101), &["a::"]).is_none());
-        assert!(tried(PRINTED, Outcome::Signal(9), &[]).is_none());
-        assert!(tried("a panic", Outcome::Exit(101), &[]).is_none());
-        assert!(tried("", Outcome::Exit(0), &[]).is_none(), "nothing failed");
+    fn who_was_alone_or_did_not_just_fail_gets_no_second_try() {
+        for threads in ["", " --test-threads 1"] {
+            assert!(tried(threads, PRINTED, Outcome::Exit(101)).is_none(), "{threads}");
+        }
+        assert!(tried(CROWD, PRINTED, Outcome::Signal(9)).is_none());
+        assert!(tried(CROWD, "a panic", Outcome::Exit(101)).is_none());
+        assert!(tried(CROWD, "", Outcome::Exit(0)).is_none(), "nothing failed");
     }
 }
