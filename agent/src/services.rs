@@ -23,7 +23,7 @@ use crate::{
     document::SCHEMA,
     drain::{
         Asked, Command, Document, Grants, Listed, Name, OnDeadline, Plan, Preflight, Process, Refusal,
-        Registration, Service, Signal, Stop, Target, View,
+        Registration, Service, Signal, Stop, Target, View, deadline,
     },
     peer::{Peer, refusal},
     text,
@@ -204,14 +204,6 @@ fn logged(peer: &Peer, what: &str, refusal: Refusal) -> Refused {
 
 fn name(text: &str) -> Result<Name, Refusal> {
     Name::new(text).ok_or_else(|| Refusal::BadName(text.chars().take(80).collect()))
-}
-
-/// Of a drain or of a service.
-pub(crate) fn deadline(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(time) if (Duration::from_millis(1)..=Duration::from_hours(1)).contains(&time) => Ok(time),
-        _ => Err(format!("{text:?} is no deadline: such as 30s, between 1ms and 1h")),
-    }
 }
 
 fn seconds(text: &str) -> Result<Duration, Refusal> {

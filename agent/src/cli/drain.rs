@@ -16,7 +16,7 @@ use super::{
     watch::interrupted,
 };
 use crate::{
-    drain::{Document, OnDeadline, State, Verdict},
+    drain::{Document, OnDeadline, State, Verdict, deadline},
     failure::{Exit, Failure},
     left::Left,
     services::{self, DrainWish, PlanDocument, PlannedService, Progress},
@@ -50,7 +50,7 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with_all = ["cancel", "last"])]
     all: bool,
     /// Of the whole drain [default: that of the settings, 30s]
-    #[arg(long, value_name = "DURATION", value_parser = services::deadline, conflicts_with_all = ["cancel", "last"])]
+    #[arg(long, value_name = "DURATION", value_parser = deadline, conflicts_with_all = ["cancel", "last"])]
     deadline: Option<Duration>,
     /// Say what would happen, and do nothing
     #[arg(long, conflicts_with_all = ["cancel", "last"])]

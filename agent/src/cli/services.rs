@@ -11,9 +11,9 @@ use super::{
     output::{self, Output},
 };
 use crate::{
-    drain::{NO_NAME, Name, OnDeadline, PRESETS, Signal, start_ticks},
+    drain::{NO_NAME, Name, OnDeadline, PRESETS, Signal, deadline, start_ticks},
     failure::{Exit, Failure},
-    services::{self, ServiceList, ServiceRow, Which, Wish},
+    services::{ServiceList, ServiceRow, Which, Wish},
 };
 
 #[derive(Args)]
@@ -89,7 +89,7 @@ struct Add {
     #[arg(long, conflicts_with = "after")]
     first: bool,
     /// Time that it has to stop, such as 30s [default: its share of the drain's]
-    #[arg(long, value_name = "DURATION", value_parser = services::deadline)]
+    #[arg(long, value_name = "DURATION", value_parser = deadline)]
     deadline: Option<Duration>,
     /// Kill it at its deadline; else it goes on, and the report says so
     #[arg(long)]

@@ -202,3 +202,16 @@ fn nobody_is_asked_to_stop_or_killed_for_a_deadline_that_is_long_past() {
     let (acts, found) = later(&world, 40_000 * MS);
     assert!(!acts && found.unwrap().0 == Verdict::Timeout);
 }
+
+/// Half of what is next to nothing is too little to ask, and to kill for.
+#[test]
+fn whose_command_has_taken_what_was_left_is_not_asked_any_more() {
+    let waits = Behaviour { prestop: Some(5_000), kill: true, ..simple(None) };
+    let world = |deadline: u64| {
+        let mut world = World::begin(vec![waits.clone()], vec![vec![0]], deadline, Vec::new());
+        world.run();
+        (world.got.len(), verdict(&world.machine.runs[0]).unwrap().0)
+    };
+    assert_eq!(world(19), (0, Verdict::Timeout));
+    assert_eq!(world(20), (2, Verdict::Killed), "TERM and KILL");
+}

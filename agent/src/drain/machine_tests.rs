@@ -42,7 +42,7 @@ fn behaviour() -> impl Strategy<Value = Behaviour> {
     (
         proptest::collection::vec(time(), 1..4),
         (proptest::option::weighted(0.2, 0..6_000_u64), any::<bool>(), proptest::bool::weighted(0.2)),
-        proptest::option::weighted(0.4, 1..9_000_u64),
+        proptest::option::weighted(0.4, 100..9_000_u64),
         (proptest::bool::weighted(0.1), proptest::bool::weighted(0.1)),
         (
             proptest::option::weighted(0.1, 0..500_u64),
@@ -299,16 +299,23 @@ impl World {
                 None
             }
             Action::Look(service) => {
-                let straggler = self.behaviours[service].straggler.take();
-                let more = straggler.map(|time| {
+                if let Some(time) = self.behaviours[service].straggler.take() {
                     let number = self.behaviours[service].stops.len();
                     self.behaviours[service].stops.push(Some(0));
                     self.due.insert((self.now + time * MS, Due::Dies(service, number)));
-                    Member { is_root: false, ..member(number) }
-                });
+                }
+                // Whatever an agent saw that was killed before it had written that, the next one sees as well.
+                let known = &self.machine.runs[service].members;
+                let is_known = |number: &usize| {
+                    known.iter().any(|one| one.member.identity.pid as usize == *number)
+                        || self.dead.contains_key(&(service, *number))
+                };
+                let numbers = 0..self.behaviours[service].stops.len();
+                let more = numbers.filter(|number| !is_known(number));
+                let members = more.map(|number| Member { is_root: false, ..member(number) }).collect();
                 let again = self.behaviours[service].again.then(|| "it".to_owned());
                 self.looked.insert(service);
-                let rest = Rest { members: more.into_iter().collect(), again, ..Rest::default() };
+                let rest = Rest { members, again, ..Rest::default() };
                 Some(Input::Looked(service, rest))
             }
         }
@@ -431,7 +438,7 @@ fn staged(count: usize, cuts: &[bool]) -> Vec<Vec<usize>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
 
     /// Whatever services do, whenever the agent is killed and the drain is given up: it ends, in order and in time, and no
     /// process gets a signal twice, nor KILL unless that was asked for.
@@ -468,8 +475,9 @@ proptest! {
                 prop_assert!(!matches!(found, Some((Verdict::Timeout, _))), "killed, and called late: {:?}", run);
             }
             let is_asked = run.signalled.is_some() || run.refused.is_some();
-            // Its time may have passed while no agent was there.
-            let had_no_time = is_killed && run.is_late && run.phase == Phase::Settled;
+            // Its time may have passed while no agent was there, or the command before took half of what was next to nothing.
+            let is_short = is_killed || run.grant < TOO_LATE * 2;
+            let had_no_time = is_short && run.is_late && run.phase == Phase::Settled;
             prop_assert!(run.members.is_empty() || is_asked || had_no_time, "found, and never asked to stop: {:?}", run);
             if let Some((Verdict::Clean, _)) = found {
                 let all = 0..world.behaviours[service].stops.len();

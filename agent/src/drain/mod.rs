@@ -45,7 +45,7 @@ pub(crate) use self::{
     process::{NoProcess, Process, pid_of, start_ticks},
     registry::{Caller, Refusal},
     report::{Document, ServiceDocument, State},
-    service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target},
+    service::{NO_NAME, Name, OnDeadline, PRESETS, Service, Signal, Stop, Target, deadline},
     signaller::send,
     triggers::{Shutdown, all, on_usr1, usr1},
     verdict::Verdict,

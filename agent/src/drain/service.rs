@@ -1,6 +1,6 @@
 //! A service as it was registered: what it is, how it is asked to stop, and what it waits for.
 
-use std::{collections::BTreeSet, fmt, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fmt, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
@@ -227,6 +227,17 @@ impl Target {
             Self::Exe(path, arguments) => format!("{} {}", path.display(), arguments.join(" ")),
             Self::Port(port) => format!("port {port}"),
         }
+    }
+}
+
+/// How long a drain or a service may take: with less than the shortest, there is no time left once the service is found.
+const DEADLINES: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_hours(1);
+
+/// Of a drain or of a service.
+pub(crate) fn deadline(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if DEADLINES.contains(&time) => Ok(time),
+        _ => Err(format!("{text:?} is no deadline: such as 30s, between 100ms and 1h")),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-use super::service::{Name, OnDeadline, Service, Signal, Stop, Target};
+use super::service::{self, Name, OnDeadline, Service, Signal, Stop, Target};
 
 /// The table `[drain]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -50,16 +50,8 @@ struct Fields {
 
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
-    let time = humantime::parse_duration(&text)
-        .map_err(|error| D::Error::custom(format!("{error}; such as \"30s\"")))?;
-    if time.is_zero() || time > MAX_DEADLINE {
-        return Err(D::Error::custom("a deadline is between 1ms and 1h"));
-    }
-    Ok(time)
+    service::deadline(&text).map_err(D::Error::custom)
 }
-
-/// Nothing that is drained takes longer.
-const MAX_DEADLINE: Duration = Duration::from_hours(1);
 
 fn some_duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
     duration(from).map(Some)
@@ -164,7 +156,7 @@ mod tests {
             ("name = 'a'\ncgroup = '/'\nsignal = 'TERM'\n", "cgroup root"),
             ("name = 'a'\npidfile = 'a.pid'\nsignal = 'TERM'\n", "absolute"),
             ("name = 'a b'\nport = 1\nsignal = 'TERM'\n", "is not a name"),
-            ("name = 'a'\nport = 1\nsignal = 'TERM'\ndeadline = '0s'\n", "between"),
+            ("name = 'a'\nport = 1\nsignal = 'TERM'\ndeadline = '99ms'\n", "between"),
             ("name = 'a'\nport = 1\nsignal = 'TERM'\nafer = ['x']\n", "unknown field"),
         ] {
             let error = read(text).unwrap_err();
