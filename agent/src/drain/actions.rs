@@ -8,36 +8,43 @@ use tokio_util::sync::CancellationToken;
 use super::{
     active::{Active, gone, prestop, same},
     command::Preflight,
-    course::{Action, Input, NotSent, UnitEnd, nanos},
+    course::{Action, Entry, Input, NotSent, UnitEnd, nanos},
     driver::{Driver, EVENTS, Waited},
     machine::KILL_GRACE,
     signaller, units,
 };
 use crate::clock;
 
+/// What follows from an answer comes before what waited already: whoever was found is asked to stop, however long it takes to
+/// look at the others of his stage. Entries are in the order in which they have changed the machine.
+pub(super) fn next(actions: Vec<Action>, todo: &mut VecDeque<Action>, written: &mut Vec<Entry>) {
+    let mut first = Vec::new();
+    for action in actions {
+        match action {
+            Action::Journal(entry) => written.push(entry),
+            action => first.push(action),
+        }
+    }
+    first.into_iter().rev().for_each(|action| todo.push_front(action));
+}
+
 impl Driver {
     /// Does what the machine wants, and tells it what came of that until nothing is left to do.
     pub(super) fn perform(&mut self, actions: Vec<Action>) {
         let Some(mut active) = self.active.take() else { return };
-        let mut todo = VecDeque::from(actions);
-        let mut written = Vec::new();
+        let (mut todo, mut written) = (VecDeque::new(), Vec::new());
+        next(actions, &mut todo, &mut written);
         while let Some(action) = todo.pop_front() {
-            if let Action::Journal(entry) = action {
-                written.push(entry);
-                continue;
-            }
             // Nothing is done that another agent would not know of.
             active.write(&mut written);
             if let Action::Look(service) = action {
                 let inputs = active.counted(service).into_iter().chain(active.left_behind(service));
                 for input in inputs.collect::<Vec<_>>() {
-                    todo.extend(active.machine.step(clock::boottime(), input));
+                    next(active.machine.step(clock::boottime(), input), &mut todo, &mut written);
                 }
             }
             if let Some(input) = self.act(&mut active, &action) {
-                let more = active.machine.step(clock::boottime(), input);
-                // Behind what waits: entries are written in the order in which they have changed the machine.
-                todo.extend(more);
+                next(active.machine.step(clock::boottime(), input), &mut todo, &mut written);
             }
         }
         active.write(&mut written);
@@ -117,6 +124,7 @@ impl Driver {
                 }));
                 None
             }
+            Action::FindUnit(service, unit) => Some(Input::Unit(*service, units::end_of(unit))),
             Action::Watch(service) => {
                 self.watch(active, *service);
                 None

@@ -25,7 +25,7 @@ use super::{
     machine::Machine,
     matching::{self, Match},
     preflight,
-    process::{self, Process},
+    process::Process,
     report::Document,
     service::{Service, Target},
     sockets::Sockets,
@@ -56,6 +56,8 @@ pub(super) struct Active {
     pub(super) untold: HashSet<(usize, usize)>,
     /// What its processes have started.
     tree: Tree,
+    /// Services of which not all processes could be looked at.
+    leaves_out: HashSet<usize>,
     /// Which service names whom, as of the stage that has begun last.
     claims: Option<(Option<usize>, Claims)>,
     /// On how many requests services have said last that they work.
@@ -77,7 +79,7 @@ impl Active {
         }
         let (processes, watched, prestops) = Default::default();
         let leaving = Leaving::new(sockets.as_ref().map_or(0, Sockets::lost_acts));
-        let (tree, claims, untold, said) = Default::default();
+        let (tree, leaves_out, claims, untold, said) = Default::default();
         let over = CancellationToken::new();
         Self {
             machine,
@@ -90,6 +92,7 @@ impl Active {
             leaving,
             untold,
             tree,
+            leaves_out,
             claims,
             said,
             _over: over.clone().drop_guard(),
@@ -172,7 +175,10 @@ impl Active {
         let found: Vec<Match> =
             again.map(|process| Match { process, is_root: true, is_descendant: false }).collect();
         if let Some((_, claims)) = &self.claims {
-            let (more, _) = family::descendants(&found, claims, service);
+            let (more, are_all) = family::descendants(&found, claims, service);
+            if !are_all {
+                self.leaves_out.insert(service);
+            }
             more.iter().for_each(|one| self.tree.add(service, &one.process));
         }
     }
@@ -282,13 +288,18 @@ impl Active {
     }
 
     /// What is there of what a service has started, and is no service of its own.
-    fn started(&self, service: usize) -> Vec<Match> {
+    fn started(&mut self, service: usize) -> Vec<Match> {
+        let (mut found, are_all) = self.tree.alive(service);
+        if !are_all {
+            self.leaves_out.insert(service);
+        }
         let is_own = |one: &Match| {
             self.claims
                 .as_ref()
                 .is_none_or(|(_, claims)| claims.other(service, &one.process.identity).is_none())
         };
-        self.tree.alive(service).into_iter().filter(is_own).collect()
+        found.retain(is_own);
+        found
     }
 
     /// Whether the kernel has told of the end of a member: then of all that it did before, too.
@@ -310,9 +321,8 @@ impl Active {
     }
 
     /// What a service had started just before its end, so that it was not waited for.
-    pub(super) fn left_behind(&self, service: usize) -> Option<Input> {
-        let run = &self.machine.runs[service];
-        if run.phase != Phase::Gone {
+    pub(super) fn left_behind(&mut self, service: usize) -> Option<Input> {
+        if self.machine.runs[service].phase != Phase::Gone {
             return None;
         }
         let left = self.started(service);
@@ -455,11 +465,14 @@ pub(super) fn look(
 pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<(Vec<Match>, Option<Unit>), String> {
     let Target::Unit(name) = target else { return Ok((matching::find(target, held)?, None)) };
     let unit = units::unit(name)?;
-    if unit.control_group.len() < 2 || units::is_stopped(&unit) {
-        return Ok((Vec::new(), Some(unit)));
+    Ok((of_unit(&unit)?, Some(unit)))
+}
+
+fn of_unit(unit: &Unit) -> Result<Vec<Match>, String> {
+    if unit.control_group.len() < 2 || units::is_stopped(unit) {
+        return Ok(Vec::new());
     }
-    let found = matching::find(&Target::Cgroup(unit.control_group.clone()), None)?;
-    Ok((found, Some(unit)))
+    matching::find(&Target::Cgroup(unit.control_group.clone()), None)
 }
 
 pub(super) fn listed(service: &Service, held: Option<&Process>) -> Listed {

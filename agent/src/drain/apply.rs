@@ -170,13 +170,16 @@ impl Machine {
                     run.timeline.push((*at, format!("{pid} is gone")));
                 }
             }
-            Entry::More { at, service, members, ports } => {
+            Entry::More { at, service, members, ports, knows_ports } => {
                 let many = if members.len() == 1 { "process" } else { "processes" };
                 tell(*at, *service, format!("{} more {many}", members.len()));
                 let run = &mut self.runs[*service];
                 run.phase = if run.killed.is_some() { Phase::Killing } else { Phase::Stopping };
                 run.members.extend(members.iter().cloned().map(of_member));
-                run.found.ports.extend(ports);
+                let more = ports.iter().filter(|port| !run.found.ports.contains(port));
+                let more: Vec<u32> = more.copied().collect();
+                run.found.ports.extend(more);
+                run.found.knows_ports &= knows_ports;
             }
             Entry::AllGone { at, service } => {
                 let run = &mut self.runs[*service];

@@ -153,14 +153,28 @@ pub(crate) enum NotSent {
 }
 
 /// What is found of a service when all that were known of it have gone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Rest {
     /// What it has started, and is left.
     pub members: Vec<Member>,
     /// On which these listen.
     pub ports: Vec<u32>,
+    /// These are all.
+    pub knows_ports: bool,
     /// What runs in its place.
     pub again: Option<String>,
+    /// What could not be looked at.
+    pub unseen: Option<String>,
+}
+
+impl Default for Rest {
+    fn default() -> Self {
+        Self { members: Vec::new(), ports: Vec::new(), knows_ports: true, again: None, unseen: None }
+    }
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What has happened.
@@ -255,6 +269,9 @@ pub(crate) enum Entry {
         members: Vec<Member>,
         #[serde(default)]
         ports: Vec<u32>,
+        /// These are all.
+        #[serde(default = "yes")]
+        knows_ports: bool,
     },
     /// None of its processes is left.
     AllGone {
@@ -307,7 +324,7 @@ pub(crate) enum Input {
     PrestopEnded(usize, Option<String>),
     /// The answer to `Send`: to whom it was not sent.
     Sent(usize, Vec<(usize, NotSent)>),
-    /// The answer to `StopUnit`.
+    /// The answer to `StopUnit` and `FindUnit`.
     Unit(usize, UnitEnd),
     Gone(usize, usize),
     /// The answer to `Look`.
@@ -331,6 +348,8 @@ pub(crate) enum Action {
         signal: i32,
     },
     StopUnit(usize, String),
+    /// What has become of a unit that was asked to stop, and is not asked again.
+    FindUnit(usize, String),
     /// Say when a member goes; those that are gone already, at once.
     Watch(usize),
     /// Whether processes of a service are there although those that were known are gone.

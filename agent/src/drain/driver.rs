@@ -107,8 +107,7 @@ pub(crate) struct Driver {
 }
 
 fn under_way(begun: &Begun, caller: Caller) -> Refusal {
-    let is_own = begun.services.iter().all(|service| caller.owns(service.uid));
-    Refusal::UnderWay(begun.id.clone(), is_own)
+    Refusal::UnderWay(begun.id.clone(), caller.owns(begun.uid))
 }
 
 impl Driver {
@@ -181,7 +180,10 @@ impl Driver {
             tokio::select! {
                 () = stop.cancelled() => return,
                 Some(waited) = self.waits.next(), if !self.waits.is_empty() => {
-                    block_in_place(|| self.waited(waited));
+                    block_in_place(|| {
+                        self.told_until_now(&mut events);
+                        self.waited(waited);
+                    });
                 }
                 command = commands.recv() => match command {
                     Some(command) => block_in_place(|| {
@@ -438,8 +440,8 @@ impl Driver {
         let Some(active) = self.active.as_ref().filter(|active| active.machine.ended.is_none()) else {
             return Err(Refusal::NotUnderWay);
         };
-        if let Some(other) = active.machine.begun.services.iter().find(|service| !caller.owns(service.uid)) {
-            return Err(Refusal::NotYours(other.name.clone()));
+        if !caller.owns(active.machine.begun.uid) {
+            return Err(under_way(&active.machine.begun, caller));
         }
         if self.is_below(caller) {
             self.give_up("the administrator has cancelled it");

@@ -144,13 +144,19 @@ impl Tree {
         None
     }
 
-    /// What is there of a service.
-    pub(super) fn alive(&self, service: usize) -> Vec<Match> {
-        let own = self.0.iter().filter(|(_, node)| node.service == service);
-        let open = |(pid, node): (&u32, &Node)| {
-            Process::open(*pid).ok().filter(|process| process.identity.start_ticks == node.start_ticks)
-        };
-        own.filter_map(open).map(|process| Match { process, is_root: false, is_descendant: true }).collect()
+    /// What is there of a service, and whether that is all.
+    pub(super) fn alive(&self, service: usize) -> (Vec<Match>, bool) {
+        let (mut found, mut are_all) = (Vec::new(), true);
+        for (pid, node) in self.0.iter().filter(|(_, node)| node.service == service) {
+            match Process::open(*pid) {
+                Ok(process) if process.identity.start_ticks == node.start_ticks => {
+                    found.push(Match { process, is_root: false, is_descendant: true });
+                }
+                Ok(_) | Err(NoProcess::Gone(_) | NoProcess::Denied(..)) => {}
+                Err(_) => are_all &= process::start_ticks(*pid) != Some(node.start_ticks),
+            }
+        }
+        (found, are_all)
     }
 }
 
@@ -171,12 +177,12 @@ pub(super) fn descendants(found: &[Match], claims: &Claims, own: usize) -> (Vec<
         }) {
             let process = match Process::open(pid) {
                 Ok(process) => process,
-                Err(NoProcess::NoRoom(..)) => {
+                // Plumb and its parent are denied.
+                Err(NoProcess::Gone(_) | NoProcess::Denied(..)) => continue,
+                Err(_) => {
                     are_all = false;
                     continue;
                 }
-                // It has gone, or ends; plumb and its parent are denied.
-                Err(_) => continue,
             };
             let is_child = process.ppid == parent && claims.other(own, &process.identity).is_none();
             if !is_child || !known.insert(pid) {

@@ -36,6 +36,7 @@ use super::{
     },
     grants,
     identity::Identity,
+    registry::is_admin,
     service::{Name, OnDeadline, Service, Signal},
 };
 
@@ -292,7 +293,10 @@ impl Machine {
             let left = Duration::from_nanos(self.begun.deadline.saturating_sub(now));
             let grants = grants::of_stage(&self.begun.wishes(next), left, self.of_users(now)).services;
             self.record(out, Entry::Stage { at: now, stage: next, grants });
-            for service in self.begun.stages[next].clone() {
+            // However long it takes to look at what users have registered.
+            let mut services = self.begun.stages[next].clone();
+            services.sort_by_key(|service| !is_admin(self.begun.services[*service].uid));
+            for service in services {
                 if left < TOO_LATE {
                     self.record(out, Entry::NoTime { at: now, service });
                 } else {
@@ -452,11 +456,17 @@ impl Machine {
     }
 
     fn looked(&mut self, now: u64, service: usize, rest: Rest, out: &mut Vec<Action>) {
-        let Rest { members, ports, again } = rest;
+        let Rest { members, ports, knows_ports, again, unseen } = rest;
         let (phase, is_known) = (self.runs[service].phase, self.runs[service].again.is_some());
+        // Of what is looked at once more the last look counts.
+        let is_last = phase == Phase::Confirming || phase == Phase::Gone && self.runs[service].looks >= 2;
+        let unseen = unseen.filter(|_| is_last).map(|why| Fact::Unseen { why, strays: true });
+        if let Some(fact) = unseen.filter(|fact| self.is_news(service, fact)) {
+            self.record(out, Entry::Seen { at: now, service, fact });
+        }
         match phase {
             Phase::Confirming if !members.is_empty() => {
-                self.record(out, Entry::More { at: now, service, members, ports });
+                self.record(out, Entry::More { at: now, service, members, ports, knows_ports });
                 out.push(Action::Watch(service));
                 // What gets no signal is not waited for after KILL.
                 if self.runs[service].killed.is_none() || !self.runs[service].killable().is_empty() {

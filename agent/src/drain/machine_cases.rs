@@ -1,4 +1,4 @@
-//! Drains that are given up, and those of which users have a part.
+//! Drains that are given up or taken up late, and those of which users have a part.
 
 use super::*;
 
@@ -201,6 +201,15 @@ fn nobody_is_asked_to_stop_or_killed_for_a_deadline_that_is_long_past() {
     assert_eq!(later(&world, 20_000 * MS), (true, None), "KILL, which is due");
     let (acts, found) = later(&world, 40_000 * MS);
     assert!(!acts && found.unwrap().0 == Verdict::Timeout);
+
+    // A unit that was asked to stop may have been started again since.
+    let unit = Behaviour { unit: Some(100), deadline: Some(2_000), ..simple(None) };
+    let world = World::begin(vec![unit], vec![vec![0]], 30_000, Vec::new());
+    let ended = world.machine.runs[0].deadline();
+    let actions = |now: u64| Machine::replay(world.journal.clone()).unwrap().step(now, Input::Resume);
+    let is_asked = |now: u64| actions(now).iter().any(|action| matches!(action, Action::StopUnit(..)));
+    assert_eq!([ended - 1_000 * MS, ended, ended + 1_000 * MS].map(is_asked), [true, false, false]);
+    assert!(actions(ended).contains(&Action::FindUnit(0, "a.service".to_owned())));
 }
 
 /// Half of what is next to nothing is too little to ask, and to kill for.
@@ -214,4 +223,23 @@ fn whose_command_has_taken_what_was_left_is_not_asked_any_more() {
     };
     assert_eq!(world(19), (0, Verdict::Timeout));
     assert_eq!(world(20), (2, Verdict::Killed), "TERM and KILL");
+}
+
+#[test]
+fn a_journal_that_names_what_is_not_there_is_refused() {
+    let behaviours = vec![simple(Some(300))];
+    let mut world = World::begin(behaviours, vec![vec![0]], 30_000, Vec::new());
+    world.run();
+    assert!(Machine::replay(world.journal.clone()).is_some());
+    for entry in [
+        Entry::Gone { at: 0, service: 0, member: 9 },
+        Entry::Late { at: 0, service: 9 },
+        Entry::Stage { at: 0, stage: 9, grants: Vec::new() },
+        Entry::Stage { at: 0, stage: 0, grants: Vec::new() },
+        Entry::Signalling { at: 0, service: 0, members: vec![9], signal: 15 },
+    ] {
+        let journal = world.journal.iter().cloned().chain([entry.clone()]);
+        assert!(Machine::replay(journal).is_none(), "{entry:?}");
+    }
+    assert!(Machine::replay([]).is_none());
 }

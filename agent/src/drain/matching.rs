@@ -17,6 +17,8 @@ use procfs::{
     net::{self, TcpNetEntry, TcpState},
 };
 
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
 use super::{
     identity::TICKS,
     process::{self, NoProcess, Process, folder},
@@ -25,6 +27,8 @@ use super::{
 
 /// Processes of one service at most: each takes an fd.
 const MAX_MEMBERS: usize = 1024;
+/// Fds of all processes of the host that are looked at for who listens on a port: some seconds.
+const MAX_LOOKED_AT: usize = 4 << 20;
 /// A pidfile is a number and a newline.
 const MAX_PIDFILE: u64 = 64;
 /// A process may be started up to so long after its pidfile was written, by clocks that are not the same.
@@ -56,14 +60,23 @@ pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<Vec<Match>
         Target::Exe(path, arguments) => match fs::metadata(path) {
             Ok(found) => {
                 let exe = (found.dev(), found.ino());
-                where_(|pid| (runs(pid, exe) || ran(pid, path)) && has_arguments(pid, arguments))?
+                // By a symbolic link it is run by the name of what that is of.
+                let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+                where_(|pid| (runs(pid, exe) || ran(pid, &real, exe)) && has_arguments(pid, arguments))?
             }
             Err(error) => return Err(format!("{}: {error}", path.display())),
         },
         Target::Cgroup(path) => where_(|pid| is_in_cgroup(pid, path))?,
         Target::Port(port) => {
             let sockets = listening(*port)?;
-            let found = where_(|pid| holds(pid, &sockets))?;
+            let mut left = MAX_LOOKED_AT;
+            let found = where_(|pid| holds(pid, &sockets, &mut left))?;
+            if left == 0 {
+                return Err(format!(
+                    "the host has more than {MAX_LOOKED_AT} open fds, too many to see who listens on port {port}: name \
+                     it by its pidfile or exe"
+                ));
+            }
             if found.is_empty() && !sockets.is_disjoint(&listening(*port)?) {
                 return Err(format!("somebody listens on port {port} whom plumb cannot see"));
             }
@@ -118,15 +131,24 @@ pub(super) fn runs(pid: u32, exe: (u64, u64)) -> bool {
 }
 
 /// Whether it runs what was at a path before: an upgrade has put another file there.
-fn ran(pid: u32, path: &Path) -> bool {
+fn ran(pid: u32, path: &Path, exe: (u64, u64)) -> bool {
     // What the kernel says of a file that is there no longer (fs/d_path.c, d_path).
     let is_it = |found: PathBuf| {
         let gone = found.as_os_str().as_bytes().strip_suffix(b" (deleted)");
         gone.is_some_and(|gone| gone == path.as_os_str().as_bytes())
     };
-    // In a container the path is another file's.
-    let mounts = |of: &str| fs::read_link(format!("/proc/{of}/ns/mnt")).ok();
-    fs::read_link(folder(pid).join("exe")).is_ok_and(is_it) && mounts(&pid.to_string()) == mounts("self")
+    // In a container the path is another file's; units of the host may have mounts of their own, and the same file.
+    fs::read_link(folder(pid).join("exe")).is_ok_and(is_it) && sees(pid, path).is_ok_and(|seen| seen == exe)
+}
+
+/// Device and inode of what a process has at a path.
+fn sees(pid: u32, path: &Path) -> rustix::io::Result<(u64, u64)> {
+    let only_path = OFlags::PATH | OFlags::CLOEXEC;
+    let root = rustix::fs::open(folder(pid).join("root"), only_path | OFlags::DIRECTORY, Mode::empty())?;
+    // Since 5.6; no link leads out of its root.
+    let file = rustix::fs::openat2(root, path, only_path, Mode::empty(), ResolveFlags::IN_ROOT)?;
+    let found = rustix::fs::fstat(file)?;
+    Ok((found.st_dev, found.st_ino))
 }
 
 fn has_arguments(pid: u32, arguments: &[String]) -> bool {
@@ -176,8 +198,8 @@ pub(super) fn all_of(
     Ok(tcp?.into_iter().chain(tcp6).collect())
 }
 
-fn holds(pid: u32, sockets: &HashSet<u64>) -> bool {
-    let own = || sockets_of(pid, &mut { usize::MAX }).unwrap_or_default();
+fn holds(pid: u32, sockets: &HashSet<u64>, left: &mut usize) -> bool {
+    let mut own = || sockets_of(pid, left).unwrap_or_default();
     !sockets.is_empty() && own().iter().any(|inode| sockets.contains(inode))
 }
 
@@ -289,19 +311,54 @@ mod tests {
         }
     }
 
+    /// Also by the agent of a unit with mounts of its own, as that of the package is, and of such a unit.
     #[test]
     fn what_runs_is_found_by_its_executable_after_an_upgrade_of_that() {
-        let folder = std::env::temp_dir().join(format!("plumb-upgrade-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let (path, new) = (folder.join("web"), folder.join("new"));
-        fs::copy("/bin/sleep", &path).unwrap();
-        let running = Running(Command::new(&path).arg("30").spawn().unwrap());
-        let target = Target::Exe(path.clone(), vec!["30".to_owned()]);
-        assert_eq!(pids(&target), [running.0.id()]);
-        fs::copy("/bin/sleep", &new).unwrap();
-        fs::rename(&new, &path).unwrap();
-        assert_eq!(pids(&target), [running.0.id()]);
-        fs::remove_dir_all(&folder).unwrap();
+        let base = std::env::temp_dir().join(format!("plumb-upgrade-{}", std::process::id()));
+        let [folder, other] = ["host", "image"].map(|name| base.join(name));
+        let (path, link) = (folder.join("web"), folder.join("link"));
+        let upgrade = |folder: &Path| {
+            fs::copy("/bin/sleep", folder.join("new")).unwrap();
+            fs::rename(folder.join("new"), folder.join("web")).unwrap();
+        };
+        for folder in [&folder, &other] {
+            fs::create_dir_all(folder).unwrap();
+            upgrade(folder);
+        }
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let start = |script: &str| {
+            let mut command = Command::new("unshare");
+            command.args(["--mount", "/bin/sh", "-c", script]);
+            command.env("HOST", &folder).env("IMAGE", &other);
+            Running(command.spawn().unwrap())
+        };
+        let plain = Running(Command::new(&path).arg("30").spawn().unwrap());
+        let apart = start("exec \"$HOST/web\" 30");
+        // In a container the same path is another file's.
+        let container = start("mount --bind \"$IMAGE\" \"$HOST\" && exec \"$HOST/web\" 30");
+        let mut all = [plain.0.id(), apart.0.id()];
+        all.sort_unstable();
+        let found = || {
+            let by = |path: &PathBuf| {
+                let mut found = pids(&Target::Exe(path.clone(), vec!["30".to_owned()]));
+                found.sort_unstable();
+                found
+            };
+            assert_eq!(by(&path), by(&link));
+            by(&path)
+        };
+        let exe = |running: &Running| fs::read_link(super::folder(running.0.id()).join("exe")).unwrap();
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        while [&apart, &container].into_iter().any(|one| exe(one) != path) {
+            assert!(std::time::Instant::now() < end, "{:?} {:?}", exe(&apart), exe(&container));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(found(), all);
+        [&folder, &other].into_iter().for_each(|folder| upgrade(folder));
+        let gone = |running: &Running| exe(running).to_string_lossy().into_owned();
+        assert!([&plain, &apart, &container].map(gone).iter().all(|path| path.ends_with("web (deleted)")));
+        assert_eq!(found(), all);
+        fs::remove_dir_all(&base).unwrap();
     }
 
     #[test]

@@ -36,7 +36,6 @@ pub(crate) enum NoProcess {
 }
 
 impl NoProcess {
-    /// Whoever ends has no executable any more a moment before it is gone.
     fn unreadable(pid: u32, error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Self::NoRoom(pid, error.to_string()),
@@ -67,6 +66,8 @@ const COMMAND: usize = 256;
 const READ: u64 = 128 << 10;
 /// `PF_KTHREAD` of include/linux/sched.h.
 const KERNEL_THREAD: u32 = 0x0020_0000;
+/// `PF_EXITING` of the same.
+const EXITING: u32 = 0x0000_0004;
 /// `PIDFS_MAGIC` of include/uapi/linux/magic.h, since 6.9: there each process has an inode of its own.
 const PIDFS: i64 = 0x5049_4446;
 
@@ -117,7 +118,12 @@ impl Process {
         if !is_alive(&pidfd) {
             return Err(NoProcess::Gone(pid));
         }
-        let (identity, ppid, uids, flags) = read.map_err(|error| NoProcess::unreadable(pid, &error))?;
+        let (identity, ppid, uids, flags) =
+            read.map_err(|error| match NoProcess::unreadable(pid, &error) {
+                // Whoever ends has no executable any more a moment before it is gone.
+                NoProcess::Unreadable(..) if ends(pid) => NoProcess::Gone(pid),
+                why => why,
+            })?;
         let command = command(pid);
         if !is_alive(&pidfd) {
             return Err(NoProcess::Gone(pid));
@@ -136,6 +142,12 @@ impl Process {
     #[must_use]
     pub(crate) fn is_alive(&self) -> bool {
         is_alive(&self.pidfd)
+    }
+
+    /// Whether it has gone, or is about to.
+    #[must_use]
+    pub(super) fn ends(&self) -> bool {
+        !self.is_alive() || ends(self.identity.pid)
     }
 
     /// Whether a user could signal it himself: kill(2), without capabilities.
@@ -181,7 +193,8 @@ fn read(pid: u32, pidfd: &OwnedFd) -> io::Result<Facts> {
         Err(_) if is_kernels => (0, 0),
         Err(error) => return Err(error),
     };
-    let status = fs::read_to_string(folder.join("status"))?;
+    // Its name may hold anything.
+    let status = String::from_utf8_lossy(&fs::read(folder.join("status"))?).into_owned();
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
     let uids: Vec<u32> = uids.split_whitespace().filter_map(|uid| uid.parse().ok()).collect();
     let [real, _, saved, _] = uids[..] else { return Err(io::Error::other("its users are not known")) };
@@ -204,6 +217,24 @@ fn stat_fields(stat: &[u8]) -> Option<(String, Vec<String>)> {
     let comm = text::printable(stat.get(open + 1..close)?);
     let rest = String::from_utf8_lossy(stat.get(close + 1..)?).into_owned();
     Some((comm, rest.split_whitespace().map(str::to_owned).collect()))
+}
+
+/// Whether all threads of a process are ending. Of one whose first thread alone has ended nothing can be looked at either, and
+/// it goes on.
+fn ends(pid: u32) -> bool {
+    let has_gone = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH));
+    let is_exiting = |thread: io::Result<fs::DirEntry>| {
+        let stat = match thread.and_then(|thread| fs::read(thread.path().join("stat"))) {
+            Ok(stat) => stat,
+            Err(error) => return has_gone(&error),
+        };
+        let flags = stat_fields(&stat).and_then(|(_, fields)| fields.get(9 - 3)?.parse::<u32>().ok());
+        flags.is_some_and(|flags| flags & EXITING != 0)
+    };
+    match fs::read_dir(folder(pid).join("task")) {
+        Ok(mut threads) => threads.all(is_exiting),
+        Err(error) => has_gone(&error),
+    }
 }
 
 /// When the process was started that has a number now, as `Identity` has it.

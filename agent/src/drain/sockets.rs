@@ -125,8 +125,8 @@ impl Sockets {
                     self.known.extend(found.iter().take(room).map(|port| (key, *port)));
                     ports.extend(found);
                 }
-                // Who has gone listens nowhere.
-                None => are_all &= !process.is_alive(),
+                // Who ends has closed what it had.
+                None => are_all &= process.ends(),
             }
         }
         ports.sort_unstable_by_key(|port| (port.netns, port.port));

@@ -23,6 +23,24 @@ pub(super) fn unit(name: &str) -> Result<Unit, String> {
     with_systemd(async |systemd| systemd.unit(name).await)
 }
 
+/// The unit of this name, if systemd knows it: it forgets a transient one with its end.
+pub(super) fn known(name: &str) -> Result<Option<Unit>, String> {
+    with_systemd(async |systemd| match systemd.unit(name).await {
+        Err(systemd::Error::NoSuchUnit { .. }) => Ok(None),
+        unit => unit.map(Some),
+    })
+}
+
+/// What has become of a unit that was asked to stop.
+pub(super) fn end_of(name: &str) -> UnitEnd {
+    match known(name) {
+        Ok(Some(unit)) if is_stopped(&unit) => UnitEnd::Stopped(unit.result),
+        Ok(None) => UnitEnd::Stopped(String::new()),
+        Ok(Some(_)) => UnitEnd::Unknown("is not asked again: its deadline has passed".to_owned()),
+        Err(why) => UnitEnd::Unknown(why),
+    }
+}
+
 /// Whether nothing of it runs or is about to: one between two runs (`Restart=`) is not stopped.
 pub(super) fn is_stopped(unit: &Unit) -> bool {
     matches!(unit.active_state.as_str(), "inactive" | "failed")

@@ -84,10 +84,10 @@ impl Program {
         self.sockets || matches!(self.name, "signal_generate" | "mark_victim")
     }
 
-    /// Whether it tells who has started whom.
+    /// Whether it tells who has started whom, and how those ended.
     #[must_use]
     pub fn is_of_children(&self) -> bool {
-        self.name == "task_newtask"
+        matches!(self.name, "task_newtask" | "sched_process_exit")
     }
 }
 

@@ -33,10 +33,14 @@ impl Maps {
         self.mapped.get(index)
     }
 
-    /// Whether mappings may be of the same image: each exec puts the vDSO somewhere else.
+    /// Whether mappings may be of the same image: each exec puts the vDSO somewhere else where addresses are randomised, and
+    /// the first file is the program.
     pub(super) fn is_same_image(&self, mapped: &[Mapped]) -> bool {
         let vdso = |mapped: &[Mapped]| mapped.iter().find(|one| one.path == b"[vdso]").map(|one| one.start);
-        !mapped.is_empty() && vdso(&self.mapped) == vdso(mapped)
+        let program =
+            |mapped: &[Mapped]| mapped.iter().find(|one| one.inode != 0).map(|one| (one.device, one.inode));
+        let same = |other: &[Mapped]| vdso(other) == vdso(mapped) && program(other) == program(mapped);
+        !mapped.is_empty() && same(&self.mapped)
     }
 
     /// What has been found out about this file before.
@@ -155,6 +159,18 @@ mod tests {
         assert_eq!(brief(&maps), [(0, 100, 0, 5)]);
         assert!(maps.put(mapped(0, 100, 6), Content::Sealed), "just as long");
         assert_eq!(brief(&maps), [(0, 100, 0, 6)]);
+    }
+
+    #[test]
+    fn another_program_is_another_image_though_it_lies_where_the_one_before_was() {
+        let vdso = |start| Mapped { path: b"[vdso]".to_vec(), ..mapped(start, start + 2, 0) };
+        let before = vec![mapped(10, 20, 1), mapped(30, 40, 3), vdso(90)];
+        let maps = Maps::new(before.clone(), [Content::File(1), Content::File(2), Content::Sealed]);
+        assert!(maps.is_same_image(&before));
+        assert!(maps.is_same_image(&[mapped(10, 20, 1), mapped(30, 40, 4), vdso(90)]), "another library");
+        assert!(!maps.is_same_image(&[mapped(10, 20, 2), mapped(30, 40, 3), vdso(90)]));
+        assert!(!maps.is_same_image(&[mapped(10, 20, 1), mapped(30, 40, 3), vdso(70)]));
+        assert!(!maps.is_same_image(&[]));
     }
 
     #[test]

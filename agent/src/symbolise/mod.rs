@@ -328,7 +328,7 @@ impl Symboliser {
             let places = self.name(module, &offsets);
             is_answered &= places.is_some();
             for (offset, lines) in offsets.into_iter().zip(places.unwrap_or_default()) {
-                self.keep(Place::File { module, offset }, lines);
+                is_answered &= self.keep(Place::File { module, offset }, lines);
             }
         }
         for (process, mut addresses) in in_memory {
@@ -341,14 +341,17 @@ impl Symboliser {
             let places = self.name_in_memory(process, &addresses);
             is_answered &= places.is_some();
             for (address, lines) in addresses.into_iter().zip(places.unwrap_or_default()) {
-                self.keep(Place::Memory { process, address }, lines);
+                is_answered &= self.keep(Place::Memory { process, address }, lines);
             }
         }
         (stack.places.iter().map(|(place, how)| self.frame(place, *how)).collect(), is_answered)
     }
 
-    fn keep(&mut self, place: Place, lines: Vec<RawLine>) {
-        self.counters.refused += u64::from(!self.names.keep(place, lines));
+    /// False if there is no room.
+    fn keep(&mut self, place: Place, lines: Vec<RawLine>) -> bool {
+        let has_room = self.names.keep(place, lines);
+        self.counters.refused += u64::from(!has_room);
+        has_room
     }
 
     fn frame(&self, place: &Place, how: How) -> Frame {

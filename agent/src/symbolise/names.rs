@@ -136,7 +136,8 @@ impl Names {
     }
 
     fn let_go(&mut self, names: impl Iterator<Item = Arc<[Line]>>) {
-        for lines in names.filter(|lines| Arc::strong_count(lines) > 1) {
+        // What has no name is one and the same, and takes nothing.
+        for lines in names.filter(|lines| !lines.is_empty() && Arc::strong_count(lines) > 1) {
             self.held_bytes += size(&lines);
             self.held.push((Arc::downgrade(&lines), size(&lines)));
         }

@@ -9,14 +9,17 @@ use super::{
         matching::{self, Match},
         process::{self, Process},
         service::Target,
+        units,
     },
-    Active, find, member,
+    Active, member, of_unit,
 };
 
 impl Active {
     /// What of a service is left, and what runs in its place.
     pub(in super::super) fn look_again(&mut self, service: usize) -> Rest {
         let target = self.machine.begun.services[service].target.clone();
+        let is_confirming = self.machine.runs[service].phase == Phase::Confirming;
+        let mut left = if is_confirming { self.started(service) } else { Vec::new() };
         let run = &self.machine.runs[service];
         // A supervisor may be quicker than this task: the kernel's word on when it ended comes first.
         let end = |one: &MemberRun| one.exited.or(one.gone);
@@ -28,23 +31,29 @@ impl Active {
         };
         let found = match &target {
             // Nobody but that one is named.
-            Target::Process(_) if run.phase == Phase::Confirming => Vec::new(),
+            Target::Process(_) if is_confirming => Ok(Vec::new()),
             Target::Process(meant) => match run.members.first() {
                 Some(known) => {
                     let parent = self.processes.get(&(service, 0)).map(|process| process.ppid);
                     successors(meant, (&known.member.command, parent), ended)
                 }
-                None => Vec::new(),
+                None => Ok(Vec::new()),
             },
-            target => find(target, None).map(|(found, _)| found).unwrap_or_default(),
+            target => now(target),
         };
-        let mut left = if run.phase == Phase::Confirming { self.started(service) } else { Vec::new() };
+        let unseen = match &found {
+            Err(why) => Some(format!("whether it runs again could not be looked at: {why}")),
+            Ok(_) if self.leaves_out.contains(&service) => {
+                Some("a process that it had started could not be looked at".to_owned())
+            }
+            Ok(_) => None,
+        };
         left.retain(|one| !is_known(one));
         // Of another one, which has its port, its pidfile or its program now, nothing is waited for: it was not asked to
         // stop. Only a cgroup says by itself whose a process is.
         let has_all = matches!(target, Target::Unit(_) | Target::Cgroup(_));
         let mut again = None;
-        for one in found.into_iter().filter(|one| !is_known(one)) {
+        for one in found.into_iter().flatten().filter(|one| !is_known(one)) {
             let Identity { pid, comm, .. } = &one.process.identity;
             let born =
                 left.iter_mut().find(|born| born.process.identity.is_same_process(&one.process.identity));
@@ -52,7 +61,7 @@ impl Active {
                 // It is named, too.
                 Some(born) => born.is_descendant = false,
                 None if has_all && one.process.identity.start_ticks < ended => {
-                    if run.phase == Phase::Confirming {
+                    if is_confirming {
                         left.push(one);
                     }
                 }
@@ -61,25 +70,41 @@ impl Active {
         }
         let first = run.members.len();
         let members = left.iter().map(|one| Member { is_root: false, ..member(one) }).collect();
-        let mut ports = Vec::new();
+        let (mut ports, mut knows_ports) = (Vec::new(), true);
         if let Some(sockets) = self.sockets.as_mut().filter(|_| !left.is_empty()) {
-            ports = sockets.add(service, left.iter().map(|one| &one.process), true).0;
+            (ports, knows_ports) = sockets.add(service, left.iter().map(|one| &one.process), true);
         }
         self.take(service, first, left.into_iter().map(|one| one.process).collect());
-        Rest { members, ports, again }
+        Rest { members, ports, knows_ports, again, unseen }
+    }
+}
+
+/// What a service names now.
+fn now(target: &Target) -> Result<Vec<Match>, String> {
+    match target {
+        Target::Unit(name) => units::known(name)?.as_ref().map_or_else(|| Ok(Vec::new()), of_unit),
+        // One that cannot be used names nobody.
+        Target::Pidfile(_) => Ok(matching::find(target, None).unwrap_or_default()),
+        // Nobody is started from what is not there.
+        Target::Exe(path, _) if !path.exists() => Ok(Vec::new()),
+        target => matching::find(target, None),
     }
 }
 
 /// Processes that do what one did that has ended: its program, with its arguments, in its cgroup. Not what another one of
 /// the kind has started, which may serve somebody else all the time, unless that had started the one that has ended.
-fn successors(meant: &Identity, (command, parent): (&str, Option<u32>), ended: u64) -> Vec<Match> {
+fn successors(
+    meant: &Identity,
+    (command, parent): (&str, Option<u32>),
+    ended: u64,
+) -> Result<Vec<Match>, String> {
     let same = |process: &Process| {
         let identity = &process.identity;
         // An upgrade has put another file there.
         let is_program = identity.exe == meant.exe || identity.comm == meant.comm;
         is_program && identity.cgroup == meant.cgroup && process.command == command
     };
-    let all = super::process::all().unwrap_or_default().into_iter();
+    let all = process::all().map_err(|error| format!("/proc cannot be read: {error}"))?.into_iter();
     let all = all.filter(|pid| matching::runs(*pid, meant.exe) || process::comm(*pid) == meant.comm);
     let all: Vec<Process> =
         all.filter_map(|pid| Process::open(pid).ok()).filter(|process| same(process)).collect();
@@ -87,8 +112,9 @@ fn successors(meant: &Identity, (command, parent): (&str, Option<u32>), ended: u
     let is_anothers = |process: &Process| {
         others.contains(&process.ppid) && parent.is_some_and(|parent| parent != process.ppid)
     };
-    all.into_iter()
+    let found = all
+        .into_iter()
         .filter(|process| process.identity.start_ticks >= ended && !is_anothers(process))
-        .map(|process| Match { process, is_root: true, is_descendant: false })
-        .collect()
+        .map(|process| Match { process, is_root: true, is_descendant: false });
+    Ok(found.collect())
 }

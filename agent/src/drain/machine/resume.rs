@@ -41,8 +41,10 @@ impl Machine {
                         // It was found, and that agent has not come further.
                         self.ask_to_stop(now, service, out);
                     } else if let Some(unit) = run.found.unit.clone().filter(|_| !run.unit_stopped) {
-                        // Asking twice stops it once.
-                        out.push(Action::StopUnit(service, unit));
+                        // Asking twice stops it once; long afterwards somebody may have started it again.
+                        let is_too_late = self.is_too_late(now, service);
+                        let action = if is_too_late { Action::FindUnit } else { Action::StopUnit };
+                        out.push(action(service, unit));
                     }
                     self.confirm(service, out);
                 }
