@@ -53,7 +53,7 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn one_has_it_and_the_next_gets_it_as_soon_as_that_one_ends() {
         let folder = std::env::temp_dir().join(format!("plumb-lock-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();

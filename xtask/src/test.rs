@@ -200,6 +200,7 @@ fn below_systemd(drain: &Path, asked: &[String]) -> Result<Vec<Machine>> {
             env: vec![("PLUMB_BIN".to_owned(), "/usr/local/bin/plumb".to_owned())],
             commands,
             systemd: true,
+            deadline: DEADLINE,
             ..Guest::default()
         };
         machines.push(Machine { kernel: kernel(series)?, guest, each_has_tests: true });
@@ -211,6 +212,7 @@ fn below_systemd(drain: &Path, asked: &[String]) -> Result<Vec<Machine>> {
             files: vec![(build_tests(&["--lib"], "plumb")?, PathBuf::from(tests[0]))],
             commands: vec![run(&[SYSTEMD_TESTS, "--skip", SHUTDOWN_TEST]), run(&["--exact", SHUTDOWN_TEST])],
             systemd: true,
+            deadline: DEADLINE,
             ..Guest::default()
         };
         machines.push(Machine { kernel: kernel(SYSTEMD_KERNEL)?, guest, each_has_tests: true });

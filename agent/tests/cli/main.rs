@@ -15,7 +15,7 @@ use std::{
 };
 
 use rustix::process::Signal;
-use support::{Agent, Running, TempDir, plumb, plumb_ok};
+use support::{Agent, Running, TempDir, copy_program, plumb, plumb_ok};
 
 /// Asserts the exit code and that stderr is the one expected line.
 fn assert_failure(output: &Output, code: i32, line: &str) {
@@ -39,7 +39,7 @@ const NO_PRIVILEGE: &str = "plumb: missing capability: plumb needs CAP_BPF and C
 fn without_root_nothing_is_touched() {
     let dir = TempDir::new();
     let binary = dir.0.join("plumb");
-    fs::copy(plumb().get_program(), &binary).unwrap();
+    copy_program(plumb().get_program(), &binary);
     fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o777)).unwrap();
     let run_dir = dir.join("run");
     let agent = ["agent", "--run-dir", &run_dir];
@@ -226,7 +226,7 @@ fn no_signal_is_sent_to_an_agent_whoever_has_started_it() {
     let pid = agent.child.0.id().to_string();
     let another = TempDir::new();
     let copy = another.join("plumb");
-    fs::copy(plumb().get_program(), &copy).unwrap();
+    copy_program(plumb().get_program(), &copy);
     for program in [plumb().get_program().to_owned(), copy.into()] {
         let output = Command::new(program).args(["audit", "--send", "TERM", "--pid", &pid]).output().unwrap();
         let line = format!(

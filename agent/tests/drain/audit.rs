@@ -261,8 +261,8 @@ fn what_a_signal_ends_at_once_does_not_count_as_stopped() {
 fn what_goes_on_accepting_and_opening_has_ignored_the_stop_and_its_other_threads_have_not() {
     let (mut server, port) = server("deaf");
     let (output, text) = with_clients(port, || {
-        let output = audit(&server, &["--send", "TERM", "--for", "1s", "-o", "json"]);
-        (output, audit(&server, &["--send", "TERM", "--for", "1s"]))
+        let output = audit(&server, &["--send", "TERM", "--for", "3s", "-o", "json"]);
+        (output, audit(&server, &["--send", "TERM", "--for", "3s"]))
     });
     let document = json(&output);
     let stop = &document["stop"];

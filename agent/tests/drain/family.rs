@@ -86,7 +86,7 @@ fn what_the_child_of_a_service_loses_the_service_loses() {
             client
         })
         .collect();
-    sleep(Duration::from_millis(300));
+    sleep(Duration::from_secs(2));
     let report = host.json(&["drain", "web", "--deadline", "30s"]);
     let web = service(&report, "web");
     assert_eq!(web["verdict"], "lossy", "{web:#}");

@@ -133,7 +133,8 @@ fn play_below(
         }
         host.register(&name, server.process.pid());
         let report = std::thread::scope(|scope| {
-            let drain = scope.spawn(|| host.json(&["drain", &name, "--deadline", "3s"]));
+            let deadline = if expected["verdict"] == "timeout" { "3s" } else { "20s" };
+            let drain = scope.spawn(|| host.json(&["drain", &name, "--deadline", deadline]));
             during(&server, &host);
             drain.join().unwrap()
         });

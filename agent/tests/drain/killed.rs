@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::{
     Host, alone, pid,
-    support::{Running, TempDir, plumb},
+    support::{Running, TempDir, copy_program, plumb},
 };
 
 /// Agents at a time: they mostly wait.
@@ -51,7 +51,7 @@ impl Host {
 fn kill_at(entries: usize, later: Duration) -> Option<String> {
     let shared = TempDir::new();
     let (exe, prestops) = (shared.join("first"), shared.join("prestops"));
-    fs::copy("/bin/sh", &exe).unwrap();
+    copy_program("/bin/sh", &exe);
     let settings = format!(
         "[[service]]\nname = 'first'\nexe = '{exe}'\nsignal = 'TERM'\n\
          prestop = 'echo prestop >> {prestops}; sleep 0.2'\n"

@@ -30,7 +30,7 @@ mod unseen;
 
 mod booted;
 
-use support::{Running, TempDir, free_port, plumb};
+use support::{Running, TempDir, copy_program, free_port, plumb};
 
 /// For tests that use all processors there are: one at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -202,7 +202,7 @@ fn what_may_not_be_is_refused_with_its_reason() {
 
     // Who is not the administrator has his own processes, and no others.
     let program = host.dir.join("plumb");
-    fs::copy(plumb().get_program(), &program).unwrap();
+    copy_program(plumb().get_program(), &program);
     let as_nobody = |script: &str| {
         let script = script.replace("plumb ", &format!("{program} "));
         let output = Command::new("setpriv")
@@ -264,11 +264,15 @@ fn what_runs_another_program_or_does_not_stop_is_told() {
     let is_told = |line: &str| line.contains("WARN") && line.contains("runs another program now");
     assert!(host.log().lines().any(is_told), "{}", host.log());
 
+    let is_deaf = host.dir.join("deaf");
     let deaf = Running(
-        Command::new("/bin/sh").args(["-c", "trap '' TERM; while :; do sleep 0.1; done"]).spawn().unwrap(),
+        Command::new("/bin/sh")
+            .args(["-c", &format!("trap '' TERM; : > {is_deaf}; while :; do sleep 0.1; done")])
+            .spawn()
+            .unwrap(),
     );
     let slow = host.server("slow", "30");
-    sleep(Duration::from_millis(200));
+    host.until("it ignores the signal", || fs::exists(&is_deaf).unwrap());
     host.register("deaf", deaf.0.id());
     let add = [
         "services",

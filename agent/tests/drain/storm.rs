@@ -24,6 +24,8 @@ const PROGRESS: u64 = 1000;
 /// What is counted of numbers that are used again.
 const TWIN: &str = "  of them in the same 10 ms";
 const TWIN_IN_DRAIN: &str = "  and the service is in the drain";
+/// What plumb has ended at its deadline.
+const KILLED: &str = "  of them by plumb, at their deadline";
 const TERM: &[i32] = &[libc::SIGTERM];
 const TERM_AND_KILL: &[i32] = &[libc::SIGTERM, libc::SIGKILL];
 
@@ -152,6 +154,9 @@ impl Storm {
                     self.host.log()
                 );
                 self.count(if signal == libc::SIGKILL { "end by KILL" } else { "end by TERM" });
+                if signal == libc::SIGKILL && name.contains("-kill") {
+                    self.count(KILLED);
+                }
             }
         }
     }
@@ -331,7 +336,7 @@ impl Storm {
         }
         if is_killed {
             wish["on_deadline"] = json!("kill");
-            wish["deadline"] = json!("20ms");
+            wish["deadline"] = json!("100ms");
         }
         match self.random.below(10) {
             0 => {}
@@ -428,6 +433,7 @@ fn in_a_storm_of_ends_execs_and_numbers_used_again_nobody_gets_a_signal_that_was
     }
     println!("{} operations in {:.1?}: {:#?}", storm.operations, began.elapsed(), storm.counts);
     let many = |what| storm.counts.get(what).copied().unwrap_or(0);
+    assert!(many(KILLED) > 0, "nobody was killed at his deadline");
     // On a machine that is quick enough for it.
     let is_played = many(TWIN) < 100 || many(TWIN_IN_DRAIN) > 0;
     assert!(is_played, "no service in a drain has left its number to another of the same 10 ms");

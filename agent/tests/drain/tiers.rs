@@ -163,7 +163,7 @@ impl Folder {
         let port = free_port();
         let config = format!(
             "global\n maxconn 256\n\
-             defaults\n mode http\n timeout connect 2s\n timeout client 10s\n timeout server 10s\n\
+             defaults\n mode http\n timeout connect 30s\n timeout client 10s\n timeout server 60s\n\
              frontend front\n bind 127.0.0.1:{port}\n default_backend next\n\
              backend next\n server next 127.0.0.1:{upstream}\n"
         );

@@ -106,7 +106,7 @@ fn who_ends_while_prestop_runs_is_told_from_who_does_not_run() {
         let pidfile = dir.join("pid");
         let host = Host::new(&format!(
             "[[service]]\nname = 'web'\npidfile = '{pidfile}'\nsignal = 'TERM'\n\
-             prestop = 'kill -{signal} $(cat {pidfile}); sleep 0.5'\n"
+             prestop = 'kill -{signal} $(cat {pidfile}); sleep 3'\n"
         ));
         let web = host.server("web", "0");
         fs::write(&pidfile, web.pid().to_string()).unwrap();
@@ -139,7 +139,7 @@ fn who_has_lost_its_pidfile_when_the_agent_is_killed_while_prestop_runs_gets_its
     let dir = TempDir::new();
     let pidfile = dir.join("pid");
     let mut host = Host::new(&format!(
-        "[[service]]\nname = 'web'\npidfile = '{pidfile}'\nsignal = 'TERM'\nprestop = 'rm -f {pidfile}; sleep 1'\n"
+        "[[service]]\nname = 'web'\npidfile = '{pidfile}'\nsignal = 'TERM'\nprestop = 'rm -f {pidfile}; sleep 5'\n"
     ));
     let web = host.server("web", "0");
     fs::write(&pidfile, web.pid().to_string()).unwrap();
@@ -184,7 +184,7 @@ fn what_is_lost_on_a_port_that_two_services_have_is_lost_for_both() {
     let servers = ["a", "b"].map(|name| (name, Server::start(&host, port, name)));
     let _client = ask(port);
     // Whichever of them has it.
-    sleep(Duration::from_millis(300));
+    sleep(Duration::from_secs(2));
     for (name, server) in &servers {
         host.add(name, server.process.pid(), json!({ "after": [] }));
     }

@@ -127,7 +127,7 @@ fn a_storm_of_forks_names_and_fds_in_one_cgroup_leaves_the_counts_of_another_exa
     let crowd = loud.start_ready(&["hold-processes", &capacity.to_string()]);
     let storm = loud.start_ready(&["fork-storm", "2000"]);
     agent.wait_metric("plumb_untracked_fds", |untracked| untracked > 0.0);
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(60);
     while !agent.get("/readyz").unwrap().1.contains("are beyond the bound") {
         assert!(Instant::now() < end, "{}", agent.get("/readyz").unwrap().1);
         thread::sleep(Duration::from_millis(100));
@@ -142,7 +142,7 @@ fn a_storm_of_forks_names_and_fds_in_one_cgroup_leaves_the_counts_of_another_exa
     let began = Instant::now();
     while known(&agent, held.pid()).is_none() || known(&agent, threads.pid()).is_none() {
         // On a slow machine there are up to 4 s between passes.
-        assert!(began.elapsed() < Duration::from_secs(15), "they find no room: {}", agent.log());
+        assert!(began.elapsed() < Duration::from_secs(60), "they find no room: {}", agent.log());
         thread::sleep(Duration::from_millis(200));
     }
     // As often as that, not for as long: on a slow machine an answer takes seconds.

@@ -83,7 +83,7 @@ fn the_calls_through(via: &str) -> bool {
     let mut expected = workload.stage();
     assert!(expected.len() > 20, "{expected:?}");
     // A path can be looked up only while the process lives; the stream is at most a moment behind.
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(3));
     workload.end();
     let (events, code) = watch.end();
     assert_eq!(code, Some(0), "it ends with the process");

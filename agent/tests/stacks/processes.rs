@@ -16,7 +16,7 @@ use plumb_common::task::ProcKey;
 use crate::{
     sampler,
     sources::{brief, compile, marked, own, source, symboliser, symboliser_with},
-    support::TempDir,
+    support::{TempDir, copy_program},
 };
 
 /// The first stack of a program: that of `open`.
@@ -87,7 +87,7 @@ fn the_worker_works_when_the_binary_was_replaced() {
     compile("gcc", &["-g", "-O2"], &source("calls.c"), &program);
     // The link that every process has to its own binary, of one whose binary is gone.
     let plumb = dir.join("plumb");
-    fs::copy(env!("CARGO_BIN_EXE_plumb"), &plumb).unwrap();
+    copy_program(env!("CARGO_BIN_EXE_plumb"), &plumb);
     let (_socket, theirs) = UnixStream::pair().unwrap();
     let mut running =
         Command::new(&plumb).arg("symbolise-worker").stdin(OwnedFd::from(theirs)).spawn().unwrap();

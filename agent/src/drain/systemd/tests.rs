@@ -392,6 +392,10 @@ mod booted {
     #[tokio::test]
     #[ignore = "switches the machine off: cargo xtask test"]
     async fn a_shutdown_is_told_and_waits_for_the_inhibitor() {
+        // An emulated machine is slow.
+        std::fs::create_dir_all("/run/systemd/logind.conf.d").unwrap();
+        std::fs::write("/run/systemd/logind.conf.d/slow.conf", "[Login]\nInhibitDelayMaxSec=30s\n").unwrap();
+        run("systemctl", &["restart", "systemd-logind.service"]);
         let systemd = Systemd::connect().await.unwrap();
         let logind = Logind::connect().await.unwrap();
         let inhibitor = Inhibitor::take(&logind, "drains services").await.unwrap();

@@ -142,6 +142,22 @@ pub(super) fn abort(stream: TcpStream) {
     drop(stream);
 }
 
+/// Waits until the other end is closed: who forks beside this test holds it for a moment more.
+pub(super) fn is_closed_there(stream: &TcpStream) {
+    // A listener of IPv6 has those of IPv4 in its own table.
+    let plain = |at: SocketAddr| (at.ip().to_canonical(), at.port());
+    let [own, other] = [stream.local_addr(), stream.peer_addr()].map(|at| plain(at.unwrap()));
+    let tables = || procfs::net::tcp().unwrap().into_iter().chain(procfs::net::tcp6().unwrap_or_default());
+    let is_open = |entry: procfs::net::TcpNetEntry| {
+        [entry.local_address, entry.remote_address].map(plain) == [other, own] && entry.inode != 0
+    };
+    let end = Instant::now() + PATIENCE;
+    while tables().any(is_open) {
+        assert!(Instant::now() < end, "{other:?} is open");
+        sleep(Duration::from_millis(1));
+    }
+}
+
 /// From now on the socket hears nothing: what the other end does is still on its way.
 pub(super) fn hear_nothing(stream: &TcpStream) {
     // BPF_RET with 0: of no packet anything is kept.

@@ -204,6 +204,7 @@ fn a_request_after_the_close_is_lost_to_the_race() {
             serve(client, &server);
             hear_nothing(client);
             drop(server);
+            is_closed_there(client);
             client.write_all(REQUEST).unwrap();
         }),
     );
@@ -229,6 +230,7 @@ fn a_request_after_the_close_is_lost_to_the_race() {
             serve(client, &server);
             hear_nothing(client);
             abort(server);
+            is_closed_there(client);
             client.write_all(REQUEST).unwrap();
         }),
     );
@@ -429,6 +431,7 @@ fn a_large_request_is_lost_once() {
             serve(client, &server);
             hear_nothing(client);
             drop(server);
+            is_closed_there(client);
             for piece in large.chunks(2_000).take(5) {
                 client.write_all(piece).unwrap();
             }
