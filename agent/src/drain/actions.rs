@@ -110,7 +110,7 @@ impl Driver {
             }
             Action::StopUnit(service, unit) => {
                 let run = &active.machine.runs[*service];
-                if !run.members.is_empty() && !active.is_held(*service) {
+                if active.is_lost(*service) {
                     // Whatever runs there now is not what was found.
                     return Some(Input::Unit(
                         *service,
@@ -124,7 +124,14 @@ impl Driver {
                 }));
                 None
             }
-            Action::FindUnit(service, unit) => Some(Input::Unit(*service, units::end_of(unit))),
+            Action::FindUnit(service, unit) => {
+                let end = match units::end_of(unit) {
+                    // It may be the end of a later run.
+                    UnitEnd::Stopped(_) if active.is_lost(*service) => UnitEnd::Stopped(String::new()),
+                    end => end,
+                };
+                Some(Input::Unit(*service, end))
+            }
             Action::Watch(service) => {
                 self.watch(active, *service);
                 None

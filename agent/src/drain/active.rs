@@ -38,6 +38,8 @@ use crate::{
     decode::Event,
 };
 
+const NOT_ALL: &str = "a process that it had started could not be looked at";
+
 /// A drain under way.
 pub(super) struct Active {
     pub(super) machine: Machine,
@@ -56,7 +58,7 @@ pub(super) struct Active {
     pub(super) untold: HashSet<(usize, usize)>,
     /// What its processes have started.
     tree: Tree,
-    /// Services of which not all processes could be looked at.
+    /// Services of which not all processes could be looked at when they were taken up.
     leaves_out: HashSet<usize>,
     /// Which service names whom, as of the stage that has begun last.
     claims: Option<(Option<usize>, Claims)>,
@@ -198,9 +200,10 @@ impl Active {
         }
     }
 
-    /// Whether a process of a service is held, which was there when it was found.
-    pub(super) fn is_held(&self, service: usize) -> bool {
-        self.processes.keys().any(|(of, _)| *of == service)
+    /// Whether a service had processes when it was found, and none of these is held.
+    pub(super) fn is_lost(&self, service: usize) -> bool {
+        let is_held = self.processes.keys().any(|(of, _)| *of == service);
+        !self.machine.runs[service].members.is_empty() && !is_held
     }
 
     /// Writes what is to be known before anything else is done.
@@ -287,19 +290,16 @@ impl Active {
         counted.into_iter().chain(said).map(|fact| Input::Seen(service, fact)).collect()
     }
 
-    /// What is there of what a service has started, and is no service of its own.
-    fn started(&mut self, service: usize) -> Vec<Match> {
+    /// What is there of what a service has started, and is no service of its own; and whether that is all.
+    fn started(&self, service: usize) -> (Vec<Match>, bool) {
         let (mut found, are_all) = self.tree.alive(service);
-        if !are_all {
-            self.leaves_out.insert(service);
-        }
         let is_own = |one: &Match| {
             self.claims
                 .as_ref()
                 .is_none_or(|(_, claims)| claims.other(service, &one.process.identity).is_none())
         };
         found.retain(is_own);
-        found
+        (found, are_all)
     }
 
     /// Whether the kernel has told of the end of a member: then of all that it did before, too.
@@ -321,13 +321,20 @@ impl Active {
     }
 
     /// What a service had started just before its end, so that it was not waited for.
-    pub(super) fn left_behind(&mut self, service: usize) -> Option<Input> {
-        if self.machine.runs[service].phase != Phase::Gone {
+    pub(super) fn left_behind(&self, service: usize) -> Option<Input> {
+        let run = &self.machine.runs[service];
+        if run.phase != Phase::Gone {
             return None;
         }
-        let left = self.started(service);
-        let Identity { pid, comm, .. } = &left.first()?.process.identity;
-        let why = format!("{pid} ({comm}), which it had started, still ran when it was gone");
+        let (left, are_all) = self.started(service);
+        let why = match left.first().map(|left| &left.process.identity) {
+            Some(Identity { pid, comm, .. }) => {
+                format!("{pid} ({comm}), which it had started, still ran when it was gone")
+            }
+            // Of what is looked at once more the last look counts.
+            None if !are_all && run.looks >= 2 => NOT_ALL.to_owned(),
+            None => return None,
+        };
         Some(Input::Seen(service, Fact::Unseen { why, strays: true }))
     }
 

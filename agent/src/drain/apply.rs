@@ -147,7 +147,7 @@ impl Machine {
             Entry::UnitStopped { at, service, result, why } => {
                 match (result.as_deref(), why) {
                     (_, Some(why)) => tell(*at, *service, why.clone()),
-                    (None | Some("success"), None) => {
+                    (None | Some("" | "success"), None) => {
                         tell(*at, *service, "systemd has stopped it".to_owned());
                     }
                     (Some(result), None) => {

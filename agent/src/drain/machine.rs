@@ -37,7 +37,7 @@ use super::{
     grants,
     identity::Identity,
     registry::is_admin,
-    service::{Name, OnDeadline, Service, Signal},
+    service::{Name, OnDeadline, Service, Signal, Target},
 };
 
 /// After the end of a service, in which it may turn out to have been started again.
@@ -225,6 +225,11 @@ impl Machine {
             Input::Time => (0..self.runs.len()).for_each(|service| self.time(now, service, &mut out)),
             Input::Found(service, found) => self.found(now, service, found, &mut out),
             Input::NotRunning(service) if self.runs[service].phase == Phase::Checking => {
+                if self.has_ended_unseen(service) {
+                    let why = "it ran when the drain began, and nobody saw how it ended".to_owned();
+                    let fact = Fact::Unseen { why, strays: false };
+                    self.record(&mut out, Entry::Seen { at: now, service, fact });
+                }
                 self.record(&mut out, Entry::NotRunning { at: now, service });
             }
             Input::Refused(service, why) if self.runs[service].phase == Phase::Checking => {
@@ -255,6 +260,13 @@ impl Machine {
         }
         self.advance(now, &mut out);
         out
+    }
+
+    /// Whether a service has ended before it was looked for: by itself, or with another one of its stage or one before. Of a unit
+    /// nobody knew whether it ran.
+    fn has_ended_unseen(&self, service: usize) -> bool {
+        let is_unit = matches!(self.begun.services[service].target, Target::Unit(_));
+        self.runs[service].members.is_empty() && !is_unit && !self.begun.absent.contains(&service)
     }
 
     /// Whether something of it is not known already.

@@ -243,3 +243,18 @@ fn a_journal_that_names_what_is_not_there_is_refused() {
     }
     assert!(Machine::replay([]).is_none());
 }
+
+#[test]
+fn who_ends_before_its_turn_is_not_taken_for_who_did_not_run() {
+    let ends = || vec![simple(Some(300)), simple(None), Behaviour { absent: true, ..simple(None) }];
+    let mut world = World::begin(ends(), vec![vec![0], vec![1, 2]], 30_000, Vec::new());
+    world.dead.insert((1, 0), world.now);
+    world.run();
+    let verdicts = [0, 1, 2].map(|service| verdict(&world.machine.runs[service]).unwrap());
+    assert_eq!(
+        [verdicts[0].0, verdicts[1].0, verdicts[2].0],
+        [Verdict::Clean, Verdict::Lossy, Verdict::Clean]
+    );
+    assert!(verdicts[1].1.contains("nobody saw how it ended"), "{verdicts:?}");
+    assert_eq!(verdicts[2].1, "it did not run");
+}

@@ -131,6 +131,7 @@ impl World {
             ..Service::example(&format!("s{at}"))
         };
         let began = 1000 * MS;
+        let absent = (0..behaviours.len()).filter(|at| behaviours[*at].absent).collect();
         let begun = Begun {
             id: "d".to_owned(),
             boot_id: "b".to_owned(),
@@ -140,7 +141,7 @@ impl World {
             deadline: began + deadline * MS,
             stages,
             services: behaviours.iter().enumerate().map(service).collect(),
-            absent: Vec::new(),
+            absent,
         };
         let (machine, actions) = Machine::begin(begun);
         let mut world = Self {

@@ -1,7 +1,7 @@
 //! The processes of a service, found anew each time they are needed.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io::Read,
     os::unix::{
@@ -27,7 +27,7 @@ use super::{
 
 /// Processes of one service at most: each takes an fd.
 const MAX_MEMBERS: usize = 1024;
-/// Fds of all processes of the host that are looked at for who listens on a port: some seconds.
+/// Fds of all processes of a user, but root, that are looked at for who listens on a port: some seconds.
 const MAX_LOOKED_AT: usize = 4 << 20;
 /// A pidfile is a number and a newline.
 const MAX_PIDFILE: u64 = 64;
@@ -69,12 +69,14 @@ pub(super) fn find(target: &Target, held: Option<&Process>) -> Result<Vec<Match>
         Target::Cgroup(path) => where_(|pid| is_in_cgroup(pid, path))?,
         Target::Port(port) => {
             let sockets = listening(*port)?;
-            let mut left = MAX_LOOKED_AT;
-            let found = where_(|pid| holds(pid, &sockets, &mut left))?;
-            if left == 0 {
+            let mut budgets = HashMap::new();
+            let found = where_(|pid| holds(pid, &sockets, &mut budgets))?;
+            if found.is_empty()
+                && let Some((uid, _)) = budgets.iter().find(|(_, left)| **left == 0)
+            {
                 return Err(format!(
-                    "the host has more than {MAX_LOOKED_AT} open fds, too many to see who listens on port {port}: name \
-                     it by its pidfile or exe"
+                    "user {uid} has more than {MAX_LOOKED_AT} open fds, too many to see whether he listens on port \
+                     {port}: name it by its pidfile or exe"
                 ));
             }
             if found.is_empty() && !sockets.is_disjoint(&listening(*port)?) {
@@ -198,7 +200,10 @@ pub(super) fn all_of(
     Ok(tcp?.into_iter().chain(tcp6).collect())
 }
 
-fn holds(pid: u32, sockets: &HashSet<u64>, left: &mut usize) -> bool {
+/// Of the fds of each user only so many are looked at.
+fn holds(pid: u32, sockets: &HashSet<u64>, budgets: &mut HashMap<u32, usize>) -> bool {
+    let Ok(uid) = fs::metadata(folder(pid)).map(|found| found.uid()) else { return false };
+    let left = budgets.entry(uid).or_insert(if uid == 0 { usize::MAX } else { MAX_LOOKED_AT });
     let mut own = || sockets_of(pid, left).unwrap_or_default();
     !sockets.is_empty() && own().iter().any(|inode| sockets.contains(inode))
 }

@@ -231,8 +231,17 @@ fn ends(pid: u32) -> bool {
         let flags = stat_fields(&stat).and_then(|(_, fields)| fields.get(9 - 3)?.parse::<u32>().ok());
         flags.is_some_and(|flags| flags & EXITING != 0)
     };
+    // When one thread ends all the others have KILL pending first (kernel/signal.c, zap_other_threads).
+    let is_killed = |thread: &fs::DirEntry| {
+        let status = fs::read(thread.path().join("status")).unwrap_or_default();
+        let status = String::from_utf8_lossy(&status);
+        let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
+        let pending = pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        pending.is_some_and(|mask| mask & 1 << (libc::SIGKILL - 1) != 0)
+    };
+    let ends = |thread: io::Result<fs::DirEntry>| thread.as_ref().is_ok_and(is_killed) || is_exiting(thread);
     match fs::read_dir(folder(pid).join("task")) {
-        Ok(mut threads) => threads.all(is_exiting),
+        Ok(mut threads) => threads.all(ends),
         Err(error) => has_gone(&error),
     }
 }

@@ -1,6 +1,9 @@
 //! What a drain asks of systemd: the unit of a service, and to stop it.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use tokio::time;
 
@@ -23,12 +26,20 @@ pub(super) fn unit(name: &str) -> Result<Unit, String> {
     with_systemd(async |systemd| systemd.unit(name).await)
 }
 
-/// The unit of this name, if systemd knows it: it forgets a transient one with its end.
+/// The unit of this name, if systemd knows it: it forgets a transient one with its end. One that does not answer is asked
+/// again for a while.
 pub(super) fn known(name: &str) -> Result<Option<Unit>, String> {
-    with_systemd(async |systemd| match systemd.unit(name).await {
-        Err(systemd::Error::NoSuchUnit { .. }) => Ok(None),
-        unit => unit.map(Some),
-    })
+    let end = Instant::now() + ANSWER;
+    loop {
+        let unit = with_systemd(async |systemd| match systemd.unit(name).await {
+            Err(systemd::Error::NoSuchUnit { .. }) => Ok(None),
+            unit => unit.map(Some),
+        });
+        if unit.is_ok() || Instant::now() >= end {
+            return unit;
+        }
+        thread::sleep(PAUSE);
+    }
 }
 
 /// What has become of a unit that was asked to stop.
@@ -112,10 +123,10 @@ fn with_systemd<T>(work: impl AsyncFnOnce(&Systemd) -> Result<T, systemd::Error>
 /// Has systemd stop a unit, and waits until it has. A systemd that goes away meanwhile is asked again: that stops it
 /// once.
 pub(super) async fn stop(unit: String, within: Duration) -> UnitEnd {
-    let end = Instant::now() + within;
+    let (end, mut is_asked) = (Instant::now() + within, false);
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let why = match stop_once(&unit, left).await {
+        let why = match stop_once(&unit, left, &mut is_asked).await {
             Ok(end) => return end,
             Err(why) => why,
         };
@@ -126,17 +137,20 @@ pub(super) async fn stop(unit: String, within: Duration) -> UnitEnd {
     }
 }
 
-/// `Err` when it may be asked again.
-async fn stop_once(unit: &str, within: Duration) -> Result<UnitEnd, String> {
+/// `Err` when it may be asked again; whether it was asked already.
+async fn stop_once(unit: &str, within: Duration, is_asked: &mut bool) -> Result<UnitEnd, String> {
     let systemd = Systemd::connect().await.map_err(|error| error.to_string())?;
     let mut job = match systemd.stop(unit).await {
         Ok(job) => job,
+        // A transient one is forgotten with its end.
+        Err(systemd::Error::NoSuchUnit { .. }) if *is_asked => return Ok(UnitEnd::Stopped(String::new())),
         Err(error @ (systemd::Error::NoSuchUnit { .. } | systemd::Error::Denied { .. })) => {
             return Ok(UnitEnd::Refused(error.to_string()));
         }
         Err(error @ systemd::Error::Refused { .. }) => return Ok(UnitEnd::Refused(error.to_string())),
         Err(error) => return Err(error.to_string()),
     };
+    *is_asked = true;
     match job.result(within).await {
         Ok(result) if result == "done" => {
             // It may have been a transient one, which is forgotten with its end.

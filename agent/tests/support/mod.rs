@@ -95,7 +95,7 @@ pub(crate) struct Workload {
 
 /// Copies a program by another process: who forks meanwhile would hold it open for writing, and it could not be run.
 pub(crate) fn copy_program(from: impl AsRef<OsStr>, to: impl AsRef<OsStr>) {
-    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+    assert!(Command::new("cp").arg("--preserve=mode").arg(from).arg(to).status().unwrap().success());
 }
 
 impl Workload {

@@ -11,7 +11,7 @@ use super::{
         service::Target,
         units,
     },
-    Active, member, of_unit,
+    Active, NOT_ALL, member, of_unit,
 };
 
 impl Active {
@@ -19,7 +19,7 @@ impl Active {
     pub(in super::super) fn look_again(&mut self, service: usize) -> Rest {
         let target = self.machine.begun.services[service].target.clone();
         let is_confirming = self.machine.runs[service].phase == Phase::Confirming;
-        let mut left = if is_confirming { self.started(service) } else { Vec::new() };
+        let (mut left, are_all) = if is_confirming { self.started(service) } else { (Vec::new(), true) };
         let run = &self.machine.runs[service];
         // A supervisor may be quicker than this task: the kernel's word on when it ended comes first.
         let end = |one: &MemberRun| one.exited.or(one.gone);
@@ -41,17 +41,20 @@ impl Active {
             },
             target => now(target),
         };
+        // Only a cgroup says by itself whose a process is.
+        let has_all = matches!(target, Target::Unit(_) | Target::Cgroup(_));
         let unseen = match &found {
-            Err(why) => Some(format!("whether it runs again could not be looked at: {why}")),
-            Ok(_) if self.leaves_out.contains(&service) => {
-                Some("a process that it had started could not be looked at".to_owned())
+            // Of others it is looked for later whether they run again.
+            Err(why) if has_all || !is_confirming => {
+                Some(format!("whether it runs again could not be looked at: {why}"))
             }
-            Ok(_) => None,
+            _ if !are_all || self.leaves_out.contains(&service) => Some(NOT_ALL.to_owned()),
+            _ => None,
         };
         left.retain(|one| !is_known(one));
         // Of another one, which has its port, its pidfile or its program now, nothing is waited for: it was not asked to
-        // stop. Only a cgroup says by itself whose a process is.
-        let has_all = matches!(target, Target::Unit(_) | Target::Cgroup(_));
+        // stop. Where nobody saw when the service ended, what is in its cgroup may be another one, too, and gets no KILL.
+        let is_seen = run.members.iter().all(|one| one.exited.is_some());
         let mut again = None;
         for one in found.into_iter().flatten().filter(|one| !is_known(one)) {
             let Identity { pid, comm, .. } = &one.process.identity;
@@ -62,7 +65,7 @@ impl Active {
                 Some(born) => born.is_descendant = false,
                 None if has_all && one.process.identity.start_ticks < ended => {
                     if is_confirming {
-                        left.push(one);
+                        left.push(Match { is_descendant: !is_seen, ..one });
                     }
                 }
                 None => again = again.or_else(|| Some(format!("pid {pid} ({comm})"))),
