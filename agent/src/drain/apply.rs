@@ -86,7 +86,7 @@ impl Machine {
                     run.notes.extend(found.notes.iter().cloned());
                 }
                 if found.leaves_out {
-                    let why = "it has started more processes than are followed".to_owned();
+                    let why = "it has started processes that are not followed: there are too many, or they could not be looked at".to_owned();
                     saw(run, &Fact::Unseen { why, strays: true });
                 }
                 let is_there = |one: &MemberRun| {

@@ -62,7 +62,7 @@ pub(crate) struct Found {
     /// The systemd unit through which it is stopped.
     pub unit: Option<String>,
     pub notes: Vec<String>,
-    /// It has started more processes than are followed.
+    /// It has started processes that are not followed: too many, or some that could not be looked at.
     #[serde(default)]
     pub leaves_out: bool,
     /// Established TCP connections.

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::{
     matching::{all_of, sockets_of},
-    process::Process,
+    process::{self, Process},
 };
 use crate::text;
 
@@ -106,7 +106,7 @@ const SUPERVISORS: &[&str] = &[
 /// Looks at a process; nothing when it has gone meanwhile.
 pub(crate) fn of(process: &Process, signal: i32) -> Option<Facts> {
     let folder = process.folder();
-    let status = status(&folder)?;
+    let status = process::status(&folder).ok()?;
     let masks = |key: &str| mask(&status, key).is_some_and(|mask| has(mask, signal));
     let caught = masks("SigCgt:");
     let facts = Facts {
@@ -207,11 +207,6 @@ fn ports_of_clients() -> RangeInclusive<u16> {
     numbers.next().unwrap_or(32_768)..=numbers.next().unwrap_or(60_999)
 }
 
-/// What proc_pid_status(5) has of a process or a thread, whose name may hold anything.
-fn status(folder: &Path) -> Option<String> {
-    Some(String::from_utf8_lossy(&fs::read(folder.join("status")).ok()?).into_owned())
-}
-
 /// A set of signals, as proc_pid_status(5) has it.
 fn mask(status: &str, key: &str) -> Option<u64> {
     let value = status.lines().find_map(|line| line.strip_prefix(key))?;
@@ -237,7 +232,7 @@ fn stays_blocked(folder: &Path, signal: i32) -> bool {
 
 fn is_blocked_everywhere(folder: &Path, signal: i32) -> bool {
     let threads = fs::read_dir(folder.join("task")).into_iter().flatten().filter_map(Result::ok);
-    let status = |entry: fs::DirEntry| status(&entry.path());
+    let status = |entry: fs::DirEntry| process::status(&entry.path()).ok();
     let blocks = |status: String| mask(&status, "SigBlk:").is_some_and(|mask| has(mask, signal));
     let mut all = threads.take(MAX_THREADS).filter_map(status).map(blocks).peekable();
     all.peek().is_some() && all.all(|blocks| blocks)

@@ -9,7 +9,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process,
 };
 
@@ -193,8 +193,7 @@ fn read(pid: u32, pidfd: &OwnedFd) -> io::Result<Facts> {
         Err(_) if is_kernels => (0, 0),
         Err(error) => return Err(error),
     };
-    // Its name may hold anything.
-    let status = String::from_utf8_lossy(&fs::read(folder.join("status"))?).into_owned();
+    let status = status(&folder)?;
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
     let uids: Vec<u32> = uids.split_whitespace().filter_map(|uid| uid.parse().ok()).collect();
     let [real, _, saved, _] = uids[..] else { return Err(io::Error::other("its users are not known")) };
@@ -208,6 +207,11 @@ fn read(pid: u32, pidfd: &OwnedFd) -> io::Result<Facts> {
         comm,
     };
     Ok((identity, u32::try_from(ppid).unwrap_or(0), (real, saved), flags as u32))
+}
+
+/// What proc_pid_status(5) has of a process or a thread, whose name may hold anything.
+pub(super) fn status(folder: &Path) -> io::Result<String> {
+    Ok(String::from_utf8_lossy(&fs::read(folder.join("status"))?).into_owned())
 }
 
 /// The name, escaped, and the fields after it. A name may hold anything, also `)`.
@@ -233,8 +237,7 @@ fn ends(pid: u32) -> bool {
     };
     // When one thread ends all the others have KILL pending first (kernel/signal.c, zap_other_threads).
     let is_killed = |thread: &fs::DirEntry| {
-        let status = fs::read(thread.path().join("status")).unwrap_or_default();
-        let status = String::from_utf8_lossy(&status);
+        let status = status(&thread.path()).unwrap_or_default();
         let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
         let pending = pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
         pending.is_some_and(|mask| mask & 1 << (libc::SIGKILL - 1) != 0)

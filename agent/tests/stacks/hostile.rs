@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// What one request may take on a host that stalls for some time, and the memory of the agent.
-const TIME: Duration = Duration::from_secs(5);
+const TIME: Duration = Duration::from_secs(3);
 const MEMORY: u64 = 64 << 20;
 
 /// A section header: type, flags, offset and size.
